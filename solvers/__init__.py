@@ -1,0 +1,1 @@
+"""Time grids, step rules and the one driver that walks them."""

@@ -1,0 +1,88 @@
+"""The types that every room agrees on.
+
+Time is the noise level ``sigma`` of a variance-exploding process ``x = x0 + sigma * n``
+(Karras et al. 2022, arXiv:2206.00364).  A denoiser returns an estimate of ``x0``; the
+probability-flow ODE is ``dx/dsigma = (x - D(x; sigma)) / sigma`` (eq. 1 there with s(t) = 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Denoised(NamedTuple):
+    """What a network evaluation gives back."""
+
+    x0: Tensor  #: (B, C, H, W), the estimate of the clean image
+    feat: Tensor | None  #: (B, h, w), channel mean of the network's bottleneck
+
+
+class Denoiser(Protocol):
+    """A pre-trained model with condition and guidance already bound in."""
+
+    cost: int  #: network evaluations per call: 1, or 2 under classifier-free guidance
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        """Denoise ``x`` (B, C, H, W) at ``sigma``, a 0-d tensor or (B, 1, 1, 1)."""
+        ...
+
+
+class Node(NamedTuple):
+    """One evaluated point of a walk."""
+
+    t: Tensor  #: noise level, 0-d or (B, 1, 1, 1)
+    x: Tensor  #: (B, C, H, W), the state
+    x0: Tensor  #: (B, C, H, W), the denoised state
+    feat: Tensor | None  #: (B, h, w) or None
+
+    @property
+    def d(self) -> Tensor:
+        """Slope ``dx/dsigma`` of the probability-flow ODE at this node."""
+        return (self.x - self.x0) / self.t
+
+
+class Mid(NamedTuple):
+    """Where a guide inserts a node into an interval and how it rescales what is found there."""
+
+    r: Tensor | float  #: ``t_mid = t_next**r * t**(1 - r)``, 0 < r <= 1
+    c: Tensor | float  #: scale of the direction that closes the interval
+    a: Tensor | float  #: the network sees ``a * t_mid``; the slope divides by ``t_mid``
+
+
+class Guide(Protocol):
+    """Chooses the inserted node: a constant, or the learned predictor."""
+
+    def __call__(self, node: Node, t_next: Tensor) -> Mid: ...
+
+
+class Solver(Protocol):
+    """Pure algebra on nodes; never calls a network and holds no state."""
+
+    @property
+    def max_order(self) -> int: ...
+
+    @property
+    def lower_order_final(self) -> bool: ...
+
+    @property
+    def guide(self) -> Guide | None:
+        """The guide that makes the method what it is (Heun: r = 1), or None (multistep)."""
+        ...
+
+    def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
+        """The state at ``t`` from the newest nodes (``nodes[-1]`` is the newest)."""
+        ...
+
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+        """Close the interval at ``t``; ``nodes[-1]`` is the inserted node."""
+        ...
+
+
+class Trajectory(NamedTuple):
+    """The states a solver visited."""
+
+    t: Tensor  #: (T,), noise levels
+    x: Tensor  #: (T, B, C, H, W)
+    nfe: int  #: network evaluations that were spent
