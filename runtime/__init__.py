@@ -1,0 +1,1 @@
+"""Everything around the mathematics: noise by seed, processes, records, images, logs, errors."""
