@@ -1,0 +1,132 @@
+"""The one driver: every sampler, with or without a guide, walks a grid through `advance`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from solvers.types import Denoiser, Guide, Node, Solver, Trajectory
+
+
+class Meter:
+    """The only door to the network; adds the denoiser's cost to ``nfe`` at every call."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, t: Tensor, network_time: Tensor | None = None) -> Node:
+        """Evaluate at state ``x`` (B, C, H, W) and level ``t``; the network sees network_time."""
+        self.nfe += self.denoiser.cost
+        x0, feat = self.denoiser(x, t if network_time is None else network_time)
+        return Node(t, x, x0, feat)
+
+
+class State(NamedTuple):
+    """Where a walk stands: goes into `advance` and comes out of it, never changed in place."""
+
+    x: Tensor  #: (B, C, H, W)
+    history: tuple[Node, ...] = ()  #: newest last, at most ``max_order - 1`` nodes
+    substeps: int = 0  #: solver steps taken since the walk (re)started
+
+
+def analytic_node(x: Tensor, t: Tensor) -> Node:
+    """The free node of the analytical first step: ``d = x / sqrt(1 + sigma^2)``.
+
+    At a large sigma the data look like a unit Gaussian (AFS, arXiv:2210.05475, section 4).
+    Bottleneck features do not exist here, so ``feat`` is None.
+    """
+    return Node(t, x, x - t * x / torch.sqrt(1 + t**2), None)
+
+
+def order_at(solver: Solver, substep: int, total: int | None) -> int:
+    """Order of the ``substep``-th solver step (from 1) of ``total``: warm up, then taper off."""
+    order = min(solver.max_order, substep)
+    if solver.lower_order_final and total is not None and substep >= solver.max_order:
+        order = min(order, max(1, total + 1 - substep))
+    return order
+
+
+def advance(
+    solver: Solver,
+    meter: Meter,
+    state: State,
+    t: Tensor,
+    t_next: Tensor,
+    guide: Guide | None = None,
+    total: int | None = None,
+    analytic_first: bool = False,
+) -> State:
+    """Walk one interval from ``t`` down to ``t_next``.
+
+    ``guide`` (or the solver's own) inserts one node; without any guide the solver predicts
+    straight to ``t_next``.  ``total`` is the number of solver steps of the whole walk, for
+    solvers that lower their order at the end.  An interval that ends at sigma = 0 is closed by
+    one Euler step, which lands on the denoised state.
+    """
+    guide = guide or solver.guide
+    node = analytic_node(state.x, t) if analytic_first else meter(state.x, t)
+    if t_next == 0:
+        return State(node.x0)
+    nodes = (*state.history, node)
+    substep = state.substeps + 1
+    if guide is None:
+        x_next = solver.predict(nodes, t_next, order_at(solver, substep, total))
+    else:
+        mid = guide(node, t_next)
+        t_mid = t_next**mid.r * t ** (1 - mid.r)
+        x_mid = solver.predict(nodes, t_mid, order_at(solver, substep, total))
+        nodes = (*nodes, meter(x_mid, t_mid, network_time=mid.a * t_mid))
+        substep += 1
+        x_next = solver.correct(nodes, t_next, order_at(solver, substep, total), mid)
+    keep = solver.max_order - 1
+    return State(x_next, nodes[-keep:] if keep else (), substep)
+
+
+def substeps_total(solver: Solver, num_intervals: int, guide: Guide | None) -> int:
+    """Solver steps in a walk of ``num_intervals``: a guide makes two of each."""
+    return num_intervals * (2 if guide or solver.guide else 1)
+
+
+def integrate(
+    solver: Solver,
+    denoiser: Denoiser | Meter,
+    x: Tensor,
+    ts: Tensor,
+    guide: Guide | None = None,
+    afs: bool = False,
+) -> Trajectory:
+    """Walk the whole grid ``ts`` (T,) from the state ``x`` (B, C, H, W) at ``ts[0]``.
+
+    ``ts`` decreases and may end with 0.  ``afs`` replaces the first evaluation by the analytic
+    node.  Returns every state, the start included.
+    """
+    meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
+    spent = meter.nfe
+    total = substeps_total(solver, len(ts) - 1, guide)
+    state, xs = State(x), [x]
+    for i in range(len(ts) - 1):
+        state = advance(solver, meter, state, ts[i], ts[i + 1], guide, total, afs and i == 0)
+        xs.append(state.x)
+    return Trajectory(ts, torch.stack(xs), meter.nfe - spent)
+
+
+def planned_nfe(
+    solver: Solver,
+    ts: Tensor | Sequence[float],
+    guide: Guide | None = None,
+    afs: bool = False,
+    cost: int = 1,
+) -> int:
+    """Network evaluations that `integrate` will spend, in closed form; ``cost`` per call.
+
+    One call per interval, one more where a guide inserts a node (not in an interval that ends
+    at 0), one less under AFS.
+    """
+    intervals = len(ts) - 1
+    two_stage = intervals - (1 if float(ts[-1]) == 0 else 0)
+    calls = intervals + (two_stage if guide or solver.guide else 0) - (1 if afs else 0)
+    return calls * cost

@@ -1,0 +1,96 @@
+"""Step rules on slopes: two-stage rules (Heun, DPM-Solver-2, AMED) and Adams-Bashforth.
+
+Each rule is algebra on evaluated nodes; `solvers.driver` decides where the nodes lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from solvers.types import Guide, Mid, Node
+
+
+@dataclass(frozen=True)
+class FixedRatio:
+    """The guide that puts the inserted node at a constant ``r`` and rescales nothing."""
+
+    r: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.r <= 1:
+            raise ValueError(f"r = {self.r:g} puts the inserted node outside the interval (0, 1]")
+
+    def __call__(self, node: Node, t_next: Tensor) -> Mid:
+        return Mid(self.r, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TwoStage:
+    """One slope at the start, one at the inserted node: ``x + c (t' - t)(w_a d_a + w_b d_b)``.
+
+    ``midpoint=False``: ``w = (1 - 1/(2r), 1/(2r))``, which is DPM-Solver-2 (arXiv:2206.00927,
+    algorithm 1) for ``r < 1`` and Heun at ``r = 1``.  ``midpoint=True``: ``w = (0, 1)``, the
+    AMED-Solver (arXiv:2312.00094, eq. 15), which rests on the mean value theorem.
+    """
+
+    guide: Guide | None
+    midpoint: bool = False
+    max_order: int = 1  # nothing is carried from one interval to the next
+    lower_order_final: bool = False
+
+    def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
+        a = nodes[-1]
+        return a.x + (t - a.t) * a.d
+
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+        a, b = nodes[-2], nodes[-1]
+        if self.midpoint:
+            slope = b.d
+        else:
+            w = 1 / (2 * mid.r)
+            slope = (1 - w) * a.d + w * b.d
+        return a.x + mid.c * (t - a.t) * slope
+
+
+#: Adams-Bashforth weights over the newest slopes (newest first), per order.
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+@dataclass(frozen=True)
+class AdamsBashforth:
+    """Improved PNDM: equal-step Adams-Bashforth weights on an unequal grid (arXiv:2204.13902).
+
+    Order 1 is Euler.  The published third-order row and all others are exact only on a grid that
+    is uniform in sigma; elsewhere the method has order 1 and a small constant.
+    """
+
+    max_order: int = 4
+    lower_order_final: bool = False
+    guide: Guide | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_order not in ADAMS_BASHFORTH:
+            raise ValueError(f"iPNDM has orders 1 to 4, got max_order = {self.max_order}")
+
+    def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
+        return self._step(nodes, t, order, 1.0)
+
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+        return self._step(nodes, t, order, mid.c)
+
+    def _step(
+        self, nodes: tuple[Node, ...], t: Tensor, order: int, scale: Tensor | float
+    ) -> Tensor:
+        newest = nodes[-1]
+        weights = ADAMS_BASHFORTH[order]
+        slope = weights[0] * newest.d
+        for weight, node in zip(weights[1:], reversed(nodes[:-1]), strict=False):
+            slope = slope + weight * node.d
+        return newest.x + scale * (t - newest.t) * slope
