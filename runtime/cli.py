@@ -1,0 +1,95 @@
+"""How a script ends, and the options the scripts share."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import click
+import torch
+
+from runtime.dist import environment_rank
+
+F = TypeVar("F", bound=Callable[..., Any])
+HEAD_START = 3.0  #: seconds that rank 0 has to report an error that all ranks share
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run a script's command and exit.
+
+    Exit code 0 when it returns, 2 on wrong usage, 130 on Ctrl-C, 1 on an error a person can
+    mend, printed as ``error: <one sentence>``. By the rules of the house these are ValueError
+    (UserError is one) and OSError; set ``AMED_TRACEBACK=1`` to see where one came from. Other
+    exceptions are defects and keep their traceback.
+    """
+    try:
+        code = command.main(standalone_mode=False)
+    except (click.Abort, KeyboardInterrupt):
+        _leave("interrupted", 130)
+    except click.ClickException as error:
+        _let_rank_0_speak()
+        error.show()
+        sys.exit(error.exit_code)
+    except torch.OutOfMemoryError:
+        _leave("error: the GPU ran out of memory: use a smaller --batch", 1)
+    except (ValueError, OSError) as error:
+        if os.environ.get("AMED_TRACEBACK"):
+            raise
+        _leave(f"error: {_sentence(error)}", 1)
+    except Exception:
+        _let_rank_0_speak()
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    _let_rank_0_speak()
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _let_rank_0_speak() -> None:
+    """Wait on other ranks: if rank 0 failed too, torchrun ends this process meanwhile."""
+    if environment_rank() > 0:
+        time.sleep(HEAD_START)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def device_option(function: F) -> F:
+    """``--device``: cuda, mps or cpu; the best there is when left out."""
+    return click.option("--device", metavar="NAME", help="cuda, mps or cpu  [default: the best]")(
+        function
+    )
+
+
+def seeds_option(default: str) -> Callable[[F], F]:
+    """``--seeds``: text for :func:`runtime.seeds.parse_seeds`."""
+    return click.option(
+        "--seeds", metavar="LIST", default=default, show_default=True, help="such as 0-9,12,20-29"
+    )
+
+
+def batch_option(default: int) -> Callable[[F], F]:
+    """``--batch``: images at once over all processes."""
+    return click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help="images at once, over all processes",
+    )
+
+
+def dry_run_option(function: F) -> F:
+    """``-n``/``--dry-run``: print the resolved record and touch nothing."""
+    return click.option(
+        "-n", "--dry-run", is_flag=True, help="Print what would be done and touch nothing."
+    )(function)

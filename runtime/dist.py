@@ -1,0 +1,137 @@
+"""The processes that share a run, as torchrun starts them, and the device of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.errors import UserError
+
+T = TypeVar("T")
+#: How long a rank waits for the others: rank 0 may be downloading a model meanwhile. A rank
+#: that dies is not waited for, since torchrun then ends all of them.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers; with ``size`` 1 every method is free."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes what all share."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place; returns ``tensor``. Float64 stays float64."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def broadcast_object(self, obj: T) -> T:
+        """The ``obj`` of rank 0, on every rank."""
+        if self.size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """Every ``size``-th item, starting at ``rank``: this rank's part of the work."""
+        return items[self.rank :: self.size]
+
+
+def environment_rank() -> int:
+    """The rank torchrun gave this process, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def world(device: str | None = None) -> Iterator[World]:
+    """Join the processes torchrun started (one process without it) and choose the device.
+
+    ``device`` is as in :func:`choose_device`; under torchrun ``cuda`` means one GPU a process.
+
+    Raises:
+        UserError: a device that is not there, or too few GPUs for the number of processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(rank=0, size=1, device=choose_device(device))
+        return
+    chosen = _device_of_rank(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called ``name``, or the best there is: CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: an unknown name, or a device this machine does not have.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device '{name}' is unknown: use cuda, cuda:1, mps or cpu") from None
+    count = {
+        "cpu": 1,
+        "mps": int(torch.backends.mps.is_available()),
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    }.get(device.type)
+    if count is None:
+        raise UserError(f"device '{name}' is not supported: use cuda, cuda:1, mps or cpu")
+    if (device.index or 0) >= count:
+        raise UserError(
+            f"device '{name}' is not on this machine, which has {count} of that kind: "
+            "use --device cpu, or leave --device out"
+        )
+    return device
+
+
+def _device_of_rank(name: str | None, local_rank: int) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(name)
+    if device.type == "cpu":
+        return device
+    if device.type == "mps" or device.index is not None:
+        raise UserError(
+            f"device '{name}' is one device, but torchrun started several processes: "
+            "use --device cuda or cpu, or start a single process"
+        )
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own, there are {count}: "
+            f"start torchrun with --nproc_per_node={count}, or use --device cpu"
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,112 @@
+"""From tensors to pictures on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, isfinite, uint8
+
+from runtime.files import atomic_write
+
+Pixels = npt.NDArray[np.uint8]
+FONT_SIZE = 11
+MARGIN = 3  #: pixels around a heading
+
+
+def to_uint8(x: Tensor) -> Pixels:
+    """Images in [-1, 1], (B, C, H, W), to bytes (B, H, W, C).
+
+    ``clip(x * 127.5 + 128, 0, 255)``, rounded down, as in the published samplers (EDM,
+    ``generate.py``), so that FID figures compare.
+
+    Raises:
+        ValueError: a value that is not finite; it would silently become a black pixel.
+    """
+    if not bool(isfinite(x).all()):
+        bad = [b for b, image in enumerate(x) if not bool(isfinite(image).all())]
+        raise ValueError(
+            f"image {bad[0]} of the batch is not finite ({len(bad)} of {len(x)} are not): "
+            "the sampler diverged, use more steps or a wider dtype"
+        )
+    scaled = (x.detach() if x.dtype.itemsize >= 4 else x.detach().float()) * 127.5 + 128
+    pixels: Pixels = scaled.clip(0, 255).to(uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+def save_png(path: str | Path, image: Pixels) -> None:
+    """Write one image (H, W, C) with 1 or 3 channels as PNG, whole or not at all."""
+    with atomic_write(path) as temporary:
+        _picture(image).save(temporary, format="PNG")
+
+
+def image_grid(
+    images: Sequence[Pixels] | Pixels,
+    columns: int,
+    labels: Sequence[str] | None = None,
+    row_labels: Sequence[str] | None = None,
+) -> Pixels:
+    """Lay images (H, W, C) of one size out in rows of ``columns``; returns (H', W', C).
+
+    ``labels`` are headings over the columns (turned upright where a column is too narrow),
+    ``row_labels`` stand to the left of the rows. Places without an image stay white.
+
+    Raises:
+        ValueError: no images, or a number of labels that is not that of the columns or rows.
+    """
+    if len(images) == 0 or columns < 1:
+        raise ValueError(f"a grid of {len(images)} images in {columns} columns: give at least one")
+    height, width, channels = images[0].shape
+    rows = -(-len(images) // columns)
+    for name, given, wanted in (("columns", labels, columns), ("rows", row_labels, rows)):
+        if given is not None and len(given) != wanted:
+            raise ValueError(f"{len(given)} labels for {wanted} {name}: give one for each")
+    cells = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
+    cells[: len(images)] = images
+    cells = cells.reshape(rows, columns, height, width, channels)
+    grid: Pixels = cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    return _with_headings(grid, labels or (), row_labels or (), width, height)
+
+
+def film_strip(trajectory: Tensor) -> Pixels:
+    """States of a walk (T, B, C, H, W), to one picture: a row per sample, a column per time."""
+    times, samples = trajectory.shape[:2]
+    frames = to_uint8(trajectory.transpose(0, 1).flatten(0, 1))
+    return image_grid(frames, columns=times) if samples else frames
+
+
+def _with_headings(
+    grid: Pixels, labels: Sequence[str], row_labels: Sequence[str], width: int, height: int
+) -> Pixels:
+    tops = [_text(label) for label in labels]
+    tops = [top if top.width <= width else top.rotate(90, expand=True) for top in tops]
+    sides = [_text(label) for label in row_labels]
+    if not tops and not sides:
+        return grid
+    above = max((top.height for top in tops), default=0)
+    left = max((side.width for side in sides), default=0)
+    picture = _picture(grid)
+    page = Image.new(picture.mode, (left + picture.width, above + picture.height), "white")
+    page.paste(picture, (left, above))
+    for column, top in enumerate(tops):
+        page.paste(top, (left + column * width + (width - top.width) // 2, above - top.height))
+    for row, side in enumerate(sides):
+        page.paste(side, (left - side.width, above + row * height + (height - side.height) // 2))
+    return np.asarray(page).reshape(page.height, page.width, grid.shape[2])
+
+
+def _text(label: str) -> Image.Image:
+    font: Any = ImageFont.load_default(FONT_SIZE)
+    left, top, right, bottom = font.getbbox(label)
+    size = (round(right - left) + 2 * MARGIN, round(bottom - top) + 2 * MARGIN)
+    picture = Image.new("L", size, 255)
+    ImageDraw.Draw(picture).text((MARGIN - left, MARGIN - top), label, font=font, fill=0)
+    return picture
+
+
+def _picture(image: Pixels) -> Image.Image:
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

@@ -1,0 +1,131 @@
+"""Figures and words of a run: JSON lines, printed text, a progress bar, TensorBoard.
+
+Everything here is written by rank 0; pass ``enabled=world.is_main`` and call it on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from runtime.errors import UserError
+from runtime.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class JsonLines:
+    """Appends one JSON object a line, each complete on disk when ``append`` returns.
+
+    ``resume_after`` continues an older file: rows whose ``step`` is larger, and a last line
+    that a kill tore, are dropped first, so the file of a resumed run becomes that of an
+    uninterrupted one. Without it the file starts empty.
+    """
+
+    def __init__(
+        self, path: str | Path, resume_after: int | None = None, enabled: bool = True
+    ) -> None:
+        self._file = None
+        if not enabled:
+            return
+        path = Path(path)
+        rows = read_json_lines(path) if resume_after is not None and path.exists() else []
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(_line(row) for row in rows if row["step"] <= resume_after)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; a resumable log needs its whole number ``step``."""
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; further rows are an error."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """All rows of a file; a last line without its line end was torn by a kill and is left out.
+
+    Raises:
+        UserError: a broken line that is not the last.
+    """
+    rows = []
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(
+                f"{path}, line {number} is not JSON: delete that line, or start the run again"
+            ) from None
+    return rows
+
+
+class TextLog:
+    """Prints a message above the progress bar and appends it to a file."""
+
+    def __init__(self, path: str | Path | None = None, enabled: bool = True) -> None:
+        self._path = Path(path) if path is not None else None
+        self._enabled = enabled
+
+    def __call__(self, message: str) -> None:
+        if not self._enabled:
+            return
+        tqdm.write(message)
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(message + "\n")
+
+
+def progress(
+    total: int, description: str, unit: str = "it", initial: int = 0, enabled: bool = True
+) -> tqdm[Any]:
+    """A progress bar on stderr; ``with progress(...) as bar: bar.update(n)``."""
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        disable=not enabled,
+        dynamic_ncols=True,
+    )
+
+
+def tensorboard(
+    folder: str | Path, resume_after: int | None = None, enabled: bool = True
+) -> SummaryWriter | None:
+    """A TensorBoard writer into ``folder``, or None where not enabled.
+
+    Figures of steps after ``resume_after`` that an earlier, killed run wrote are hidden.
+    """
+    if not enabled:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    purge = None if resume_after is None else resume_after + 1
+    return SummaryWriter(log_dir=str(folder), purge_step=purge)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"

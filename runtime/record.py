@@ -1,0 +1,191 @@
+"""What was run: the record that goes beside, and into, every result."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime import __version__
+from runtime.errors import UserError
+from runtime.files import atomic_write
+
+SCHEMA = 1  #: of the records this version writes; raise it when a key changes its meaning
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Every resolved option of a run and what it ran on; plain JSON values only."""
+
+    command: str  #: which script: ``train``, ``sample``, ``fid``, ``compare``
+    options: dict[str, Any]  #: every option after defaults were filled in
+    model: dict[str, Any]  #: card name and SHA-256 of the weights
+    plan: dict[str, Any]  #: time grid, solver, planned NFE
+    versions: dict[str, str]
+    git_commit: str | None  #: with ``-dirty`` where files had changed; None outside a checkout
+    created: str  #: UTC, ISO 8601
+    schema: int
+
+    @classmethod
+    def make(
+        cls, command: str, options: dict[str, Any], model: dict[str, Any], plan: dict[str, Any]
+    ) -> RunRecord:
+        """A record of a run that starts now.
+
+        Raises:
+            TypeError: a value that JSON cannot hold.
+        """
+        return cls(
+            command=command,
+            options=_plain("options", options),
+            model=_plain("model", model),
+            plan=_plain("plan", plan),
+            versions=_versions(),
+            git_commit=_git_commit(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            schema=SCHEMA,
+        )
+
+    def to_json(self) -> str:
+        """The record as JSON text; :meth:`from_json` gives an equal record back."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "this run record") -> RunRecord:
+        """Read a record; ``source`` names it in errors.
+
+        Raises:
+            UserError: not JSON, an unknown or missing key, a wrong type, a newer schema.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{source} is not valid JSON (line {error.lineno}, column {error.colno}: "
+                f"{error.msg}): mend it there, or delete it and run again"
+            ) from None
+        if not isinstance(content, dict):
+            raise UserError(
+                f"{source} holds a {type(content).__name__} instead of a run record: "
+                "delete it and run again"
+            )
+        _check(content, source)
+        return cls(**content)
+
+    def write(self, path: str | Path) -> None:
+        """Write ``path``, whole or not at all."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecord:
+        """Read what :meth:`write` wrote; errors as in :meth:`from_json`."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): give the folder of a run"
+            ) from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a text file: delete it and run again") from None
+        return cls.from_json(text, source=str(path))
+
+    def differences(self, other: RunRecord, ignore: tuple[str, ...] = ()) -> list[str]:
+        """Where the results of ``other`` may not be continued by this run.
+
+        Compares command, options, model and plan; ``ignore`` names options that leave the
+        result alone (``batch``, ``device``). Each line reads ``options.seeds: '0-9' != '0-4'``.
+        """
+        lines = (
+            []
+            if self.command == other.command
+            else [f"command: {self.command!r} != {other.command!r}"]
+        )
+        for part in ("options", "model", "plan"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            lines += [
+                f"{part}.{key}: {mine.get(key)!r} != {theirs.get(key)!r}"
+                for key in sorted(mine.keys() | theirs.keys())
+                if mine.get(key) != theirs.get(key) and not (part == "options" and key in ignore)
+            ]
+        return lines
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "command": (str,),
+    "options": (dict,),
+    "model": (dict,),
+    "plan": (dict,),
+    "versions": (dict,),
+    "git_commit": (str, type(None)),
+    "created": (str,),
+    "schema": (int,),
+}
+
+
+def _check(content: dict[str, Any], source: str) -> None:
+    schema = content.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UserError(
+            f"{source} has schema {schema}, but this version reads up to {SCHEMA}: "
+            "update the toolkit to the version that wrote it"
+        )
+    names = [field.name for field in fields(RunRecord)]
+    for key in content:
+        if key not in names:
+            raise UserError(
+                f"{source} has the unknown key '{key}': remove it, "
+                "or use the version of the toolkit that wrote it"
+            )
+    for name in names:
+        if name not in content:
+            raise UserError(f"{source} lacks the key '{name}': delete the record and run again")
+        if not isinstance(content[name], _TYPES[name]):
+            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _TYPES[name])
+            raise UserError(
+                f"{source} has {content[name]!r} as '{name}' where a {wanted} belongs: "
+                "mend it, or delete the record and run again"
+            )
+
+
+def _plain(part: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values as JSON gives them back, so that a record equals its copy on disk."""
+    for key, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{part}[{key!r}] = {value!r} cannot go into a record: {error}"
+            ) from None
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "amed-toolkit": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def _git_commit() -> str | None:
+    if not (ROOT / ".git").exists():  # installed: a repository around it is somebody else's
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,36 @@
+"""Lists of seeds as people write them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from runtime.errors import UserError
+
+MOST = 10_000_000  #: seeds in one list; more is a slip of the keyboard
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0-9,12,20-29"`` -> the seeds in the order written, both ends included.
+
+    Raises:
+        UserError: no seeds, something that is no range, a falling range, a seed given twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        if match is None:
+            raise UserError(
+                f"seeds '{text}': '{part.strip()}' is neither a number nor a range, "
+                "write for example 0-9,12,20-29"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"seeds '{text}': the range {first}-{last} falls, write {last}-{first}")
+        if len(seeds) + last - first >= MOST:
+            raise UserError(f"seeds '{text}': more than {MOST} seeds, use several runs")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) < len(seeds):
+        twice = Counter(seeds).most_common(1)[0][0]
+        raise UserError(f"seeds '{text}': seed {twice} is given twice, give it once")
+    return seeds
