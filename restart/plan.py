@@ -105,7 +105,9 @@ def check_plan(plan: Plan) -> None:
     for before, after in zip(plan, plan[1:], strict=False):
         end, start = _end(before), _start(after)
         if not math.isclose(end, start, rel_tol=TIME_TOLERANCE):
-            raise ValueError(f"the plan ends a part at t = {end:g} and begins the next at {start:g}")
+            raise ValueError(
+                f"the plan has a gap: a part ends at {end:g}, the next begins at {start:g}"
+            )
 
 
 def last_visits(trajectory: Trajectory, times: Tensor | Sequence[float]) -> Tensor:

@@ -1,0 +1,142 @@
+"""Restart intervals: what they are, how they are written, and what is wrong with a bad one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError
+
+_LINE = re.compile(r"(\d+)?\s*(\{.*)", re.DOTALL)
+_FORM = '{"0": [N_restart, K, t_min, t_max], ...}'
+
+
+@dataclass(frozen=True)
+class Interval:
+    """``[N_restart, K, t_min, t_max]``: K times up to t_max and down again over N_restart nodes."""
+
+    n_restart: int  #: nodes of one descent, both ends included
+    k: int  #: how many times
+    t_min: float  #: noise level; the main walk's nearest node takes its place
+    t_max: float  #: noise level
+
+    def __str__(self) -> str:
+        return f"[{self.n_restart}, {self.k}, {self.t_min:g}, {self.t_max:g}]"
+
+
+def check_interval(i: int, interval: Interval) -> None:
+    """Raise UserError, naming interval ``i``, unless its four numbers make sense on their own."""
+    what = f"restart interval {i} {interval}"
+    for field, least in (("n_restart", 2), ("k", 1)):
+        count = getattr(interval, field)
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            shown = "N_restart" if field == "n_restart" else "K"
+            raise UserError(f"{what}: {shown} = {count} has to be an integer of at least {least}")
+    for field in ("t_min", "t_max"):
+        value = getattr(interval, field)
+        if not 0 < value < math.inf:
+            raise UserError(f"{what}: {field} = {value:g} has to be a positive, finite noise level")
+    if interval.t_min >= interval.t_max:
+        raise UserError(
+            f"{what}: t_min = {interval.t_min:g} has to be below t_max = {interval.t_max:g}"
+        )
+
+
+def parse_restart_info(text: str, n_main: int | None = None) -> tuple[Interval, ...]:
+    """Intervals from JSON, from a published ``N {json}`` line, or from a file that holds one.
+
+    JSON is ``{"0": [N_restart, K, t_min, t_max], "1": ...}``, taken in the order of its numbers.
+    Where ``n_main`` is given, an ``N`` in the text has to agree with it.  Raises UserError (one
+    sentence, naming the interval) for anything else.
+    """
+    stated, intervals = parse_restart_line(text)
+    if None not in (n_main, stated) and n_main != stated:
+        raise UserError(
+            f"restart_info states {stated} main nodes, but {n_main} were asked for; "
+            "drop the number or make them equal"
+        )
+    return intervals
+
+
+def parse_restart_line(text: str) -> tuple[int | None, tuple[Interval, ...]]:
+    """As `parse_restart_info`, together with the line's number of main nodes (None without)."""
+    parsed = _parse_line(text)
+    if parsed is not None:
+        return parsed
+    found = read_configurations(text.strip())
+    if len(found) != 1:
+        raise UserError(
+            f"restart_info file {text.strip()} holds {len(found)} configurations; keep one of them"
+        )
+    return found[0]
+
+
+def read_configurations(path: str | Path) -> list[tuple[int | None, tuple[Interval, ...]]]:
+    """Every configuration of a file: one JSON text, or published ``N {json}`` lines."""
+    if not str(path) or not Path(path).is_file():
+        raise UserError(
+            f"restart_info {str(path)!r} is neither a file nor of the form {_FORM} or 'N {{json}}'"
+        )
+    text = Path(path).read_text(encoding="utf-8").strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    one_each = all(line.endswith("}") for line in lines)
+    parsed = [_parse_line(line) for line in (lines if one_each else [text])]
+    found = [configuration for configuration in parsed if configuration is not None]
+    if len(found) < len(parsed):
+        raise UserError(f"restart_info file {path} is not of the form {_FORM} or 'N {{json}}'")
+    return found
+
+
+def _parse_line(text: str) -> tuple[int | None, tuple[Interval, ...]] | None:
+    """The configuration in ``text``, or None where it has neither of the two forms."""
+    line = _LINE.fullmatch(text.strip())
+    if line is None:
+        return None
+    n_main = int(line[1]) if line[1] else None
+    if n_main is not None and n_main < 2:
+        raise UserError(f"restart_info states {n_main} main node(s); a walk needs at least 2")
+    return n_main, _parse_json(line[2])
+
+
+def _parse_json(text: str) -> tuple[Interval, ...]:
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f'restart_info names interval "{key}" twice; number them 0, 1, ...')
+        return dict(pairs)
+
+    try:
+        info = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"restart_info {text!r} is not valid JSON ({error.msg} at character {error.pos}); "
+            f"write {_FORM}"
+        ) from None
+    if not info:
+        raise UserError(f"restart_info has no interval; write {_FORM}")
+    for key in info:
+        if not re.fullmatch(r"\d+", key):
+            raise UserError(f'restart_info interval "{key}" is not a number; write {_FORM}')
+    ordered = sorted(info.items(), key=lambda item: int(item[0]))
+    return tuple(_parse_interval(i, key, row) for i, (key, row) in enumerate(ordered))
+
+
+def _parse_interval(i: int, key: str, row: Any) -> Interval:
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    if not isinstance(row, list) or len(row) != 4 or not all(number(value) for value in row):
+        raise UserError(
+            f'restart_info interval "{key}" is {json.dumps(row)}; '
+            "write the four numbers [N_restart, K, t_min, t_max]"
+        )
+    counts = [int(v) if float(v).is_integer() else v for v in row[:2]]
+    interval = Interval(counts[0], counts[1], float(row[2]), float(row[3]))
+    check_interval(int(key), interval)
+    return interval
