@@ -1,0 +1,196 @@
+"""The EDM family: preconditioned U-Nets (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.errors import UserError
+from runtime.files import sha256_file
+from solvers.types import Denoised
+
+from .cards import Card
+from .nets import NETWORKS, Network
+from .nets.layers import Conv2d, GroupNorm
+from .weights import fill, read_safetensors
+
+
+class EDMPrecond(nn.Module):
+    """``D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)``; parameters are under ``model.``.
+
+    The network ``F`` has a dtype of its own (see :meth:`cast`).  The arithmetic around it runs on
+    the device of ``x`` in its dtype, in float32 at least.  ``sigma_min`` and ``sigma_max`` are
+    published with the settings and only recorded.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        *,
+        label_dim: int = 0,
+        sigma_min: float = 0.0,
+        sigma_max: float = float("inf"),
+        sigma_data: float = 0.5,
+        model_type: str = "DhariwalUNet",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if model_type not in NETWORKS:
+            raise ValueError(f"model_type is '{model_type}'; known: {', '.join(NETWORKS)}")
+        self.label_dim = label_dim
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.sigma_data = sigma_data
+        self.dtype = torch.float32
+        self.model: Network = NETWORKS[model_type](
+            img_resolution, img_channels, img_channels, label_dim=label_dim, **settings
+        )
+
+    def cast(self, dtype: torch.dtype) -> EDMPrecond:
+        """Run the network in ``dtype``; the (tiny) embedding of sigma stays in float32 at least."""
+        self.dtype = dtype
+        self.to(torch.promote_types(dtype, torch.float32))
+        for module in self.modules():
+            if isinstance(module, (Conv2d, GroupNorm)):
+                module.to(dtype=dtype)
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Denoised:
+        """Denoise ``x`` (B, C, H, W) at ``sigma`` (0-d or (B, 1, 1, 1)); labels one-hot (B, K)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        state, sigma = x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
+        total = sigma**2 + self.sigma_data**2
+        raw, feat = self.network(
+            state / total.sqrt(), sigma.log().reshape(-1) / 4, class_labels, augment_labels
+        )
+        c_out = sigma * self.sigma_data / total.sqrt()
+        x0 = self.sigma_data**2 / total * state + c_out * raw.to(wide)
+        return Denoised(x0.to(x.dtype), feat)
+
+    def network(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``F`` and the bottleneck's mean, on the device and in the (wide) dtype of ``x``."""
+        weight = self.model.map_layer0.weight
+        if self.label_dim and class_labels is None:
+            class_labels = weight.new_zeros(1, self.label_dim)
+
+        def embeddable(labels: Tensor) -> Tensor:
+            return labels.to(weight.dtype).to(weight.device)
+
+        raw, feat = self.model(
+            x.to(self.dtype).to(weight.device),
+            embeddable(noise_labels),
+            None if class_labels is None else embeddable(class_labels),
+            None if augment_labels is None else embeddable(augment_labels),
+        )
+        return raw.to(x.device), feat.to(x.device).to(x.dtype)
+
+
+PRECONDITIONINGS: dict[str, type[EDMPrecond]] = {"EDMPrecond": EDMPrecond}
+
+
+@dataclass(eq=False)
+class EDMDenoiser:
+    """A network with its labels bound in: one evaluation per call."""
+
+    net: EDMPrecond
+    labels: Tensor | None  #: one-hot (B, K), or None
+    cost: int = 1
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        """Denoise ``x`` (B, C, H, W) at ``sigma``, 0-d or (B, 1, 1, 1); ``x0`` has its dtype."""
+        if self.labels is not None and len(self.labels) != len(x):
+            raise ValueError(f"{len(self.labels)} labels are bound but the batch has {len(x)}")
+        return self.net(x, sigma, self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class EDMModel:
+    """A loaded model of the EDM family."""
+
+    card: Card
+    sha256: str  #: of the weights that were loaded
+    net: EDMPrecond
+
+    def bind(self, labels: Tensor | None = None, guidance_rate: float | None = None) -> EDMDenoiser:
+        """Fix the classes, (B,) int64 or None (none: unconditional).
+
+        Raises UserError for labels out of range, labels of an unconditional model, or guidance.
+        """
+        if guidance_rate not in (None, 0.0, 1.0):
+            raise UserError(
+                f"'{self.card.name}' has no guidance, but the rate is {guidance_rate}; leave it out"
+            )
+        if labels is None:
+            return EDMDenoiser(self.net, None)
+        classes = self.card.label_dim
+        if not classes:
+            raise UserError(f"'{self.card.name}' is unconditional: it takes no class labels")
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= classes:
+            wrong = lowest if lowest < 0 else highest
+            raise UserError(f"class {wrong} is not one of the {classes} (0..{classes - 1})")
+        return EDMDenoiser(self.net, F.one_hot(labels, classes))
+
+
+def build(config: Mapping[str, Any], bottleneck: str | None = None) -> EDMPrecond:
+    """An untrained network from published constructor settings, ``class_name`` among them."""
+    settings = dict(config)
+    name = settings.pop("class_name")
+    if name not in PRECONDITIONINGS:
+        raise ValueError(f"preconditioning '{name}' is not one of {', '.join(PRECONDITIONINGS)}")
+    return PRECONDITIONINGS[name](bottleneck=bottleneck, **settings)
+
+
+def load_edm(
+    card: Card,
+    path: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dir: Path | None = None,
+) -> EDMModel:
+    """Load ``path``, or the bundled weights of ``card``; see :func:`registry.load_model`."""
+    file = path or card.bundled
+    if file is None:
+        raise UserError(
+            f"the weights of '{card.name}' are published as a pickle ({card.url}), which cannot be "
+            f"read yet; give the same weights as a .safetensors file with --model_path"
+        )
+    if not file.is_file():
+        raise UserError(f"no weights at {file}; check --model_path")
+    digest = sha256_file(file)
+    if path is None and digest != card.sha256:
+        raise UserError(
+            f"{file} has sha256 {digest} where its card says {card.sha256}; restore the file"
+        )
+    tensors, metadata = read_safetensors(file)
+    config = json.loads(metadata["config"]) if "config" in metadata else card.config
+    found = (config["img_channels"], config["img_resolution"], config["img_resolution"])
+    if found != card.shape or config.get("label_dim", 0) != card.label_dim:
+        raise UserError(
+            f"{file} is for samples {found} with {config.get('label_dim', 0)} classes where "
+            f"'{card.name}' has {card.shape} and {card.label_dim}; choose the dataset it belongs to"
+        )
+    net = build(config, card.bottleneck)
+    fill(net, tensors, str(file))
+    net.eval().requires_grad_(False)
+    return EDMModel(card, digest, net.cast(dtype).to(device))

@@ -1,0 +1,220 @@
+"""Layers shared by the two U-Nets of the EDM family (Karras et al. 2022, arXiv:2206.00364).
+
+Parameter names, and the buffers ``resample_filter`` and ``freqs``, are those of the published
+checkpoints.  The arithmetic is arranged for speed where an identity allows it (a box filter is a
+2x2 mean, a 1x1 convolution commutes with nearest-neighbour upsampling); results agree with the
+plain form to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """Affine map of the last axis with published names ``weight`` and ``bias``."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with at most 32 groups of at least 4 channels."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups = min(32, channels // 4)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+
+
+class Conv2d(nn.Module):
+    """Convolution with optional resampling by 2; ``kernel=0`` resamples only.
+
+    Resampling comes before the convolution, except that ``conv_first`` (used by the residual
+    encoder when downsampling) pads once for both and filters last.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: Sequence[int] = (1, 1),
+        conv_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.kernel = kernel
+        self.up = up
+        self.down = down
+        self.conv_first = conv_first
+        self.box = list(resample_filter) == [1, 1]
+        if kernel:
+            bound = 1 / math.sqrt(in_channels * kernel**2)
+            shape = (out_channels, in_channels, kernel, kernel)
+            self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        if up or down:
+            taps = torch.tensor(resample_filter, dtype=torch.float32)
+            kernel2d = torch.outer(taps, taps) / taps.sum() ** 2
+            self.register_buffer("resample_filter", kernel2d[None, None])
+
+    def _resample(self, x: Tensor, pad: int) -> Tensor:
+        if self.box and pad == 0:
+            return F.interpolate(x, scale_factor=2) if self.up else F.avg_pool2d(x, 2)
+        channels = x.shape[1]
+        taps = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
+        if self.up:
+            return F.conv_transpose2d(x, taps * 4, groups=channels, stride=2, padding=pad)
+        return F.conv2d(x, taps, groups=channels, stride=2, padding=pad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0
+        if self.conv_first and self.down:
+            x = F.conv2d(x, self.weight, padding=self.kernel // 2 + pad)
+            return self._resample(x, 0) + self.bias[:, None, None]
+        if self.kernel == 1 and self.up and self.box:
+            # Equal, at a quarter of the work: every output pixel is a copy.
+            return self._resample(F.conv2d(x, self.weight, self.bias), pad)
+        if self.up or self.down:
+            x = self._resample(x, pad)
+        return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2) if self.kernel else x
+
+
+class PositionalEmbedding(nn.Module):
+    """``[cos, sin]`` of the label times ``C/2`` frequencies from 1 down to 1e-4."""
+
+    def __init__(self, channels: int, endpoint: bool = False) -> None:
+        super().__init__()
+        self.size = channels // 2
+        self.last = self.size - int(endpoint)
+
+    def forward(self, x: Tensor) -> Tensor:
+        power = torch.arange(self.size, device=x.device).to(x.dtype) / self.last
+        angle = torch.outer(x, 1e-4**power)
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """``[cos, sin]`` of the label times ``2 pi`` times random frequencies kept with the weights."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, scale: float = 16) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle = torch.outer(x, 2 * math.pi * self.freqs.to(x.dtype))
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with optional resampling and self-attention.
+
+    ``adaptive_scale`` modulates the second normalisation by the embedding (scale and shift);
+    otherwise the embedding is added before it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        emb_channels: int,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+        num_heads: int | None = None,
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        skip_scale: float = 1.0,
+        eps: float = 1e-5,
+        resample_filter: Sequence[int] = (1, 1),
+        resample_proj: bool = False,
+        adaptive_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.heads = (num_heads or out_channels // channels_per_head) if attention else 0
+        self.dropout = dropout
+        self.skip_scale = skip_scale
+        self.adaptive_scale = adaptive_scale
+        self.norm0 = GroupNorm(in_channels, eps)
+        self.conv0 = Conv2d(
+            in_channels, out_channels, 3, up=up, down=down, resample_filter=resample_filter
+        )
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1 = GroupNorm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3)
+        self.skip: Conv2d | None = None
+        if out_channels != in_channels or up or down:
+            kernel = 1 if resample_proj or out_channels != in_channels else 0
+            self.skip = Conv2d(
+                in_channels, out_channels, kernel, up=up, down=down, resample_filter=resample_filter
+            )
+        if self.heads:
+            self.norm2 = GroupNorm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1)
+            self.proj = Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        skip = x if self.skip is None else self.skip(x)
+        x = self.conv0(F.silu(self.norm0(x)))
+        params = self.affine(emb).to(x.dtype)[..., None, None]
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
+        else:
+            x = F.silu(self.norm1(x + params))
+        x = self.conv1(F.dropout(x, self.dropout, self.training))
+        x = (x + skip) * self.skip_scale
+        if self.heads:
+            x = (self.proj(self._attention(self.norm2(x))) + x) * self.skip_scale
+        return x
+
+    def _attention(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        # Published channel order is (head, channel, q/k/v); reordering the small weight makes
+        # q, k and v plain slices of the result instead of strided copies.
+        weight = self.qkv.weight.view(self.heads, -1, 3, channels).permute(2, 0, 1, 3)
+        bias = self.qkv.bias.view(self.heads, -1, 3).permute(2, 0, 1).reshape(-1)
+        tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        qkv = F.linear(tokens, weight.reshape(3 * channels, channels), bias)
+        q, k, v = qkv.view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return out.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """Mean over channels, (B, C, h, w) -> (B, h, w), in float32 at least."""
+    return x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError naming the known values unless ``value`` is one of them."""
+    if value not in known:
+        raise ValueError(f"{what} is '{value}'; known: {', '.join(known)}")
