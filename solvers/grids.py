@@ -37,8 +37,8 @@ def get_grid(
     """
     _check(schedule_type, num_steps, sigma_min, sigma_max, rho)
     if schedule_type == "logsnr":
-        ends = (math.log(sigma_max), math.log(sigma_min))
-        grid = torch.linspace(*ends, num_steps, dtype=torch.float64).exp()
+        first, last = math.log(sigma_max), math.log(sigma_min)
+        grid = torch.linspace(first, last, num_steps, dtype=torch.float64).exp()
     elif schedule_type == "polynomial":
         grid = _power_ramp(sigma_max, sigma_min, num_steps, rho)
     elif schedule_type == "time_uniform":
@@ -53,6 +53,12 @@ def get_grid(
         t_first, t_last = (float(t) for t in sigma_inv(ends))
         grid = sigma(_power_ramp(t_first, t_last, num_steps, rho)).to(torch.float64)
     grid[0], grid[-1] = sigma_max, sigma_min  # exact ends, free of the rounding of the powers
+    if not bool((grid.diff() < 0).all()):  # a range outside the model's, or no such VP process
+        raise ValueError(
+            f"schedule {schedule_type!r} has no decreasing levels from sigma_max = {sigma_max:g} "
+            f"to sigma_min = {sigma_min:g} with rho = {rho}; choose a smaller sigma_min, levels "
+            "that the model knows, or schedule 'logsnr'"
+        )
     return grid
 
 

@@ -8,7 +8,6 @@ from solvers.dpmpp import DPMpp
 from solvers.rules import AdamsBashforth, FixedRatio, TwoStage
 from solvers.types import Solver
 
-
 DPMPP_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")
 
 

@@ -1,0 +1,107 @@
+"""Noise levels of models with their own time ``t`` in (0, 1]: ``sigma(t)`` and its inverse.
+
+A variance-preserving process ``y = alpha(t) (x0 + sigma(t) n)`` with ``alpha^2 (1 + sigma^2) = 1``
+is the variance-exploding one of this toolkit after division by ``alpha``, so all that a grid
+needs is ``sigma(t) = sqrt(1/alpha^2 - 1) = sqrt(expm1(-2 ln alpha(t)))`` and ``t(sigma)``.
+Everything here is float64 on the CPU and works on tensors of any shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class NoiseSchedule(Protocol):
+    """What the ``discrete`` grid and the adapters ask of a model's own time."""
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LinearVP:
+    """Linear ``beta(t) = beta_min + beta_d t`` (arXiv:2011.13456, eq. 33): ADM's models.
+
+    ``-2 ln alpha = beta_d t^2 / 2 + beta_min t`` for ``t`` in [eps, 1].  The network counts its
+    1000 steps as ``999 t``.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.beta_d > 0 and self.beta_min > 0):
+            raise ValueError(
+                f"beta_d = {self.beta_d:g} and beta_min = {self.beta_min:g} must be positive "
+                "for a noise level that rises with time"
+            )
+
+    def sigma(self, t: Tensor) -> Tensor:
+        t = t.to(torch.float64)
+        return torch.expm1(self.beta_d * t**2 / 2 + self.beta_min * t).sqrt()
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
+        """The positive root of the quadratic, in the form that does not cancel at small sigma."""
+        q = torch.log1p(sigma.to(torch.float64) ** 2)
+        return 2 * q / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * q).sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP:
+    """A model trained at N discrete steps, made continuous: ``ln alpha`` linear between the steps.
+
+    Step ``i`` sits at ``t = (i + 1) / N`` (arXiv:2206.00927, appendix D.3); beyond either end the
+    last segment goes on.  ``alphas_cumprod`` (N,) holds the products of ``1 - beta``.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __post_init__(self) -> None:
+        abar = self.alphas_cumprod
+        if abar.ndim != 1 or len(abar) < 2:
+            raise ValueError(f"alphas_cumprod must be a list of steps, got {tuple(abar.shape)}")
+        if not (bool((abar.diff() < 0).all()) and 0 < float(abar[-1]) <= float(abar[0]) < 1):
+            raise ValueError("alphas_cumprod must decrease strictly within (0, 1)")
+
+    @classmethod
+    def from_betas(cls, first: float, last: float, num_steps: int = 1000) -> DiscreteVP:
+        """``betas = linspace(sqrt(first), sqrt(last), N)^2``: LDM and Stable Diffusion."""
+        roots = torch.linspace(first**0.5, last**0.5, num_steps, dtype=torch.float64)
+        return cls(torch.cumprod(1 - roots**2, 0))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        times, logs = self._steps()
+        return torch.expm1(-2 * _interpolate(t.to(torch.float64), times, logs)).sqrt()
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
+        times, logs = self._steps()
+        log_alpha = -0.5 * torch.log1p(sigma.to(torch.float64) ** 2)
+        return _interpolate(log_alpha, logs.flip(0), times.flip(0))
+
+    def _steps(self) -> tuple[Tensor, Tensor]:
+        logs = 0.5 * self.alphas_cumprod.to(torch.float64).log()
+        count = len(logs)
+        return torch.arange(1, count + 1, dtype=torch.float64) / count, logs
+
+
+def stable_diffusion() -> DiscreteVP:
+    """Stable Diffusion v1: betas from 0.00085 to 0.012, linear in their roots."""
+    return DiscreteVP.from_betas(0.00085, 0.012)
+
+
+def latent_diffusion() -> DiscreteVP:
+    """The unconditional LDM models: betas from 0.0015 to 0.0195, linear in their roots."""
+    return DiscreteVP.from_betas(0.0015, 0.0195)
+
+
+def _interpolate(at: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Piecewise linear through the points of increasing ``xs``; the end segments go on."""
+    right = torch.searchsorted(xs, at.contiguous()).clamp(1, len(xs) - 1)
+    left = right - 1
+    slope = (ys[right] - ys[left]) / (xs[right] - xs[left])
+    return ys[left] + slope * (at - xs[left])
