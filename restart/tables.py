@@ -1,0 +1,98 @@
+"""Published Restart configurations as data (`tables.json`), with their published NFE and FID."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from restart.build import restart_plan
+from restart.intervals import Interval, parse_restart_info
+from restart.plan import Plan
+from runtime.errors import UserError
+from solvers.grids import get_grid
+from solvers.registry import make_solver
+from solvers.types import Solver
+
+_FILE = Path(__file__).with_name("tables.json")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of a published table."""
+
+    name: str  #: ``<model>-<nfe>``
+    model: str  #: the dataset name of the model it was published for
+    n_main: int  #: nodes of the main grid, the final 0 not counted
+    intervals: tuple[Interval, ...]
+    S_noise: float
+    restart_gamma: float
+    S_min: float
+    S_max: float
+    nfe: int  #: as published
+    fid: float  #: as published, 50,000 images
+    source: str
+    note: str  #: what of this entry could be checked
+
+    def plan(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        main_solver: Solver | None = None,
+        restart_solver: Solver | None = None,
+        keep: Tensor | None = None,
+    ) -> Plan:
+        """The plan on EDM's grid plus 0; both walks are Heun unless told otherwise."""
+        return restart_plan(
+            published_grid(self.n_main, sigma_min, sigma_max, rho),
+            self.intervals,
+            main_solver or make_solver("heun"),
+            restart_solver,
+            S_noise=self.S_noise,
+            S_min=self.S_min,
+            S_max=self.S_max,
+            restart_gamma=self.restart_gamma,
+            rho=rho,
+            keep=keep,
+        )
+
+
+def published_grid(
+    n_main: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """The main grid of Restart and of EDM's sampler: ``n_main`` polynomial nodes, then 0."""
+    nodes = get_grid("polynomial", n_main, sigma_min, sigma_max, rho)
+    return torch.cat([nodes, nodes.new_zeros(1)])
+
+
+@cache
+def configurations() -> Mapping[str, Configuration]:
+    """All published configurations by name, in the order of the file."""
+    rows = json.loads(_FILE.read_text(encoding="utf-8"))["configurations"]
+    return MappingProxyType({row["name"]: _read(row) for row in rows})
+
+
+def configuration(name: str) -> Configuration:
+    """The configuration ``name`` (``imagenet64-203``); UserError lists what there is."""
+    known = configurations()
+    if name not in known:
+        raise UserError(f"unknown restart configuration {name!r}; choose one of {', '.join(known)}")
+    return known[name]
+
+
+def _read(row: dict) -> Configuration:
+    info = json.dumps(row.pop("restart_info"))
+    high = row.pop("S_max")
+    return Configuration(
+        **row,
+        intervals=parse_restart_info(info),
+        S_max=math.inf if high is None else high,
+    )
