@@ -11,10 +11,10 @@ from typing import Any, NoReturn, TypeVar
 import click
 import torch
 
-from runtime.dist import environment_rank
+from runtime.dist import environment
 
 F = TypeVar("F", bound=Callable[..., Any])
-HEAD_START = 3.0  #: seconds that rank 0 has to report an error that all ranks share
+HEAD_START = 3.0  #: seconds between the turns of the ranks to report an error
 
 
 def run(command: click.Command) -> NoReturn:
@@ -30,7 +30,7 @@ def run(command: click.Command) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         _leave("interrupted", 130)
     except click.ClickException as error:
-        _let_rank_0_speak()
+        _await_turn()
         error.show()
         sys.exit(error.exit_code)
     except torch.OutOfMemoryError:
@@ -39,22 +39,27 @@ def run(command: click.Command) -> NoReturn:
         if os.environ.get("AMED_TRACEBACK"):
             raise
         _leave(f"error: {_sentence(error)}", 1)
-    except Exception:
-        _let_rank_0_speak()
+    except Exception:  # perhaps only the echo of another rank's failure
+        _await_turn(turn=2)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    _let_rank_0_speak()
+    _await_turn()
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _let_rank_0_speak() -> None:
-    """Wait on other ranks: if rank 0 failed too, torchrun ends this process meanwhile."""
-    if environment_rank() > 0:
-        time.sleep(HEAD_START)
+def _await_turn(turn: int = 0) -> None:
+    """Let the rank that knows the cause report it: torchrun then ends the others, who wait.
+
+    Errors that all ranks share are rank 0's to report, and a lost connection is the last
+    thing worth reporting.
+    """
+    rank, size = environment()
+    if size > 1:
+        time.sleep(HEAD_START * (turn + (rank > 0)))
 
 
 def _sentence(error: Exception) -> str:

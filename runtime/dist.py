@@ -58,9 +58,9 @@ class World:
         return items[self.rank :: self.size]
 
 
-def environment_rank() -> int:
-    """The rank torchrun gave this process, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+def environment() -> tuple[int, int]:
+    """The rank and the number of processes as torchrun set them; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def world(device: str | None = None) -> Iterator[World]:
     Raises:
         UserError: a device that is not there, or too few GPUs for the number of processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = environment()
     if size == 1:
         yield World(rank=0, size=1, device=choose_device(device))
         return
@@ -83,7 +83,7 @@ def world(device: str | None = None) -> Iterator[World]:
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=chosen)
+        yield World(rank=rank, size=size, device=chosen)
     finally:
         dist.destroy_process_group()
 

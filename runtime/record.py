@@ -148,7 +148,7 @@ def _check(content: dict[str, Any], source: str) -> None:
     for name in names:
         if name not in content:
             raise UserError(f"{source} lacks the key '{name}': delete the record and run again")
-        if not isinstance(content[name], _TYPES[name]):
+        if type(content[name]) not in _TYPES[name]:  # True is no number here
             wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _TYPES[name])
             raise UserError(
                 f"{source} has {content[name]!r} as '{name}' where a {wanted} belongs: "
