@@ -183,14 +183,16 @@ def load_edm(
             f"{file} has sha256 {digest} where its card says {card.sha256}; restore the file"
         )
     tensors, metadata = read_safetensors(file)
-    config = json.loads(metadata["config"]) if "config" in metadata else card.config
+    config, bottleneck = card.config, card.bottleneck
+    if "config" in metadata:  # another network of the family knows its own settings
+        config, bottleneck = json.loads(metadata["config"]), metadata.get("bottleneck_module")
     found = (config["img_channels"], config["img_resolution"], config["img_resolution"])
     if found != card.shape or config.get("label_dim", 0) != card.label_dim:
         raise UserError(
             f"{file} is for samples {found} with {config.get('label_dim', 0)} classes where "
             f"'{card.name}' has {card.shape} and {card.label_dim}; choose the dataset it belongs to"
         )
-    net = build(config, card.bottleneck)
+    net = build(config, bottleneck)
     fill(net, tensors, str(file))
     net.eval().requires_grad_(False)
     return EDMModel(card, digest, net.cast(dtype).to(device))
