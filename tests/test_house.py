@@ -1,0 +1,255 @@
+"""The rules of the house, checked on the syntax trees of every file.
+
+Each rule is a function from a file to its violations; each is also fed a source that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE_LINES, SCRIPT_LINES, FUNCTION_LINES = 320, 150, 65
+
+_BASE = {"solvers", "runtime", "metrics"}
+_LEARNED = _BASE | {"denoisers", "restart", "pds", "teachers", "amed"}
+#: Which packages of ours a package may import besides itself.
+MAY_IMPORT: dict[str, set[str]] = {
+    "solvers": set(),
+    "runtime": set(),
+    "metrics": set(),
+    "denoisers": _BASE,
+    "restart": _BASE,
+    "pds": _BASE,
+    "teachers": _LEARNED - {"teachers", "amed"},
+    "amed": _LEARNED - {"amed"},
+    "samplers": _LEARNED,
+    "comparison": _LEARNED | {"samplers"},
+}
+SCRIPTS = ("train", "sample", "fid", "compare")
+FREE = {"tools", "benchmarks", "tests"}  # import what they like, and nobody imports them
+OURS = {*MAY_IMPORT, *SCRIPTS, *FREE}
+#: The numerical core stands on torch alone; the oracle needs an adaptive solver.
+CORE = {"solvers": {"torch"}, "solvers/oracle.py": {"torch", "torchdiffeq"}}
+EXTRAS = {"diffusers", "transformers", "accelerate"}  # of the extra [diffusion]
+PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
+
+
+@dataclass(frozen=True)
+class File:
+    path: str  #: relative to the root, with forward slashes
+    source: str
+
+    @property
+    def room(self) -> str:
+        """The top folder, or the name of a script in the root."""
+        return self.path.split("/")[0].removesuffix(".py")
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.source)
+
+
+Rule = Callable[[File], Iterator[str]]
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, top module) of every import, at the top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.split(".")[0]
+
+
+def imports_point_one_way(file: File) -> Iterator[str]:
+    allowed = MAY_IMPORT.get(file.room)
+    for line, module in imports(file.tree):
+        if module in FREE and file.room not in FREE:
+            yield f"line {line}: {module} is nobody's library"
+        elif allowed is not None and module in OURS - allowed - {file.room}:
+            yield f"line {line}: {file.room} may not import {module}"
+
+
+def core_stands_on_torch(file: File) -> Iterator[str]:
+    allowed = CORE.get(file.path, CORE.get(file.room))
+    if allowed is not None:
+        for line, module in imports(file.tree):
+            if module not in allowed | {"solvers"} | sys.stdlib_module_names:
+                yield f"line {line}: the core may not import {module}"
+
+
+def extras_are_imported_where_used(file: File) -> Iterator[str]:
+    for line, module in imports(file.tree):
+        if module == "torchvision":
+            yield f"line {line}: torchvision is no dependency"
+    for statement in file.tree.body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            for line, module in imports(ast.Module([statement], [])):
+                if module in EXTRAS:
+                    yield f"line {line}: {module} is an extra, import it where it is used"
+
+
+def no_pickles(file: File) -> Iterator[str]:
+    if file.room == "tests" or file.path == "denoisers/convert.py":
+        return
+    for line, module in imports(file.tree):
+        if module in PICKLES:
+            yield f"line {line}: {module} may run code from a file"
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and not is_false(node):
+            yield f"line {node.value.lineno}: allow_pickle may run code from a file"
+
+
+def torch_load_reads_weights_only(file: File) -> Iterator[str]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            given = {k.arg: k.value for k in node.keywords}.get("weights_only")
+            if not (isinstance(given, ast.Constant) and given.value is True):
+                yield f"line {node.lineno}: torch.load without weights_only=True"
+        if isinstance(node, ast.ImportFrom) and (node.module, "load") in {
+            ("torch", alias.name) for alias in node.names
+        }:
+            yield f"line {node.lineno}: call it torch.load, so that it is found"
+
+
+def is_false(node: ast.keyword) -> bool:
+    return isinstance(node.value, ast.Constant) and node.value.value is False
+
+
+def no_default_device(file: File) -> Iterator[str]:
+    for node in ast.walk(file.tree):
+        values: list[ast.expr | None] = []
+        if isinstance(node, ast.arguments):
+            values = [*node.defaults, *node.kw_defaults]
+        elif isinstance(node, ast.AnnAssign | ast.keyword) and (
+            isinstance(node, ast.AnnAssign) or node.arg == "default"
+        ):
+            values = [node.value]
+        for value in values:
+            for part in ast.walk(value) if value is not None else ():
+                if isinstance(part, ast.Constant) and str(part.value).startswith("cuda"):
+                    yield f"line {part.lineno}: the default device is {part.value!r}"
+
+
+def no_guessing_by_attribute(file: File) -> Iterator[str]:
+    if file.room == "tests":
+        return
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr":
+            yield f"line {node.lineno}: hasattr decides what a protocol should"
+
+
+def files_and_functions_are_short(file: File) -> Iterator[str]:
+    lines = len(file.source.splitlines())
+    most = SCRIPT_LINES if file.path in {f"{script}.py" for script in SCRIPTS} else FILE_LINES
+    if lines > most:
+        yield f"{lines} lines, at most {most}"
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > FUNCTION_LINES:
+                too = f"{node.name} has {length} lines, at most {FUNCTION_LINES}"
+                yield f"line {node.lineno}: {too}"
+
+
+RULES: list[Rule] = [
+    imports_point_one_way,
+    core_stands_on_torch,
+    extras_are_imported_where_used,
+    no_pickles,
+    torch_load_reads_weights_only,
+    no_default_device,
+    no_guessing_by_attribute,
+    files_and_functions_are_short,
+]
+
+
+def house() -> list[File]:
+    rooms = [ROOT / room for room in sorted({*MAY_IMPORT, *FREE})]
+    paths = [*sorted(ROOT.glob("*.py")), *(p for room in rooms for p in sorted(room.rglob("*.py")))]
+    return [File(p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")) for p in paths]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps_its_rules(rule: Rule) -> None:
+    assert [f"{file.path}, {broken}" for file in house() for broken in rule(file)] == []
+
+
+def test_every_room_is_known_and_seen() -> None:
+    """A new package has to be given its place above, and a file must not escape the walk."""
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages <= OURS, "add the new package to MAY_IMPORT"
+    seen = {file.path for file in house()}
+    assert {"runtime/cli.py", "solvers/types.py", "tests/test_house.py"} <= seen
+    for script in SCRIPTS:
+        assert not (ROOT / f"{script}.py").exists() or f"{script}.py" in seen
+
+
+LONG = "\n".join(["x = 1"] * (SCRIPT_LINES + 1))
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "source"),
+    [
+        (imports_point_one_way, "solvers/a.py", "import runtime.errors"),
+        (imports_point_one_way, "metrics/a.py", "def f():\n    from runtime.errors import x"),
+        (imports_point_one_way, "runtime/a.py", "from solvers import types"),
+        (imports_point_one_way, "denoisers/nets/a.py", "from restart.plan import Plan"),
+        (imports_point_one_way, "restart/a.py", "import torch, teachers"),
+        (imports_point_one_way, "teachers/a.py", "from amed.settings import x"),
+        (imports_point_one_way, "amed/a.py", "import samplers.build as b"),
+        (imports_point_one_way, "samplers/a.py", "import comparison"),
+        (imports_point_one_way, "amed/a.py", "import train"),
+        (imports_point_one_way, "comparison/a.py", "from tools import x"),
+        (imports_point_one_way, "train.py", "import tests.conftest"),
+        (core_stands_on_torch, "solvers/a.py", "import numpy as np"),
+        (core_stands_on_torch, "solvers/a.py", "from torchdiffeq import odeint"),
+        (core_stands_on_torch, "solvers/oracle.py", "import scipy"),
+        (extras_are_imported_where_used, "denoisers/a.py", "import transformers"),
+        (extras_are_imported_where_used, "denoisers/a.py", "def f():\n    import torchvision"),
+        (no_pickles, "denoisers/a.py", "import pickle"),
+        (no_pickles, "tools/a.py", "def f():\n    from pickle import load"),
+        (no_pickles, "metrics/a.py", "np.load(f, allow_pickle=True)"),
+        (torch_load_reads_weights_only, "denoisers/convert.py", "torch.load(path)"),
+        (torch_load_reads_weights_only, "tests/a.py", "torch.load(p, weights_only=False)"),
+        (torch_load_reads_weights_only, "amed/a.py", "from torch import load"),
+        (no_default_device, "amed/a.py", "def f(x, *, device='cuda'): ..."),
+        (no_default_device, "amed/a.py", "def f(device=torch.device('cuda:0')): ..."),
+        (no_default_device, "train.py", "@option('--device', default='cuda')\ndef f(): ..."),
+        (no_default_device, "amed/a.py", "class A:\n    device: str = 'cuda'"),
+        (no_guessing_by_attribute, "amed/a.py", "y = hasattr(x, 'guide')"),
+        (files_and_functions_are_short, "train.py", LONG),
+        (files_and_functions_are_short, "amed/a.py", LONG + "\n" + LONG + "\n" + LONG),
+        (
+            files_and_functions_are_short,
+            "amed/a.py",
+            "def f():\n" + "    x = 1\n" * FUNCTION_LINES,
+        ),
+    ],
+)
+def test_every_rule_catches_its_violation(rule: Rule, path: str, source: str) -> None:
+    assert len(list(rule(File(path, source)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("amed/a.py", "import torch\nfrom teachers.build import x\nfrom amed.b import y"),
+        ("metrics/a.py", "import numpy\nfrom metrics.b import y\nfrom . import c"),
+        ("solvers/oracle.py", "import math\nfrom torchdiffeq import odeint"),
+        ("denoisers/convert.py", "import pickle\ntorch.load(p, weights_only=True)"),
+        ("denoisers/sd.py", "def f():\n    import diffusers"),
+        ("tools/a.py", "import amed, samplers, comparison\nnp.load(p, allow_pickle=False)"),
+        ("tests/test_a.py", "import pickle, train\nhasattr(x, 'y')"),
+        ("amed/a.py", "def f(x, device='cpu', kind=None): return x.type == 'cuda'"),
+        ("amed/a.py", LONG),
+    ],
+)
+def test_no_rule_minds_what_is_right(path: str, source: str) -> None:
+    assert [broken for rule in RULES for broken in rule(File(path, source))] == []
