@@ -1,0 +1,106 @@
+"""Experiment folders: taking a number, and finding and reading what a run left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+
+from amed.predictor import AMEDPredictor
+from amed.settings import StudentSettings
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.record import RunRecord
+
+PREDICTOR = "predictor.safetensors"
+RECORD = "run.json"
+_NUMBERED = re.compile(r"(\d{5,})(-.*)?")
+
+
+def list_runs(root: str | Path) -> dict[int, Path]:
+    """Run folders below ``root`` by number."""
+    root = Path(root)
+    if not root.is_dir():
+        return {}
+    found = ((p, _NUMBERED.fullmatch(p.name)) for p in sorted(root.iterdir()) if p.is_dir())
+    return {int(m[1]): p for p, m in found if m}
+
+
+def create_run(root: str | Path, name: str) -> Path:
+    """Make ``root/<next number>-<name>``; safe against other runs that start at the same time."""
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        number = max(list_runs(root), default=0) + 1
+        claim = root / f"{number:05d}"
+        try:
+            os.mkdir(claim)  # exclusive: only one process takes a number
+        except FileExistsError:
+            continue
+        if list(root.glob(f"{number:05d}-*")):  # taken and already renamed by another process
+            claim.rmdir()
+            continue
+        return claim.rename(root / f"{number:05d}-{name}")
+
+
+def find_run(spec: str, root: str | Path) -> Path:
+    """The run folder that ``spec`` names: a number below ``root`` or a path."""
+    if spec.isdigit():
+        runs = list_runs(root)
+        if int(spec) not in runs:
+            have = ", ".join(map(str, runs)) or "none"
+            raise UserError(f"no run {spec} in {root} (there: {have}); train one with train.py")
+        return runs[int(spec)]
+    return Path(spec)
+
+
+def save_predictor(path: str | Path, predictor: AMEDPredictor, record: RunRecord) -> None:
+    """Write weights and record into one safetensors file, whole or not at all."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in predictor.state_dict().items()}
+    with atomic_write(path) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata={"record": record.to_json()})
+
+
+def load_predictor(spec: str, root: str | Path) -> tuple[AMEDPredictor, StudentSettings, RunRecord]:
+    """Read a predictor by run number, run folder or file.
+
+    Raises UserError where there is none, or where the file does not hold one of ours.
+    """
+    path = find_run(spec, root)
+    if path.is_dir():
+        path = path / PREDICTOR
+    if path.suffix == ".pkl":
+        raise UserError(
+            f"{path} is a published pickle, and the reader for those has not arrived yet; "
+            "give a predictor.safetensors of train.py"
+        )
+    if not path.is_file():
+        raise UserError(f"there is no predictor at {path}; train one with train.py, or wait for it")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}); train again or copy it anew"
+        ) from None
+    if "record" not in metadata:
+        raise UserError(
+            f"{path} carries no run record, so it is no predictor of this toolkit; "
+            "give a predictor.safetensors that train.py wrote"
+        )
+    record = RunRecord.from_json(metadata["record"], source=str(path))
+    settings = StudentSettings.from_options(record.options)
+    predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
+    try:
+        predictor.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(
+            f"the weights in {path} are not those of a predictor with scale_dir = "
+            f"{settings.scale_dir:g} and scale_time = {settings.scale_time:g}; train again"
+        ) from None
+    return predictor.requires_grad_(False).eval(), settings, record

@@ -1,0 +1,184 @@
+"""From command-line options to everything a training run needs, checked before work starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from amed.experiments import RECORD, list_runs
+from amed.predictor import AMEDPredictor
+from amed.settings import StudentSettings
+from amed.step import Student
+from amed.trainer import Data, Loop, Report
+from denoisers.registry import Model, load_model
+from runtime.dist import World
+from runtime.errors import UserError
+from runtime.noise import SeedNoise
+from runtime.record import RunRecord
+from solvers.driver import integrate
+from teachers.build import build_teacher
+from teachers.supervision import Teacher, teacher_nfe
+
+PREVIEW_SEEDS = range(16)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, resolved."""
+
+    #: Options that may differ between the start of a run and its continuation.
+    IGNORED: ClassVar[tuple[str, ...]] = ("outdir", "batch_gpu", "bench", "desc")
+
+    predictor: AMEDPredictor
+    student: Student
+    teacher: Teacher
+    data: Data
+    loop: Loop
+    record: RunRecord
+    name: str  #: of the folder, without its number
+    preview: Report
+
+
+def prepare(options: dict[str, Any], world: World) -> Job:
+    """Load the model and resolve every option.
+
+    Raises UserError or ValueError, in one sentence, for options that make no sense together.
+    """
+    _check(options, world)
+    model = load_model(
+        options["dataset_name"],
+        device=world.device,
+        dtype=options["dtype"],
+        model_path=options["model_path"],
+    )
+    card = model.card
+    settings = _settings(options, card.sigma_min, card.sigma_max)
+    fine, stride = settings.teacher_grid()
+    info = options["restart_info"] or json.dumps({k: list(v) for k, v in card.restart_info.items()})
+    restart = settings.sampler_tea == "restart"
+    teacher = build_teacher(
+        settings.sampler_tea,
+        None if restart or settings.sampler_tea == "dopri5" else settings.teacher_solver(),
+        fine,
+        stride,
+        restart_info=info if restart else None,
+        restart_target=options["restart_target"],
+        s_noise=options["S_noise"],
+    )
+    student = Student(settings.solver(), settings.grid(), settings.afs)
+    predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, seed=options["seed"])
+    data = _data(model, options, world)
+    cost = model.bind(_labels(model, [0])).cost
+    resolved = {**options, **settings.to_options(), "restart_info": info if restart else None}
+    record = RunRecord.make(
+        "train",
+        resolved,
+        {"name": card.name, "sha256": model.sha256},
+        {
+            "times": student.ts.tolist(),
+            "nfe": settings.nfe(cost),
+            "teacher_nfe": teacher_nfe(teacher, cost),
+            "parameters": sum(p.numel() for p in predictor.parameters()),
+        },
+    )
+    name = settings.run_name(cost) + (f"-{options['desc']}" if options["desc"] else "")
+    return Job(
+        predictor.to(world.device, data.dtype),
+        student,
+        teacher,
+        data,
+        _loop(options, world),
+        record,
+        name,
+        _preview(model, student, data),
+    )
+
+
+def resumable(root: str | Path, record: RunRecord) -> Path | None:
+    """The newest run below ``root`` that was started with the same options, model and plan."""
+    for _, folder in sorted(list_runs(root).items(), reverse=True):
+        path = folder / RECORD
+        if not path.is_file():
+            continue
+        try:
+            found = RunRecord.read(path)
+        except UserError:
+            continue  # somebody else's or a newer record: not this run
+        if not found.differences(record, Job.IGNORED):
+            return folder
+    return None
+
+
+def _settings(options: dict[str, Any], sigma_min: float, sigma_max: float) -> StudentSettings:
+    chosen = dict(options)
+    if chosen["schedule_type"] is None:
+        chosen["schedule_type"] = "polynomial"
+        chosen["schedule_rho"] = chosen["schedule_rho"] or 7.0
+    return StudentSettings.from_options({**chosen, "sigma_min": sigma_min, "sigma_max": sigma_max})
+
+
+def _check(options: dict[str, Any], world: World) -> None:
+    if options["prompt_path"]:
+        raise UserError(
+            f"--prompt_path was given, but {options['dataset_name']} takes no text; leave it out"
+        )
+    if options["guidance_type"] or options["guidance_rate"] is not None:
+        raise UserError(
+            f"--guidance_type/--guidance_rate were given, but {options['dataset_name']} has no "
+            "guidance; leave them out"
+        )
+    if options["batch"] < world.size:
+        raise UserError(
+            f"--batch={options['batch']} leaves some of {world.size} processes without work; "
+            f"give --batch {world.size} or more"
+        )
+
+
+def _data(model: Model, options: dict[str, Any], world: World) -> Data:
+    return Data(
+        bind=model.bind,
+        shape=model.card.shape,
+        label_dim=model.card.label_dim,
+        seed=options["seed"],
+        sigma_max=model.card.sigma_max,
+        dtype=torch.float64 if options["dtype"] == "float64" else torch.float32,
+        device=world.device,
+    )
+
+
+def _loop(options: dict[str, Any], world: World) -> Loop:
+    total = math.ceil(options["total_kimg"] * 1000)
+    share = -(-options["batch"] // world.size)
+    return Loop(
+        total=total,
+        batch=options["batch"],
+        micro=min(options["batch_gpu"] or share, share),
+        tick=round(options["tick"] * 1000),
+        snap=options["snap"],
+        lr=options["lr"],
+    )
+
+
+def _labels(model: Model, seeds: list[int]) -> Tensor | None:
+    classes = model.card.label_dim
+    return SeedNoise(seeds).integers("class", classes) if classes else None
+
+
+def _preview(model: Model, student: Student, data: Data) -> Report:
+    """The student's samples of a few fixed seeds, for TensorBoard."""
+    seeds = list(PREVIEW_SEEDS)
+
+    @torch.no_grad()
+    def preview(predictor: AMEDPredictor) -> Tensor:
+        noise = SeedNoise(seeds).normal("latent", data.shape, data.dtype, data.device)
+        denoiser = model.bind(_labels(model, seeds))
+        x = noise * student.ts[0]
+        return integrate(student.solver, denoiser, x, student.ts, predictor, student.afs).x[-1]
+
+    return preview

@@ -1,0 +1,129 @@
+"""What a learned student is: the settings that fix its solver, its grid and its budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from solvers.driver import planned_nfe
+from solvers.grids import TimeMap, get_grid, refine
+from solvers.registry import make_solver
+from solvers.rules import FixedRatio
+from solvers.types import Solver
+
+STUDENTS = ("amed", "ipndm", "dpmpp", "dpm", "euler")
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """Options of one student, under their published names; stored with its predictor."""
+
+    dataset_name: str
+    sampler_stu: str
+    num_steps: int
+    sigma_min: float
+    sigma_max: float
+    sampler_tea: str = "heun"
+    M: int = 1
+    schedule_type: str = "polynomial"
+    schedule_rho: float | None = 7.0
+    afs: bool = False
+    scale_dir: float = 0.0
+    scale_time: float = 0.0
+    max_order: int | None = None
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    thresholding: bool = False
+    guidance_type: str | None = None
+    guidance_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler_stu not in STUDENTS:
+            raise ValueError(
+                f"no student is called {self.sampler_stu!r}; choose one of {', '.join(STUDENTS)}"
+            )
+        if self.M < 1:
+            raise ValueError(
+                f"M = {self.M} inserts no node for the teacher, which then knows no more than the "
+                "student; give --M 1 or more"
+            )
+        if self.afs and self.num_steps < 3:
+            raise ValueError(
+                f"--afs spends the first of {self.num_steps - 1} interval(s) on the analytic "
+                "step; give --num_steps 3 or more"
+            )
+        self.solver()
+        if self.schedule_type != "discrete":  # the discrete grid needs the model
+            self.grid()
+
+    def solver(self) -> Solver:
+        """The student's solver."""
+        return self._solver(self.sampler_stu)
+
+    def teacher_solver(self) -> Solver:
+        """The teacher's solver, with the student's multistep options."""
+        return self._solver(self.sampler_tea)
+
+    def _solver(self, name: str) -> Solver:
+        return make_solver(
+            name,
+            max_order=self.max_order,
+            predict_x0=self.predict_x0,
+            lower_order_final=self.lower_order_final,
+            thresholding=self.thresholding,
+        )
+
+    def grid(self, **maps: TimeMap) -> Tensor:
+        """The student's noise levels, (num_steps,) float64."""
+        return get_grid(
+            self.schedule_type,
+            self.num_steps,
+            self.sigma_min,
+            self.sigma_max,
+            self.schedule_rho,
+            **maps,
+        )
+
+    def teacher_grid(self, **maps: TimeMap) -> tuple[Tensor, int]:
+        """The refined grid and its stride: every stride-th node is the student's."""
+        fine, _ = refine(
+            self.schedule_type,
+            self.num_steps,
+            self.M,
+            self.sigma_min,
+            self.sigma_max,
+            self.schedule_rho,
+            **maps,
+        )
+        return fine, self.M + 1
+
+    def nfe(self, cost: int = 1) -> int:
+        """Network evaluations of one sample, in closed form."""
+        # Any guide inserts one node per interval, learned or not.
+        return planned_nfe(
+            self.solver(), range(self.num_steps, 0, -1), FixedRatio(0.5), self.afs, cost
+        )
+
+    def run_name(self, cost: int = 1) -> str:
+        """The published folder name, without its number."""
+        parts = [
+            self.dataset_name,
+            str(self.num_steps),
+            str(self.nfe(cost)),
+            self.sampler_stu,
+            self.sampler_tea,
+            str(self.M),
+            self.schedule_type,
+        ]
+        return "-".join(parts) + ("-afs" if self.afs else "")
+
+    def to_options(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_options(cls, options: dict[str, object]) -> StudentSettings:
+        """Pick the settings out of a record's options (which hold more than these)."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in options.items() if k in known})  # type: ignore[arg-type]

@@ -1,0 +1,209 @@
+"""The training loop around `amed.step`: data by number, ticks, resuming, sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from amed.experiments import PREDICTOR, save_predictor
+from amed.predictor import AMEDPredictor
+from amed.sinks import Sinks
+from amed.step import IntervalResult, Micro, Student, train_batch
+from runtime.dist import World
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.log import progress
+from runtime.noise import Name, SeedNoise
+from runtime.record import RunRecord
+from solvers.driver import Meter
+from solvers.types import Denoiser
+from teachers.supervision import Teacher, visit_variance
+
+STATE = "training-state.pt"
+VARIANCE_SAMPLES, VARIANCE_DRAWS = 4, 4
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where training samples come from: the model, bound to drawn classes, and named noise.
+
+    A sample is known by its global number, so neither rank nor micro-batch changes it, and its
+    noise bears names of its own, so no latent is ever one that a sampler will start from.
+    """
+
+    bind: Callable[[Tensor | None], Denoiser]  #: labels (B,) or None -> denoiser
+    shape: tuple[int, int, int]
+    label_dim: int
+    seed: int
+    sigma_max: float
+    dtype: torch.dtype
+    device: torch.device
+
+    def draw(
+        self, numbers: Sequence[int], stream: str = "train"
+    ) -> tuple[Meter, Tensor, Callable[[tuple], Tensor]]:
+        """Meter, start states (B, C, H, W) at sigma_max, and the samples' named noise."""
+        noise = SeedNoise(numbers)
+        labels = (
+            noise.integers((stream, self.seed, "class"), self.label_dim) if self.label_dim else None
+        )
+
+        def normal(name: Name) -> Tensor:
+            full = (stream, self.seed, *((name,) if isinstance(name, str) else name))
+            return noise.normal(full, self.shape, self.dtype, self.device)
+
+        return Meter(self.bind(labels)), normal("latent") * self.sigma_max, normal
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How long and in what portions to train."""
+
+    total: int  #: trajectories
+    batch: int  #: over all ranks
+    micro: int  #: at once on one rank
+    tick: int  #: trajectories between two reports and saved states
+    snap: int  #: ticks between two kept predictors; 0 keeps the last alone
+    lr: float
+
+    @property
+    def iterations(self) -> int:
+        return -(-self.total // self.batch)
+
+    @property
+    def iterations_per_tick(self) -> int:
+        return max(1, self.tick // self.batch)
+
+
+class Report(Protocol):
+    """Draws a picture of what the student can do by now: (B, C, H, W)."""
+
+    def __call__(self, predictor: AMEDPredictor) -> Tensor: ...
+
+
+def train(
+    predictor: AMEDPredictor,
+    student: Student,
+    teacher: Teacher,
+    data: Data,
+    loop: Loop,
+    world: World,
+    folder: Path,
+    record: RunRecord,
+    preview: Report | None = None,
+) -> None:
+    """Train until ``loop.total`` trajectories have been seen, from the last saved state if any.
+
+    At every tick rank 0 writes the predictor, the state to resume from and the figures; a killed
+    run continues bit-equal on one CPU rank.
+    """
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=loop.lr)
+    first = _load_state(folder / STATE, predictor, optimizer)
+    with (
+        Sinks(folder, first * loop.batch, world.is_main) as sinks,
+        progress(
+            loop.iterations * loop.batch,
+            "training",
+            "traj",
+            first * loop.batch,
+            world.is_main,
+        ) as bar,
+    ):
+        window: list[list[IntervalResult]] = []
+        for it in range(first, loop.iterations):
+            micros = _micros(data, teacher, loop, world, it)
+            window.append(
+                train_batch(predictor, optimizer, student, micros, loop.batch, world.sum_)
+            )
+            bar.update(loop.batch)
+            if (it + 1) % loop.iterations_per_tick and it + 1 < loop.iterations:
+                continue
+            figures = _figures(window, loop, world)
+            variance = _variance(teacher, data) if teacher.stochastic else None
+            window = []
+            bar.set_postfix(loss=f"{sum(figures['loss']):.3f}")
+            if world.is_main:
+                images = preview(predictor) if preview else None
+                sinks.write((it + 1) * loop.batch, figures, loop.lr, variance, images)
+                _save(folder, predictor, optimizer, record, it + 1, loop)
+            world.barrier()
+
+
+def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> list[Micro]:
+    """This rank's share of batch ``it``, supervised, in portions that fit the device."""
+    numbers = world.shard(range(it * loop.batch, (it + 1) * loop.batch))
+    micros = []
+    for i in range(0, len(numbers), loop.micro):
+        meter, x, normal = data.draw(numbers[i : i + loop.micro])
+        with torch.no_grad():
+            micros.append(Micro.begin(meter, teacher.supervise(meter, x, normal)))
+    return micros
+
+
+def _figures(window: list[list[IntervalResult]], loop: Loop, world: World) -> dict[str, list]:
+    """Means over the tick and over all ranks, per interval."""
+    rows = torch.tensor(
+        [[[r.loss, *r.mid] for r in batch] for batch in window], dtype=torch.float64
+    ).mean(0)  # (N - 1, 4)
+    world.sum_(rows)
+    rows[:, 1:] /= loop.batch
+    loss, r, c, a = rows.T.tolist()
+    nonfinite = sum(r.nonfinite for batch in window for r in batch)
+    return {"loss": loss, "r": r, "c": c, "a": a, "nonfinite": [nonfinite]}
+
+
+def _variance(teacher: Teacher, data: Data) -> list[float]:
+    """Variance of the teacher's states over a few draws from the same few starts."""
+    meter, x, _ = data.draw(range(VARIANCE_SAMPLES), "variance")
+    draws = [data.draw(range(VARIANCE_SAMPLES), f"variance-{k}")[2] for k in range(VARIANCE_DRAWS)]
+    return visit_variance(teacher, meter, x, draws).tolist()
+
+
+def _save(
+    folder: Path,
+    predictor: AMEDPredictor,
+    optimizer: torch.optim.Optimizer,
+    record: RunRecord,
+    done: int,
+    loop: Loop,
+) -> None:
+    if loop.snap and done % (loop.snap * loop.iterations_per_tick) == 0:
+        name = f"predictor-{done * loop.batch:08d}.safetensors"
+        save_predictor(folder / "snapshots" / name, predictor, record)
+    save_predictor(folder / PREDICTOR, predictor, record)
+    state = {
+        "done": done,
+        "predictor": predictor.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with atomic_write(folder / STATE) as temporary:
+        torch.save(state, temporary)
+
+
+def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Optimizer) -> int:
+    """Iterations done so far; restores predictor and optimizer where a state was saved."""
+    if not path.is_file():
+        return 0
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        predictor.load_state_dict(state["predictor"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["done"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be resumed from ({type(error).__name__}); delete it to start that run "
+            "from the beginning"
+        ) from None
+
+
+def finished(folder: Path, loop: Loop) -> bool:
+    """Whether the run in ``folder`` has reached its total."""
+    path = folder / STATE
+    if not path.is_file():
+        return False
+    return int(torch.load(path, weights_only=True, map_location="cpu")["done"]) >= loop.iterations

@@ -1,0 +1,1 @@
+"""Teachers: high-NFE trajectories and the targets that supervise a student."""
