@@ -1,0 +1,83 @@
+"""What a person may ask of a sampler, and which sampler takes what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from runtime.errors import UserError
+
+CLASSIC = ("euler", "heun", "dpm", "dpmpp", "dpmpp3c", "ipndm")
+SAMPLERS = (*CLASSIC, "edm", "restart")
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """Options under the names of their flags; None means the default of the sampler."""
+
+    sampler: str | None = None
+    num_steps: int | None = None  #: nodes of the (main) grid, a final 0 not counted
+    nfe: int | None = None  #: a budget instead of ``num_steps``
+    afs: bool | None = None
+    schedule_type: str | None = None
+    schedule_rho: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    max_order: int | None = None
+    predict_x0: bool | None = None
+    lower_order_final: bool | None = None
+    thresholding: bool | None = None
+    r: float | None = None  #: where DPM-Solver-2 inserts its node
+    restart_info: str | None = None
+    restart_config: str | None = None
+    main_solver: str | None = None
+    restart_solver: str | None = None
+    restart_gamma: float | None = None
+    S_churn: float | None = None
+    S_min: float | None = None
+    S_max: float | None = None
+    S_noise: float | None = None
+    guidance_rate: float | None = None
+
+    def given(self) -> dict[str, object]:
+        """The options that were set, the sampler's name aside."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sampler"}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+_ANY = frozenset({"num_steps", "nfe", "schedule_rho", "sigma_min", "sigma_max", "guidance_rate"})
+_WALK = _ANY | {"afs", "schedule_type"}
+_FORM = {"predict_x0", "lower_order_final", "thresholding"}
+_NOISE = {"S_churn", "S_min", "S_max", "S_noise"}
+_RESTART = {"restart_info", "restart_config", "main_solver", "restart_solver", "restart_gamma"}
+
+TAKES: dict[str, frozenset[str]] = {
+    "euler": _WALK,
+    "heun": _WALK,
+    "dpm": _WALK | {"r"},
+    "dpmpp": _WALK | _FORM | {"max_order"},
+    "dpmpp3c": _WALK | _FORM,
+    "ipndm": _WALK | {"max_order"},
+    "edm": _ANY | _NOISE,
+    "restart": _ANY | _NOISE | _RESTART,
+}
+#: A published configuration fixes the main grid and the noise.
+CONFIG_TAKES = _ANY - {"num_steps", "nfe"} | {"restart_config", "main_solver", "restart_solver"}
+#: A predictor brings its solver, its grid and its budget.
+LEARNED_TAKES = frozenset({"guidance_rate"})
+
+
+def check_taken(
+    options: SamplerOptions, taken: frozenset[str], what: str, remedy: str | None = None
+) -> None:
+    """UserError for an option that ``what`` would have to ignore, and for NaN."""
+    for name, value in options.given().items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"--{name} {value} is not a number: give one, or leave --{name} out")
+        if name in taken:
+            continue
+        users = " or ".join(sampler for sampler in SAMPLERS if name in TAKES[sampler])
+        raise UserError(
+            f"--{name} {value} means nothing to {what}: leave it out, "
+            f"or {remedy or f'use --sampler {users}'}"
+        )
