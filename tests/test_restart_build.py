@@ -1,0 +1,344 @@
+"""Building plans: where jumps and nodes lie, who walks what, names of draws, what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from denoisers.analytic import GaussianDenoiser
+from restart.build import edm_plan, restart_plan
+from restart.intervals import (
+    Interval,
+    parse_restart_info,
+    parse_restart_line,
+    read_configurations,
+)
+from restart.plan import Jump, Solve, plan_nfe, run_plan
+from restart.tables import published_grid
+from runtime.errors import UserError
+from solvers.grids import get_grid
+from solvers.registry import make_solver
+from solvers.rules import FixedRatio
+
+HEUN, EULER = make_solver("heun"), make_solver("euler")
+MAIN = torch.tensor([16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+
+
+def outline(plan) -> list:
+    """Times of each part, rounded; jumps as (from, to, name)."""
+    return [
+        (round(part.t_from, 6), round(part.t_to, 6), part.name)
+        if isinstance(part, Jump)
+        else [round(t, 6) for t in part.ts.tolist()]
+        for part in plan
+    ]
+
+
+def test_levels_are_taken_on_the_way_down_and_named_as_given():
+    intervals = [Interval(3, 2, 0.9, 3.0), Interval(2, 1, 4.4, 10.0)]
+    plan = restart_plan(MAIN, intervals, EULER, rho=1.0)
+    assert outline(plan) == [
+        [16, 8, 4],
+        (4, 10, ("restart", 1, 0)),
+        [10, 4],
+        [4, 2, 1],
+        (1, 3, ("restart", 0, 0)),
+        [3, 2, 1],
+        (1, 3, ("restart", 0, 1)),
+        [3, 2, 1],
+        [1, 0.5, 0],
+    ]
+    assert all(part.scale == 1.0 for part in plan if isinstance(part, Jump))
+    solvers = [part.solver for part in plan if isinstance(part, Solve)]
+    assert solvers == [EULER, HEUN, EULER, HEUN, HEUN, EULER]
+
+
+def test_restart_at_the_last_node_of_a_grid_without_zero_ends_the_plan():
+    plan = restart_plan(MAIN[:-1], [Interval(2, 1, 0.5, 1.5)], HEUN)
+    assert outline(plan) == [
+        [16, 8, 4, 2, 1, 0.5],
+        (0.5, 1.5, ("restart", 0, 0)),
+        [1.5, 0.5],
+    ]
+
+
+def test_restart_before_the_zero_leaves_the_closing_euler_step():
+    plan = restart_plan(MAIN, [Interval(2, 1, 0.5, 1.5)], HEUN)
+    assert outline(plan)[-1] == [0.5, 0]
+    assert plan_nfe(plan) == 2 * 5 + 2 + 1
+
+
+def test_restart_grid_is_polynomial_with_the_given_exponent():
+    for rho in (7.0, 3.0):
+        plan = restart_plan(MAIN, [Interval(5, 1, 1.0, 3.0)], HEUN, rho=rho)
+        assert torch.equal(plan[2].ts, get_grid("polynomial", 5, 1.0, 3.0, rho))
+
+
+def test_without_churn_edm_is_one_walk():
+    for settings in ({}, {"S_churn": 9.0, "S_min": 5.0, "S_max": 7.0}):
+        (only,) = edm_plan(MAIN, **settings)
+        assert torch.equal(only.ts, MAIN) and only.solver == HEUN
+
+
+def test_churn_interrupts_the_walk_only_where_it_is_active():
+    plan = edm_plan(MAIN, S_churn=1.2, S_min=2.0, S_max=4.0, S_noise=1.1)  # gamma = 1.2 / 6
+    assert outline(plan) == [
+        [16, 8, 4],
+        (4, 4.8, ("churn", 2)),
+        [4.8, 2],
+        (2, 2.4, ("churn", 3)),
+        [2.4, 1],
+        [1, 0.5, 0],
+    ]
+    assert [part.scale for part in plan if isinstance(part, Jump)] == [1.1, 1.1]
+    assert plan_nfe(plan) == plan_nfe(edm_plan(MAIN))
+
+
+def test_churn_gamma_is_capped():
+    plan = edm_plan(MAIN, S_churn=100.0, S_min=16.0)
+    assert plan[0].t_to == pytest.approx(16 * math.sqrt(2), rel=1e-12)
+
+
+def test_restart_gamma_churns_descents_and_s_churn_the_main_walk():
+    interval = Interval(3, 2, 1.0, 3.0)
+    settings = dict(rho=1.0, S_noise=1.01, S_min=1.5, S_max=3.0)
+    plan = restart_plan(MAIN, [interval], HEUN, restart_gamma=0.5, **settings)
+    assert outline(plan) == [
+        [16, 8, 4, 2, 1],
+        *[
+            part
+            for k in (0, 1)
+            for part in (
+                (1, 3, ("restart", 0, k)),
+                (3, 4.5, ("restart", 0, k, "churn", 0)),
+                [4.5, 2],
+                (2, 3, ("restart", 0, k, "churn", 1)),
+                [3, 1],
+            )
+        ],
+        [1, 0.5, 0],
+    ]
+    assert {part.scale for part in plan if isinstance(part, Jump)} == {1.01}
+    plan = restart_plan(MAIN, [interval], HEUN, S_churn=3.0, **settings)
+    names = [part.name for part in plan if isinstance(part, Jump)]
+    assert names == [("churn", 3), ("restart", 0, 0), ("restart", 0, 1)]
+
+
+def test_kept_times_are_nodes_of_the_final_descent_only_and_once():
+    keep = torch.tensor([16.0, 3.0, 2.5, 2.5, 2.0, 1.25, 1.0, 0.7], dtype=torch.float64)
+    plan = restart_plan(MAIN, [Interval(3, 3, 1.0, 3.0)], HEUN, rho=1.0, keep=keep)
+    assert [part for part in outline(plan) if isinstance(part, list)] == [
+        [16, 8, 4, 2, 1],
+        [3, 2, 1],
+        [3, 2, 1],
+        [3, 2.5, 2, 1.25, 1],  # 2 was a node anyway; 1 and 3 are the ends
+        [1, 0.5, 0],
+    ]
+    assert plan_nfe(plan) == 11 + 2 * (2 + 2 + 4)
+
+
+def test_a_kept_time_replaces_the_node_that_rounding_left_beside_it():
+    near = 2.0 * (1 + 1e-12)
+    keep = torch.tensor([near, 1.0 + 1e-12, 3.0 - 1e-12], dtype=torch.float64)
+    plan = restart_plan(MAIN, [Interval(3, 1, 1.0, 3.0)], HEUN, rho=1.0, keep=keep)
+    assert plan[2].ts.tolist() == [3.0, near, 1.0]
+
+
+def test_guides_and_analytic_steps_reach_their_own_walks():
+    sigmas = []
+
+    class Recorder(GaussianDenoiser):
+        def __call__(self, x, sigma):
+            sigmas.append(round(float(sigma), 6))
+            return super().__call__(x, sigma)
+
+    amed = make_solver("amed")
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    main = torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64)
+    half, whole = FixedRatio(0.5), FixedRatio(1.0)
+
+    def calls(**settings):
+        sigmas.clear()
+        plan = restart_plan(main, [Interval(2, 2, 1.0, 9.0)], amed, amed, **settings)
+        assert run_plan(plan, Recorder(0.0, 1.0), x, lambda _: x).nfe == plan_nfe(plan)
+        return list(sigmas)
+
+    settings = dict(main_guide=half, restart_guide=whole)
+    assert calls(**settings) == [16, 8, 4, 2, 9, 1, 9, 1]
+    assert calls(**settings, afs=True) == [8, 4, 2, 9, 1, 9, 1]
+    assert calls(**settings, restart_afs=True) == [16, 8, 4, 2, 1, 1]
+    assert calls(main_guide=whole, restart_guide=half) == [16, 4, 4, 1, 9, 3, 9, 3]
+
+
+def test_the_analytic_step_is_the_first_of_all_and_not_the_first_after_a_restart():
+    plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], HEUN, afs=True)
+    assert [part.afs for part in plan if isinstance(part, Solve)] == [True, False, False, False]
+    plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], HEUN, restart_afs=True)
+    assert [part.afs for part in plan if isinstance(part, Solve)] == [False, True, True, False]
+
+
+# -- texts --------------------------------------------------------------------------------------
+
+TWO = '{"1": [4, 5, 0.59, 1.09], "0": [3, 1, 19.35, 40.79]}'
+PARSED = (Interval(3, 1, 19.35, 40.79), Interval(4, 5, 0.59, 1.09))
+
+
+def test_restart_info_is_read_in_the_order_of_its_numbers():
+    assert parse_restart_info(TWO) == PARSED
+    assert parse_restart_info('{"10": [2, 1, 1, 2], "9": [3.0, 1.0, 3, 4]}') == (
+        Interval(3, 1, 3.0, 4.0),
+        Interval(2, 1, 1.0, 2.0),
+    )
+    assert type(parse_restart_info('{"0": [3.0, 1.0, 3, 4]}')[0].n_restart) is int
+
+
+def test_published_lines_and_files_are_read(tmp_path):
+    assert parse_restart_info(f"18 {TWO}") == parse_restart_info(f" 18 {TWO}\n", 18) == PARSED
+    assert parse_restart_line(f"18 {TWO}") == (18, PARSED)
+    assert parse_restart_line(TWO) == (None, PARSED)
+    one, many, pretty = tmp_path / "one.txt", tmp_path / "many.txt", tmp_path / "pretty.json"
+    one.write_text(f"18 {TWO}\n")
+    many.write_text(f'18 {TWO}\n\n14 {{"0": [2, 1, 1, 2]}}\n')
+    pretty.write_text('{\n  "0": [3, 1, 19.35, 40.79],\n  "1": [4, 5, 0.59, 1.09]\n}\n')
+    assert parse_restart_line(str(one)) == (18, PARSED)
+    assert parse_restart_line(str(pretty)) == (None, PARSED)
+    assert read_configurations(many) == [(18, PARSED), (14, (Interval(2, 1, 1.0, 2.0),))]
+    with pytest.raises(UserError) as error:
+        parse_restart_info(str(many))
+    assert str(error.value) == (
+        f"restart_info file {many} holds 2 configurations; keep one of them"
+    )
+    many.write_text("hello\n")
+    with pytest.raises(UserError) as error:
+        parse_restart_info(str(many))
+    assert str(error.value) == f"restart_info file {many} is not of the form {FORM} or 'N {{json}}'"
+
+
+FORM = '{"0": [N_restart, K, t_min, t_max], ...}'
+FOUR = "write the four numbers [N_restart, K, t_min, t_max]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", f"restart_info '' is neither a file nor of the form {FORM} or 'N {{json}}'"),
+        ("x.txt", f"restart_info 'x.txt' is neither a file nor of the form {FORM} or 'N {{json}}'"),
+        (
+            '{"0": [3, 2, 0.06, 0.3]',
+            "restart_info '{\"0\": [3, 2, 0.06, 0.3]' is not valid JSON "
+            f"(Expecting ',' delimiter at character 23); write {FORM}",
+        ),
+        ("{}", f"restart_info has no interval; write {FORM}"),
+        ('{"a": [3, 2, 1, 2]}', f'restart_info interval "a" is not a number; write {FORM}'),
+        (
+            '{"0": [3, 2, 1, 2], "0": [3, 2, 3, 4]}',
+            'restart_info names interval "0" twice; number them 0, 1, ...',
+        ),
+        ('{"0": [3, 2, 1]}', f'restart_info interval "0" is [3, 2, 1]; {FOUR}'),
+        ('{"0": [3, true, 1, 2]}', f'restart_info interval "0" is [3, true, 1, 2]; {FOUR}'),
+        ('{"0": {"a": 1}}', f'restart_info interval "0" is {{"a": 1}}; {FOUR}'),
+        ('{"0": [3, 2, "1", 2]}', f'restart_info interval "0" is [3, 2, "1", 2]; {FOUR}'),
+        (
+            '{"0": [3, 2, 0.1, 0.3], "1": [1, 2, 1, 2]}',
+            "restart interval 1 [1, 2, 1, 2]: N_restart = 1 has to be an integer of at least 2",
+        ),
+        (
+            '{"0": [2.5, 2, 1, 2]}',
+            "restart interval 0 [2.5, 2, 1, 2]: N_restart = 2.5 has to be an integer of at least 2",
+        ),
+        (
+            '{"0": [2, 0, 1, 2]}',
+            "restart interval 0 [2, 0, 1, 2]: K = 0 has to be an integer of at least 1",
+        ),
+        (
+            '{"0": [2, 1, 2, 2]}',
+            "restart interval 0 [2, 1, 2, 2]: t_min = 2 has to be below t_max = 2",
+        ),
+        (
+            '{"0": [2, 1, NaN, 2]}',
+            "restart interval 0 [2, 1, nan, 2]: "
+            "t_min = nan has to be a positive, finite noise level",
+        ),
+        (
+            '{"0": [2, 1, -1, 2]}',
+            "restart interval 0 [2, 1, -1, 2]: t_min = -1 has to be a positive, finite noise level",
+        ),
+        (
+            '{"0": [2, 1, 1, 1e999]}',
+            "restart interval 0 [2, 1, 1, inf]: "
+            "t_max = inf has to be a positive, finite noise level",
+        ),
+        (
+            '1 {"0": [2, 1, 1, 2]}',
+            "restart_info states 1 main node(s); a walk needs at least 2",
+        ),
+    ],
+)
+def test_bad_texts_are_refused_in_one_sentence(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        parse_restart_info(text)
+    assert str(error.value) == message
+
+
+def test_a_contradicting_number_of_main_nodes_is_refused():
+    with pytest.raises(UserError) as error:
+        parse_restart_info('18 {"0": [2, 1, 1, 2]}', 14)
+    assert str(error.value) == (
+        "restart_info states 18 main nodes, but 14 were asked for; "
+        "drop the number or make them equal"
+    )
+
+
+@pytest.mark.parametrize(
+    ("intervals", "message"),
+    [
+        (
+            [Interval(3, 2, 0.9, 3.0), Interval(3, 1, 1.2, 5.0)],
+            "restart intervals 0 [3, 2, 0.9, 3] and 1 [3, 1, 1.2, 5] both restart at the grid "
+            "node 1; use more main nodes or drop one of them",
+        ),
+        (
+            [Interval(3, 2, 0.8, 0.95)],
+            "restart interval 0 [3, 2, 0.8, 0.95]: the grid node nearest to t_min is 1, not below "
+            "t_max = 0.95; use more main nodes or a wider interval",
+        ),
+        (
+            [Interval(3, 2, 1.0, 3.0), Interval(3, 2, 3.0, 20.0)],
+            "restart interval 1 [3, 2, 3, 20] lies outside the grid: t_max = 20 is above its first "
+            "node 16",
+        ),
+        (
+            [Interval(3, 2, 0.2, 3.0)],
+            "restart interval 0 [3, 2, 0.2, 3] lies outside the grid: t_min = 0.2 is below its "
+            "last node 0.5",
+        ),
+        (
+            [Interval(1, 2, 1.0, 3.0)],
+            "restart interval 0 [1, 2, 1, 3]: N_restart = 1 has to be an integer of at least 2",
+        ),
+        (
+            [Interval(2, 1, 3.0, 1.0)],
+            "restart interval 0 [2, 1, 3, 1]: t_min = 3 has to be below t_max = 1",
+        ),
+    ],
+)
+def test_bad_intervals_are_refused_in_one_sentence(intervals, message):
+    with pytest.raises(UserError) as error:
+        restart_plan(MAIN, intervals, HEUN)
+    assert str(error.value) == message
+
+
+def test_the_ends_of_the_grid_are_inside_it():
+    plan = restart_plan(published_grid(8), [Interval(2, 1, 0.002, 80.0)], HEUN)
+    assert plan_nfe(plan) == 17
+
+
+@pytest.mark.parametrize("name", ["S_noise", "S_churn", "S_min", "restart_gamma", "S_max"])
+def test_bad_noise_settings_are_refused(name):
+    for value in (-1.0, math.nan) if name == "S_max" else (-1.0, math.nan, math.inf):
+        with pytest.raises(UserError) as error:
+            restart_plan(MAIN, [], HEUN, **{name: value})
+        assert str(error.value) == f"{name} = {value:g} has to be a number of at least 0"

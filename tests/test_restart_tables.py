@@ -1,0 +1,67 @@
+"""Published configurations: every NFE is recomputed from its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from restart.plan import Jump, plan_nfe
+from restart.tables import configuration, configurations
+from runtime.errors import UserError
+
+#: NFE -> FID as published (arXiv:2306.14878, tables 3 and 5), written down a second time here.
+PUBLISHED = {
+    "cifar10-vp": {43: 2.70, 55: 2.45, 75: 2.27, 115: 2.21, 519: 2.11},
+    "cifar10": {43: 1.90},
+    "imagenet64": {
+        39: 2.38,
+        67: 1.95,
+        99: 1.71,
+        165: 1.51,
+        203: 1.46,
+        385: 1.41,
+        535: 1.39,
+        623: 1.36,
+    },
+}
+
+
+def test_all_published_rows_are_there():
+    found: dict[str, dict[int, float]] = {}
+    for name, row in configurations().items():
+        assert name == row.name == f"{row.model}-{row.nfe}"
+        found.setdefault(row.model, {})[row.nfe] = row.fid
+    assert found == PUBLISHED
+
+
+@pytest.mark.parametrize("name", list(configurations()))
+def test_nfe_of_the_plan_is_the_published_one(name):
+    row = configuration(name)
+    plan = row.plan()
+    assert plan_nfe(plan) == row.nfe
+    restarts = {p.name[1] for p in plan if isinstance(p, Jump) and p.name[0] == "restart"}
+    assert restarts == set(range(len(row.intervals)))  # no level is lost when it snaps
+
+
+@pytest.mark.parametrize("name", list(configurations()))
+def test_every_row_says_what_was_checked(name):
+    row = configuration(name)
+    assert "arXiv:2306.14878" in row.source
+    checked = name in ("cifar10-vp-43", "imagenet64-39")  # those with recorded runs
+    assert row.note.startswith("Checked: " if checked else "Reconstructed: ")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError) as error:
+        configuration("cifar10-44")
+    assert str(error.value) == (
+        f"unknown restart configuration 'cifar10-44'; choose one of {', '.join(configurations())}"
+    )
+
+
+def test_the_documented_table_is_the_data():
+    text = (Path(__file__).parent.parent / "docs" / "restart.md").read_text(encoding="utf-8")
+    for row in configurations().values():
+        levels = " ".join(str(interval) for interval in row.intervals)
+        assert f"| {row.name} | {row.n_main} | {levels} | {row.fid:.2f} |" in text
