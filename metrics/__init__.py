@@ -1,0 +1,1 @@
+"""Image quality: detectors, streaming statistics and distances between them."""

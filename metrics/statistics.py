@@ -1,0 +1,205 @@
+"""Mean and covariance of features, gathered batch by batch and rank by rank in float64."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metrics.frechet import frechet_distance
+
+_KEYS = ("mu", "sigma", "detector", "detector_sha256", "n", "source")
+
+
+@dataclass(frozen=True)
+class DetectorId:
+    """Which detector made the features; figures of two detectors cannot be compared."""
+
+    name: str
+    sha256: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sha256[:12]}, {self.dim} features)"
+
+
+class Statistics:
+    """Sums and outer products of features; sums of parts equal the sums of the whole.
+
+    Everything is held in float64 on the CPU, so memory does not grow with the number of images
+    and devices without float64 can be used.
+    """
+
+    def __init__(self, detector: DetectorId, source: str = "") -> None:
+        self.detector = detector
+        self.source = source
+        self.n = 0
+        self._sum = torch.zeros(detector.dim, dtype=torch.float64)
+        self._outer = torch.zeros(detector.dim, detector.dim, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Add a batch of features (B, dim) of any floating type on any device."""
+        x = features.detach().cpu().double()
+        if x.ndim != 2 or x.shape[1] != self.detector.dim:
+            raise ValueError(
+                f"features of shape {tuple(x.shape)} do not come from detector {self.detector}: "
+                f"expected (B, {self.detector.dim})."
+            )
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                "the detector returned NaN or infinite features: check the images and the device."
+            )
+        self.n += len(x)
+        self._sum += x.sum(0)
+        self._outer += x.T @ x
+
+    def merge(self, *others: Statistics) -> Statistics:
+        """New statistics of these images and of the others' together."""
+        merged = Statistics(self.detector, self.source)
+        for part in (self, *others):
+            self.require(part.detector)
+            merged.n += part.n
+            merged._sum += part._sum
+            merged._outer += part._outer
+        return merged
+
+    def reduce(self) -> Statistics:
+        """Sum over all ranks, in place, where a process group is up; returns itself.
+
+        Call it once, on every rank, after the last ``update``.
+        """
+        if dist.is_available() and dist.is_initialized():
+            count = torch.tensor([self.n], dtype=torch.float64)
+            packed = torch.cat([count, self._sum, self._outer.flatten()])
+            # gloo sums on the CPU; a group of NCCL alone needs the tensor on its GPU
+            on_gpu = dist.get_backend() == "nccl"
+            packed = packed.cuda() if on_gpu else packed
+            dist.all_reduce(packed)
+            packed, dim = packed.cpu(), self.detector.dim
+            self.n = int(packed[0])
+            self._sum, self._outer = packed[1 : dim + 1], packed[dim + 1 :].view(dim, dim)
+        return self
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the features (dim,)."""
+        self._require_two()
+        return (self._sum / self.n).numpy()
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Unbiased covariance of the features (dim, dim)."""
+        self._require_two()
+        return ((self._outer - torch.outer(self._sum, self._sum) / self.n) / (self.n - 1)).numpy()
+
+    def fid(self, reference: Statistics) -> float:
+        """Frechet distance to a reference made with the same detector."""
+        reference.require(self.detector)
+        return frechet_distance(self.mean, self.cov, reference.mean, reference.cov)
+
+    def require(self, detector: DetectorId) -> None:
+        """Raise ValueError unless these statistics were made with ``detector``."""
+        if detector != self.detector:
+            raise ValueError(
+                f"statistics '{self.source}' were made with detector {self.detector}, not with "
+                f"{detector}: compute both with one detector."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz that ``load`` reads (the name is kept as it is)."""
+        with open(path, "wb") as file:
+            np.savez_compressed(
+                file,
+                mu=self.mean,
+                sigma=self.cov,
+                detector=self.detector.name,
+                detector_sha256=self.detector.sha256,
+                n=self.n,
+                source=self.source,
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read statistics that ``save`` wrote; nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not an .npz, keys are missing, or the values make no sense.
+        """
+        content = _read(Path(path))
+        missing = [key for key in _KEYS if key not in content]
+        if missing:
+            raise ValueError(
+                f"statistics {path} lack {', '.join(missing)}: make them with fid.py ref, which "
+                "also takes an .npz of mu and sigma together with --detector and --num."
+            )
+        name, sha = str(content["detector"]), str(content["detector_sha256"])
+        return cls._of_moments(path, content, name, sha, content["n"], str(content["source"]))
+
+    @classmethod
+    def adopt(cls, path: str | Path, detector: DetectorId, n: int) -> Statistics:
+        """Statistics published as mu and sigma alone, declared as ``detector``'s of ``n`` images.
+
+        Raises:
+            ValueError: as ``load``; also where the file already names its detector.
+        """
+        content = _read(Path(path))
+        if "detector" in content:
+            raise ValueError(
+                f"statistics {path} already name their detector: use them as they are."
+            )
+        missing = [key for key in ("mu", "sigma") if key not in content]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: it holds no statistics.")
+        adopted = cls._of_moments(path, content, detector.name, detector.sha256, np.array(n),
+                                  Path(path).name)  # fmt: skip
+        adopted.require(detector)
+        return adopted
+
+    @classmethod
+    def _of_moments(
+        cls, path: str | Path, content: dict[str, np.ndarray], name: str, sha: str, n: np.ndarray,
+        source: str,
+    ) -> Statistics:  # fmt: skip
+        try:
+            mu = np.asarray(content["mu"], np.float64)
+            cov = np.asarray(content["sigma"], np.float64)
+            count = int(n)
+        except (TypeError, ValueError) as err:
+            raise ValueError(
+                f"statistics {path} are not numbers ({err}): make them again."
+            ) from err
+        sizes = f"mu of shape {mu.shape}, sigma of shape {cov.shape}, n = {count}"
+        if mu.ndim != 1 or cov.shape != (len(mu), len(mu)) or count < 2:
+            raise ValueError(f"statistics {path} make no sense ({sizes}): make them again.")
+        if not (np.isfinite(mu).all() and np.isfinite(cov).all()):
+            raise ValueError(f"statistics {path} hold NaN or infinite values: make them again.")
+        stats = cls(DetectorId(name, sha, len(mu)), source)
+        stats.n = count
+        stats._sum = torch.from_numpy(mu * count)
+        stats._outer = torch.from_numpy(cov * (count - 1) + np.outer(mu, mu) * count)
+        return stats
+
+    def _require_two(self) -> None:
+        if self.n < 2:
+            raise ValueError(f"statistics need at least 2 images, got {self.n}: add images.")
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz; pickled objects are refused."""
+    if not path.is_file():
+        raise FileNotFoundError(f"statistics {path} do not exist: make them with fid.py ref.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            return {key: file[key] for key in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as err:
+        raise ValueError(
+            f"{path} is not an .npz of plain arrays ({err}): make it with fid.py ref."
+        ) from err
