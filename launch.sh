@@ -1,0 +1,242 @@
+#!/usr/bin/env bash
+# Named recipes: ./launch.sh help. Runs from any folder and with the bash 3.2 of macOS.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+USAGE="Usage: ./launch.sh [RECIPE] [--gpus N] [--dry-run]
+
+Sets up .venv on first use and runs a recipe:
+
+  default           five students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
+                    classic solvers; about 20 minutes on two cores
+  full              the same at 3, 5, 7 and 9 NFE, published training lengths, 50,000 images
+  cifar10           published AMED settings: train, sample 50,000 images, FID
+  ffhq              the same, FFHQ 64x64
+  imagenet64        the same, ImageNet 64x64
+  lsun_bedroom_ldm  published AMED settings for the latent model of LSUN bedrooms: train, sample
+  ms_coco           published AMED settings for Stable Diffusion v1.5: train, sample
+  test              ruff, mypy and the tests
+  help              this text
+
+  --gpus N          N processes, one per GPU (on a machine without GPUs: N processes on its CPU)
+  --dry-run         print the commands and touch nothing
+
+PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newer)."
+
+# ---------------------------------------------------------------- recipes
+
+recipe_default() { # budget 5 only, 1,000 trajectories per student, 2,000 images a row
+    note "short trainings and 2,000 images a row: for published lengths run ./launch.sh full"
+    predictors=()
+    small_students 4 --batch=64 --total_kimg=1 --tick=0.25
+    run compare.py --dataset_name=cifar10-small "${predictors[@]}" \
+        --budgets=5 --seeds=0-1999 --outdir=exps/report-default
+    note "the report is in exps/report-default"
+}
+
+recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
+    predictors=()
+    for num_steps in 3 4 5 6; do
+        small_students "$num_steps" --batch=128 --total_kimg=10
+    done
+    run compare.py --dataset_name=cifar10-small "${predictors[@]}" \
+        --budgets=3,5,7,9 --seeds=0-49999 --outdir=exps/report-full
+    note "the report is in exps/report-full"
+}
+
+small_students() { # NUM_STEPS FLAG...: both students under each of their teachers
+    local num_steps=$1 teacher
+    shift
+    for teacher in heun restart; do
+        student_amed cifar10-small "$teacher" "$num_steps" "$@"
+        predictors+=("--predictor_path=$folder")
+    done
+    for teacher in ipndm heun restart; do
+        student_plugin cifar10-small "$teacher" "$num_steps" "$@"
+        predictors+=("--predictor_path=$folder")
+    done
+}
+
+student_amed() { # DATASET TEACHER NUM_STEPS FLAG...: AMED-Solver as published
+    train --dataset_name="$1" --sampler_stu=amed --sampler_tea="$2" --num_steps="$3" --M=1 \
+        --afs=True --scale_dir=0.01 --scale_time=0 \
+        --schedule_type=time_uniform --schedule_rho=1 "${@:4}"
+}
+
+student_plugin() { # DATASET TEACHER NUM_STEPS FLAG...: the AMED plugin on iPNDM as published
+    train --dataset_name="$1" --sampler_stu=ipndm --sampler_tea="$2" --num_steps="$3" --M=2 \
+        --afs=True --scale_dir=0.01 --scale_time=0.2 \
+        --schedule_type=polynomial --schedule_rho=7 --max_order=4 "${@:4}"
+}
+
+recipe_cifar10() { published cifar10 cifar10-32x32 50000; }
+recipe_ffhq() { published ffhq ffhq-64x64 70000; }
+recipe_imagenet64() { published imagenet64 imagenet-64x64 1281167; }
+
+published() { # DATASET REFERENCE IMAGES: both students, 50,000 images each, FID
+    local url="https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/$2.npz"
+    run -c "$FETCH" "$url" data/fid-refs
+    run fid.py ref --detector=inception --data="data/fid-refs/$2.npz" --num="$3" \
+        --dest="data/fid-refs/$2-inception.npz"
+    student_amed "$1" heun 4 --batch=128 --total_kimg=10
+    evaluate "$2"
+    student_plugin "$1" ipndm 4 --batch=128 --total_kimg=10
+    evaluate "$2"
+}
+
+evaluate() { # REFERENCE: 50,000 images of the predictor in $folder, and their FID
+    local images="samples/$(basename "$folder")"
+    run sample.py --predictor_path="$folder" --seeds=0-49999 --batch=256 --outdir="$images"
+    run fid.py calc --detector=inception --images="$images" --ref="data/fid-refs/$1-inception.npz"
+}
+
+recipe_lsun_bedroom_ldm() {
+    note "needs the loader of lsun_bedroom_ldm; without it train.py says what is missing"
+    train --dataset_name=lsun_bedroom_ldm --batch=128 --total_kimg=10 \
+        --sampler_stu=ipndm --sampler_tea=ipndm --num_steps=4 --M=2 --afs=True \
+        --scale_dir=0.01 --scale_time=0.2 --schedule_type=discrete --schedule_rho=1 \
+        --max_order=4 --guidance_type=uncond
+    run sample.py --predictor_path="$folder" --seeds=0-49999 --batch=64 \
+        --outdir="samples/$(basename "$folder")"
+}
+
+recipe_ms_coco() {
+    local prompts=data/MS-COCO_val2014_30k_captions.csv
+    note "needs the loader of ms_coco; without it train.py says what is missing"
+    run -c "$FETCH" "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/$(basename $prompts)" data
+    train --dataset_name=ms_coco --batch=32 --total_kimg=5 \
+        --sampler_stu=dpmpp --sampler_tea=dpmpp --num_steps=6 --M=2 --afs=False \
+        --scale_dir=0.01 --scale_time=0 --schedule_type=discrete --schedule_rho=1 \
+        --max_order=2 --predict_x0=True --lower_order_final=True \
+        --guidance_type=cfg --guidance_rate=7.5 --prompt_path="$prompts"
+    run sample.py --predictor_path="$folder" --seeds=0-29999 --batch=8 \
+        --outdir="samples/$(basename "$folder")"
+}
+
+recipe_test() {
+    local workers=$CORES
+    if [ "$workers" -gt 8 ]; then workers=8; fi
+    call "$VENV_PYTHON" -m ruff check .
+    call "$VENV_PYTHON" -m ruff format --check .
+    call "$VENV_PYTHON" -m mypy
+    OMP_NUM_THREADS=1 call "$VENV_PYTHON" -m pytest -q -n "$workers"
+}
+
+# ---------------------------------------------------------------- machinery
+
+RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco test help"
+VENV_PYTHON=.venv/bin/python
+CORES=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Python that fetches a file once: arguments URL and FOLDER.
+FETCH='import sys
+from runtime.errors import UserError
+from runtime.files import download
+try:
+    download(*sys.argv[1:3])
+except UserError as error:
+    sys.exit(f"error: {error}")'
+
+fail() { # CODE SENTENCE
+    echo "error: $2" >&2
+    exit "$1"
+}
+
+note() { echo "# $1" >&"$NOTES"; }
+
+show() { # the command as one could type it
+    local word line=""
+    for word in "$@"; do
+        case $word in
+            "$FETCH") word="'<fetch>'" ;;
+            *[!A-Za-z0-9_./=:,@%+-]* | "") word="'$word'" ;;
+        esac
+        line="$line $word"
+    done
+    echo "${line# }"
+}
+
+call() { # show the command, then run it unless this is a dry run
+    if [ "$DRY_RUN" = 1 ]; then
+        show "$@"
+    else
+        echo "+ $(show "$@")" >&2
+        "$@"
+    fi
+}
+
+run() { # SCRIPT FLAG...: in one process, or in one per GPU
+    if [ "$GPUS" -gt 1 ] && [ "$1" != -c ]; then
+        call "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"
+    else
+        call "$VENV_PYTHON" "$@"
+    fi
+}
+
+train() { # FLAG...: train, or go on with an equal run; leaves the run's folder in $folder
+    if [ "$DRY_RUN" = 1 ]; then
+        run train.py --resume=auto "$@"
+        folder="exps/<run>"
+        return
+    fi
+    folder=$(run train.py --resume=auto "$@" |
+        awk '{ print | "cat 1>&2"; fflush(); last = $0 } END { print last }')
+}
+
+setup() { # EXTRAS ("" or "[dev]"): make .venv once; fast when nothing has changed
+    local stamp key python=${PYTHON:-python3}
+    stamp=".venv/installed${1:+-dev}"
+    key=$(cat pyproject.toml constraints.txt | cksum)
+    if [ -x "$VENV_PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
+        return
+    fi
+    if ! "$VENV_PYTHON" -c "" 2>/dev/null; then
+        command -v "$python" >/dev/null || fail 1 \
+            "$python was not found: install Python 3.10 or newer, or set PYTHON to its path"
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail 1 \
+            "$python is $("$python" -V 2>&1), but 3.10 or newer is needed: set PYTHON to its path"
+        call "$python" -m venv --clear .venv
+    fi
+    call "$VENV_PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".$1"
+    if [ "$DRY_RUN" = 0 ]; then
+        echo "$key" >"$stamp"
+        if [ -n "$1" ]; then echo "$key" >.venv/installed; fi
+    fi
+}
+
+# ---------------------------------------------------------------- command line
+
+RECIPE="" GPUS=1 DRY_RUN=0 NOTES=2
+while [ $# -gt 0 ]; do
+    case $1 in
+        --gpus) GPUS=${2:-} && shift ;;
+        --gpus=*) GPUS=${1#--gpus=} ;;
+        -n | --dry-run) DRY_RUN=1 NOTES=1 ;;
+        -h | --help) RECIPE=help ;;
+        -*) fail 2 "unknown option '$1': there are --gpus N and --dry-run" ;;
+        *)
+            [ -z "$RECIPE" ] || fail 2 "one recipe at a time, but there are '$RECIPE' and '$1'"
+            RECIPE=$1
+            ;;
+    esac
+    [ $# -eq 0 ] || shift
+done
+RECIPE=${RECIPE:-default}
+case $GPUS in
+    "" | *[!0-9]* | 0*) fail 2 "--gpus '$GPUS' is no number of processes: give 1 or more" ;;
+esac
+case " $RECIPES " in
+    *" $RECIPE "*) ;;
+    *) fail 2 "unknown recipe '$RECIPE': choose one of $RECIPES" ;;
+esac
+if [ "$RECIPE" = help ]; then
+    echo "$USAGE"
+    exit 0
+fi
+
+export PYTHONUNBUFFERED=1
+if [ "$GPUS" -gt 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS ? CORES / GPUS : 1))}
+fi
+setup "$([ "$RECIPE" != test ] || echo "[dev]")"
+"recipe_$RECIPE"
+[ "$DRY_RUN" = 1 ] || note "$RECIPE took $((SECONDS / 60)) min $((SECONDS % 60)) s"

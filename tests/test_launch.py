@@ -1,0 +1,288 @@
+"""launch.sh prints the right commands, and every flag in them exists."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINING = ["default", "full", "cifar10", "ffhq", "imagenet64", "lsun_bedroom_ldm", "ms_coco"]
+
+
+def launch(
+    *arguments: str, cwd: Path = ROOT, script: Path = ROOT / "launch.sh", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def commands(*arguments: str) -> list[list[str]]:
+    """What a dry run would run, without the steps that make the virtual environment."""
+    done = launch(*arguments, "--dry-run")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = [shlex.split(line, comments=True) for line in done.stdout.splitlines()]
+    return [line for line in lines if line and not {"venv", "pip"} & set(line)]
+
+
+def scripts(*arguments: str) -> Iterator[tuple[str, list[str]]]:
+    """(script, its arguments) of every command that starts one of ours."""
+    for command in commands(*arguments):
+        place = [i for i, word in enumerate(command) if word.endswith(".py")]
+        if place:
+            yield command[place[0]], command[place[0] + 1 :]
+
+
+def flags(arguments: list[str]) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in arguments if word.startswith("--"))
+
+
+def test_syntax() -> None:
+    assert subprocess.run(["bash", "-n", ROOT / "launch.sh"]).returncode == 0
+    assert os.access(ROOT / "launch.sh", os.X_OK) and os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.parametrize("recipe", TRAINING)
+def test_every_flag_of_every_recipe_exists_and_takes_its_value(recipe: str) -> None:
+    for script, arguments in scripts(recipe):
+        if not (ROOT / script).exists():
+            pytest.skip(f"{script} is not here yet")
+        command = importlib.import_module(script.removesuffix(".py")).main
+        if isinstance(command, click.Group):
+            command = command.commands[arguments[0]]
+        options = {name: option for option in command.params for name in option.opts}
+        for flag, value in flags(arguments).items():
+            assert flag in options, f"{script} has no {flag}"
+            if not isinstance(options[flag].type, click.Path):  # the files come with the model
+                options[flag].type.convert(value, options[flag], click.Context(command))
+
+
+PLUGIN = {
+    "--sampler_stu": "ipndm",
+    "--sampler_tea": "ipndm",
+    "--num_steps": "4",
+    "--M": "2",
+    "--afs": "True",
+    "--scale_dir": "0.01",
+    "--scale_time": "0.2",
+    "--max_order": "4",
+}
+AMED = {
+    "--sampler_stu": "amed",
+    "--sampler_tea": "heun",
+    "--num_steps": "4",
+    "--M": "1",
+    "--afs": "True",
+    "--scale_dir": "0.01",
+    "--scale_time": "0",
+    "--schedule_type": "time_uniform",
+    "--schedule_rho": "1",
+}
+PIXELS = {**PLUGIN, "--schedule_type": "polynomial", "--schedule_rho": "7"}
+LENGTH = {"--batch": "128", "--total_kimg": "10"}
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "ffhq", "imagenet64"])
+def test_published_settings_of_pixel_models(dataset: str) -> None:
+    ran = list(scripts(dataset))
+    trained = [flags(arguments) for script, arguments in ran if script == "train.py"]
+    for expected, found in zip([AMED, PIXELS], trained, strict=True):
+        resolved = {"--dataset_name": dataset, "--resume": "auto", **LENGTH, **expected}
+        assert found == resolved
+    assert [script for script, _ in ran] == ["fid.py", *["train.py", "sample.py", "fid.py"] * 2]
+    for script, arguments in ran[1:]:
+        if script == "sample.py":
+            assert flags(arguments)["--seeds"] == "0-49999"
+        if script == "fid.py":
+            assert arguments[0] == "calc" and flags(arguments)["--detector"] == "inception"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (
+            "lsun_bedroom_ldm",
+            {**PLUGIN, "--schedule_type": "discrete", "--guidance_type": "uncond"},
+        ),
+        (
+            "ms_coco",  # published as 00027-ms_coco-6-20-dpmpp-dpmpp-2-discrete
+            {
+                "--sampler_stu": "dpmpp",
+                "--sampler_tea": "dpmpp",
+                "--num_steps": "6",
+                "--M": "2",
+                "--afs": "False",
+                "--scale_dir": "0.01",
+                "--scale_time": "0",
+                "--schedule_type": "discrete",
+                "--max_order": "2",
+                "--predict_x0": "True",
+                "--lower_order_final": "True",
+                "--guidance_type": "cfg",
+                "--guidance_rate": "7.5",
+            },
+        ),
+    ],
+)
+def test_published_settings_of_latent_models(dataset: str, expected: dict[str, str]) -> None:
+    (_, arguments), (sampled, _) = scripts(dataset)
+    assert expected.items() <= flags(arguments).items() and sampled == "sample.py"
+
+
+@pytest.mark.parametrize(("recipe", "steps"), [("default", "4"), ("full", "3456")])
+def test_main_job_trains_both_students_under_each_teacher_and_compares(
+    recipe: str, steps: str
+) -> None:
+    *trained, (last, arguments) = scripts(recipe)
+    kinds = [flags(a) for _, a in trained]
+    assert {(k["--num_steps"], k["--sampler_stu"], k["--sampler_tea"]) for k in kinds} == {
+        (n, student, teacher)
+        for n in steps
+        for student, teacher in [
+            ("amed", "heun"),
+            ("amed", "restart"),
+            ("ipndm", "ipndm"),
+            ("ipndm", "heun"),
+            ("ipndm", "restart"),
+        ]
+    }
+    assert {k["--dataset_name"] for k in kinds} == {"cifar10-small"}
+    assert last == "compare.py"
+    assert len([a for a in arguments if a.startswith("--predictor_path=")]) == len(trained)
+
+
+def test_no_recipe_is_the_default_one() -> None:
+    assert commands() == commands("default")
+
+
+def test_tests_are_lint_format_types_and_pytest() -> None:
+    found = [" ".join(command[1:]) for command in commands("test")]
+    assert found[:3] == ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
+    assert found[3].startswith("-m pytest -q -n ")
+
+
+@pytest.mark.parametrize("option", [["--gpus", "3"], ["--gpus=3"]])
+def test_several_gpus_go_through_torchrun(option: list[str]) -> None:
+    single, several = commands("cifar10"), commands("cifar10", *option)
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    for one, many in zip(single, several, strict=True):
+        assert many == (one if "-c" in one else [one[0], *runner, *one[1:]])
+    assert commands("cifar10", "--gpus=1") == single
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["cifar"],
+            "unknown recipe 'cifar': choose one of default full cifar10 ffhq imagenet64 "
+            "lsun_bedroom_ldm ms_coco test help",
+        ),
+        (["--gpu=2"], "unknown option '--gpu=2': there are --gpus N and --dry-run"),
+        (["--gpus", "two"], "--gpus 'two' is no number of processes: give 1 or more"),
+        (["--gpus=0"], "--gpus '0' is no number of processes: give 1 or more"),
+        (["--gpus"], "--gpus '' is no number of processes: give 1 or more"),
+        (["test", "full"], "one recipe at a time, but there are 'test' and 'full'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(arguments: list[str], message: str) -> None:
+    done = launch(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_help_lists_every_recipe() -> None:
+    done = launch("help")
+    listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert done.returncode == 0 and set(listed) >= {*TRAINING, "test", "help", "--gpus"}
+    assert launch("--help").stdout == done.stdout
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A checkout with a pretended Python that notes what it is asked to do."""
+    house = tmp_path / "a checkout"
+    house.mkdir()
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, house)
+    python = tmp_path / "python3"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return house
+
+
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    -V) echo "Python 3.9.6" ;;
+    "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    -c*version_info*) exit "${OLD:-0}" ;;
+    *pip*) echo "installs ${!#}" >> said ;;
+    train.py*) echo "tick 1"; [[ "$*" = *"$BROKEN"* ]] && echo "error: no" >&2 && exit 1
+        echo trained >> trained; echo "exps/$(grep -c . trained)" ;;
+    compare.py*) echo "$@" >> said ;;
+esac
+"""
+
+
+def test_dry_run_touches_nothing_from_any_folder(elsewhere: Path, tmp_path: Path) -> None:
+    before = sorted(os.listdir(elsewhere))
+    done = launch("--dry-run", cwd=tmp_path, script=elsewhere / "launch.sh")
+    assert done.returncode == 0 and sorted(os.listdir(elsewhere)) == before
+    assert done.stdout.splitlines()[:2] == [
+        "python3 -m venv --clear .venv",
+        ".venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .",
+    ]
+
+
+def test_setup_installs_once_and_folders_reach_the_comparison(
+    elsewhere: Path, tmp_path: Path
+) -> None:
+    python = str(tmp_path / "python3")
+    said = elsewhere / "said"
+    for installs in (["installs ."], []):
+        done = launch(cwd=tmp_path, script=elsewhere / "launch.sh", PYTHON=python, BROKEN="no")
+        assert done.returncode == 0, done.stderr
+        *installed, compared = said.read_text().splitlines()
+        assert installed == installs
+        given = [word for word in compared.split() if word.startswith("--predictor_path=")]
+        assert given == [f"--predictor_path=exps/{run}" for run in (1, 2, 3, 4, 5)]
+        assert "tick 1" in done.stderr
+        said.unlink()
+        (elsewhere / "trained").unlink()
+    (elsewhere / "constraints.txt").write_text("")
+    launch(cwd=tmp_path, script=elsewhere / "launch.sh", PYTHON=python, BROKEN="no")
+    assert said.read_text().startswith("installs .\n")
+
+
+def test_a_failed_training_ends_the_recipe(elsewhere: Path, tmp_path: Path) -> None:
+    python = str(tmp_path / "python3")
+    done = launch(script=elsewhere / "launch.sh", PYTHON=python, BROKEN="tea=restart")
+    assert done.returncode == 1 and done.stderr.endswith("error: no\n")
+    assert "compare.py" not in done.stderr
+
+
+def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
+    python = str(tmp_path / "python3")
+    done = launch(script=elsewhere / "launch.sh", PYTHON=python, OLD="1")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {python} is Python 3.9.6, but 3.10 or newer is needed: set PYTHON to its path\n",
+    )
+    done = launch(script=elsewhere / "launch.sh", PYTHON="python3.0")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: python3.0 was not found: install Python 3.10 or newer, or set PYTHON to its path\n",
+    )
+    assert not (elsewhere / ".venv").exists()
