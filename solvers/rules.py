@@ -67,8 +67,9 @@ ADAMS_BASHFORTH = {
 class AdamsBashforth:
     """Improved PNDM: equal-step Adams-Bashforth weights on an unequal grid (arXiv:2204.13902).
 
-    Order 1 is Euler.  The published third-order row and all others are exact only on a grid that
-    is uniform in sigma; elsewhere the method has order 1 and a small constant.
+    Row 1 is Euler.  Row ``k`` has order ``k`` on a grid that is uniform in sigma and starts from
+    known history; on any other smooth grid, or from no history, rows 2 to 4 have order 2, and
+    where neighbouring steps keep an unequal ratio (an inserted node with r != 1/2) order 1.
     """
 
     max_order: int = 4

@@ -1,0 +1,73 @@
+"""Convergence orders by measured slopes, and the published table that they write.
+
+The problem is Gaussian, so the ODE has a closed form; see ``tools/order_table.py`` for the
+grids, the start-up history and the definition of the slope.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tools import order_table
+from tools.order_table import CASES, GRIDS, INTERVALS, Case, Measured
+
+REWRITE = "REWRITE_ORDER_TABLE"  # set this variable to let the test write the table
+
+
+def case_id(case: Case) -> str:
+    return f"{case.title}-{case.grid}-{'exact' if case.exact_start else 'cold'}"
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Measured]:
+    return {case_id(case): order_table.measure(case) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_measured_order(case, measured):
+    assert measured[case_id(case)].order == pytest.approx(case.order, abs=0.1)
+
+
+def test_the_problem_tells_the_orders_apart():
+    """Where Euler is as good as a fourth-order method, no slope means anything."""
+    chosen = [case for case in CASES if case.grid == "uniform" and case.exact_start]
+    assert [case.order for case in chosen] == [1, 2, 3, 4]
+    errors = [order_table.walk(case, 2 * INTERVALS)[0] for case in chosen]
+    assert all(better < worse / 50 for worse, better in zip(errors, errors[1:], strict=False))
+    assert errors[0] > 1e-4  # far from the rounding that would flatten a slope
+    assert errors[-1] > 1e-12
+
+
+def test_published_third_order_is_not_third_order(measured):
+    """Half of the second difference is missing: order 2, whatever the form."""
+    for form in ("data", "noise"):
+        published = measured[f"DPM-Solver++ (3), {form} form-logsnr-exact"].order
+        corrected = measured[f"`dpmpp3c`, {form} form-logsnr-exact"].order
+        assert published < 2.1 and corrected > 2.9
+
+
+def test_corrected_third_order_holds_on_every_smooth_grid():
+    row = next(case for case in CASES if case.order == 3 and case.name == "dpmpp3c")
+    for grid in GRIDS:
+        other = Case(row.title, row.name, 3, grid, row.source, row.options)
+        assert order_table.measure(other).order == pytest.approx(3, abs=0.1)
+
+
+def test_the_published_table_is_what_was_measured(measured):
+    new = order_table.table([measured[case_id(case)] for case in CASES])
+    if os.environ.get(REWRITE):
+        order_table.write(new)
+    assert order_table.current() == new, f"run the test with {REWRITE}=1 to rewrite the table"
+
+
+def test_a_file_without_markers_is_refused(tmp_path):
+    target = tmp_path / "README.md"
+    target.write_text("no table here")
+    with pytest.raises(ValueError, match="holds no table; put <!-- orders:begin -->"):
+        order_table.write("| a |", target)
+    target.write_text(f"before\n{order_table.BEGIN}\nold\n{order_table.END}\nafter\n")
+    order_table.write("| new |", target)
+    assert order_table.current(target) == "| new |"
+    assert target.read_text().startswith("before\n") and target.read_text().endswith("\nafter\n")

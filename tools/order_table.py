@@ -1,0 +1,194 @@
+"""Measure the convergence order of every solver and write the table of them.
+
+Data are Gaussian with another variance in every pixel, so the probability-flow ODE has the
+closed form ``x(t) = mean + sqrt((v + t^2) / (v + T^2)) (x(T) - mean)``.  The order is
+``log2(error(N) / error(2 N))`` at the last doubling of the number of intervals, in float64, with
+the largest absolute error over the pixels.
+
+    python tools/order_table.py            print the table
+    python tools/order_table.py --write    put it into the file that holds it
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs as a script from any folder
+
+from denoisers.analytic import GaussianDenoiser  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
+from solvers.driver import Meter, State, advance  # noqa: E402
+from solvers.grids import get_grid  # noqa: E402
+from solvers.registry import make_solver  # noqa: E402
+from solvers.rules import FixedRatio  # noqa: E402
+from solvers.types import Guide  # noqa: E402
+
+#: The file that holds the table, between the two markers.
+TARGET = ROOT / "docs" / "solvers.md"
+BEGIN, END = "<!-- orders:begin -->", "<!-- orders:end -->"
+
+T_FIRST, T_LAST = 2.0, 0.5
+INTERVALS = 256  #: the last doubling goes from here to twice as many
+
+GRIDS: dict[str, Callable[[int], Tensor]] = {
+    "uniform": lambda n: torch.linspace(T_FIRST, T_LAST, n, dtype=torch.float64),
+    "logsnr": lambda n: get_grid("logsnr", n, T_LAST, T_FIRST),
+    "polynomial": lambda n: get_grid("polynomial", n, T_LAST, T_FIRST, 7),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a solver, the grid it is measured on, and how its history starts."""
+
+    title: str
+    name: str
+    order: int  #: what the theory says
+    grid: str
+    source: str
+    options: dict = field(default_factory=dict)
+    guide: Guide | None = None
+    exact_start: bool = True  #: the first history nodes lie on the exact solution; else none exist
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a walk of many steps shows."""
+
+    order: float
+    nfe_per_step: float
+    history: int  #: nodes carried from step to step
+
+
+def _ipndm(order: int, truth: int, grid: str, title: str = "", **more: object) -> Case:
+    title = title or f"iPNDM ({order})"
+    source = "2202.09778, 2204.13902"
+    return Case(title, "ipndm", truth, grid, source, {"max_order": order}, **more)  # type: ignore[arg-type]
+
+
+def _dpmpp(order: int, truth: int, form: str, *, corrected: bool = False, **more: object) -> Case:
+    label = "`dpmpp3c`" if corrected else f"DPM-Solver++ ({order})"
+    inserted = ", inserted node r = 0.4" if "guide" in more else ""
+    source = {1: "2010.02502 (DDIM)", 2: "2211.01095, alg. 2"}.get(order, "2211.01095, its code")
+    options = {"max_order": order, "predict_x0": form == "data", "lower_order_final": False}
+    return Case(
+        f"{label}, {form} form{inserted}",
+        "dpmpp3c" if corrected else "dpmpp",
+        truth,
+        "polynomial" if inserted else "logsnr",
+        "second difference doubled" if corrected else source,
+        options,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def _two_stage(title: str, name: str, truth: int, r: float, source: str) -> Case:
+    if name == "amed":
+        return Case(title, name, truth, "polynomial", source, guide=FixedRatio(r))
+    return Case(title, name, truth, "polynomial", source, {"r": r})
+
+
+CASES: tuple[Case, ...] = (
+    Case("Euler", "euler", 1, "polynomial", "2010.02502 (DDIM)"),
+    _two_stage("Heun", "heun", 2, 1.0, "2206.00364, alg. 1"),
+    *(
+        _two_stage(f"DPM-Solver-2, r = {r}", "dpm", 2, r, "2206.00927, alg. 1")
+        for r in (0.3, 0.5, 0.8)
+    ),
+    _two_stage("AMED rule, r = 0.5", "amed", 2, 0.5, "2312.00094"),
+    _two_stage("AMED rule, r = 0.3", "amed", 1, 0.3, "2312.00094"),
+    _two_stage("AMED rule, r = 0.8", "amed", 1, 0.8, "2312.00094"),
+    *(_ipndm(k, k, "uniform") for k in (1, 2, 3, 4)),
+    _ipndm(4, 2, "uniform", exact_start=False),
+    *(_ipndm(k, 2, "polynomial") for k in (2, 3, 4)),
+    _ipndm(4, 2, "polynomial", "iPNDM (4), inserted node r = 0.5", guide=FixedRatio(0.5)),
+    _ipndm(4, 1, "polynomial", "iPNDM (4), inserted node r = 0.4", guide=FixedRatio(0.4)),
+    *(_dpmpp(k, min(k, 2), form) for form in ("data", "noise") for k in (1, 2, 3)),
+    *(_dpmpp(3, 3, form, corrected=True) for form in ("data", "noise")),
+    _dpmpp(3, 2, "data", corrected=True, exact_start=False),
+    _dpmpp(2, 2, "data", guide=FixedRatio(0.4)),
+    _dpmpp(3, 3, "data", corrected=True, guide=FixedRatio(0.4)),
+)
+
+
+def problem() -> tuple[GaussianDenoiser, Tensor]:
+    """Gaussian data with sixteen variances from 0.5 to 2, and a state at ``T_FIRST``."""
+    var = torch.logspace(math.log10(0.5), math.log10(2.0), 16, dtype=torch.float64)
+    mean = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    wave = torch.cos(torch.arange(16, dtype=torch.float64)).reshape(1, 1, 4, 4)
+    return GaussianDenoiser(mean.reshape(1, 4, 4), var.reshape(1, 4, 4)), T_FIRST * (1 + 0.3 * wave)
+
+
+def walk(case: Case, intervals: int) -> tuple[float, float, int]:
+    """Largest error at ``T_LAST``, evaluations per step, history nodes carried."""
+    denoiser, start = problem()
+    solver, meter = make_solver(case.name, **case.options), Meter(denoiser)
+    ts = GRIDS[case.grid](intervals + 1)
+    known = solver.max_order - 1 if case.exact_start else 0
+    nodes = tuple(meter(denoiser.solution(start, ts[0], t), t) for t in ts[:known])
+    state = State(denoiser.solution(start, ts[0], ts[known]), nodes, substeps=known)
+    spent = meter.nfe
+    for t, t_next in zip(ts[known:], ts[known + 1 :], strict=False):
+        state = advance(solver, meter, state, t, t_next, case.guide)
+    error = float((state.x - denoiser.solution(start, ts[0], ts[-1])).abs().max())
+    return error, (meter.nfe - spent) / (intervals - known), len(state.history)
+
+
+def measure(case: Case, intervals: int = INTERVALS) -> Measured:
+    coarse, _, _ = walk(case, intervals)
+    fine, nfe, history = walk(case, 2 * intervals)
+    return Measured(math.log2(coarse / fine), nfe, history)
+
+
+def table(measured: list[Measured]) -> str:
+    """The Markdown table, one row per case, orders rounded to one decimal."""
+    lines = [
+        "| solver | order | NFE per step | history | grid | source (arXiv) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, m in zip(CASES, measured, strict=True):
+        history = "none"
+        if m.history:
+            nodes = "1 node" if m.history == 1 else f"{m.history} nodes"
+            history = f"{nodes}, {'exact' if case.exact_start else 'cold'} start"
+        cells = (case.title, f"{m.order:.1f}", f"{m.nfe_per_step:g}", history, case.grid)
+        lines.append(f"| {' | '.join(cells)} | {case.source} |")
+    return "\n".join(lines)
+
+
+def current(target: Path = TARGET) -> str:
+    """The table that the target file holds; ValueError if the markers are missing."""
+    text = target.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{target} holds no table; put {BEGIN} and {END} where it belongs")
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def write(new: str, target: Path = TARGET) -> None:
+    current(target)  # refuses a file without markers
+    text = target.read_text(encoding="utf-8")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    with atomic_write(target) as path:
+        path.write_text(f"{head}{BEGIN}\n{new}\n{END}{tail}", encoding="utf-8")
+
+
+@click.command(help="Measure the convergence order of every solver.")
+@click.option("--write", "rewrite", is_flag=True, help=f"Rewrite the table in {TARGET.name}.")
+def main(rewrite: bool) -> None:
+    new = table([measure(case) for case in CASES])
+    click.echo(new)
+    if rewrite:
+        write(new)
+
+
+if __name__ == "__main__":
+    main()
