@@ -2,7 +2,6 @@
 
 Examples:
 
-    python fid.py calc --images samples/00001
     python fid.py calc --images samples/00001 --num 2000 --json fid.json
     python fid.py ref --data cifar10-32x32-train.zip --dest stats.npz
     torchrun --standalone --nproc_per_node=2 fid.py calc --images images.zip \\
@@ -76,7 +75,6 @@ def common_options(function: Any) -> Any:
 
 
 def record_of(command: str, options: dict[str, Any]) -> RunRecord:
-    """The run's record, with paths as text."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     return RunRecord.make(command, plain, {}, {})
 
@@ -93,10 +91,9 @@ def main() -> None:
 @common_options
 def calc(dry_run: bool, **options: Any) -> None:
     """FID of images, or of saved statistics, to a reference."""
-    record = record_of("fid calc", options)
+    record, images, num = record_of("fid calc", options), options["images"], options["num"]
     if dry_run:
         return click.echo(record.to_json())
-    images, num = options["images"], options["num"]
     with world(options["device"]) as w:
         detector = open_detector(options["detector"], options["detector_path"], w)
         reference = load_reference(options["ref"], detector)
@@ -144,8 +141,8 @@ def ref(dry_run: bool, **options: Any) -> None:
         else:
             stats = image_statistics(data, detector, w, options["batch"], num, options["seed"])
         if w.is_main:
-            with atomic_write(dest) as temporary:
-                stats.save(temporary)
+            with atomic_write(dest) as file:
+                stats.save(file)
             click.echo(f"wrote {dest}  (detector {detector.name}, N = {stats.n})")
 
 
