@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
@@ -94,8 +95,14 @@ def load_predictor(spec: str, root: str | Path) -> tuple[AMEDPredictor, StudentS
             "give a predictor.safetensors that train.py wrote"
         )
     record = RunRecord.from_json(metadata["record"], source=str(path))
+    if record.command != "train":
+        raise UserError(
+            f"{path} was written by {record.command}.py; give a predictor.safetensors of train.py"
+        )
     settings = StudentSettings.from_options(record.options)
     predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
+    if all(w.dtype == torch.float64 for w in weights.values()):
+        predictor.double()  # a float64 run keeps every digit
     try:
         predictor.load_state_dict(weights)
     except RuntimeError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +19,14 @@ from amed.settings import StudentSettings
 from amed.step import Student
 from amed.trainer import Data, Loop, Report
 from denoisers.registry import Model, load_model
+from restart.intervals import parse_restart_info
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from solvers.driver import integrate
 from teachers.build import build_teacher
-from teachers.supervision import Teacher, teacher_nfe
+from teachers.supervision import RestartTeacher, Teacher, teacher_nfe
 
 PREVIEW_SEEDS = range(16)
 
@@ -43,6 +46,7 @@ class Job:
     record: RunRecord
     name: str  #: of the folder, without its number
     preview: Report
+    note: str | None  #: what a person should know before waiting for the result
 
 
 def prepare(options: dict[str, Any], world: World) -> Job:
@@ -60,14 +64,14 @@ def prepare(options: dict[str, Any], world: World) -> Job:
     card = model.card
     settings = _settings(options, card.sigma_min, card.sigma_max)
     fine, stride = settings.teacher_grid()
-    info = options["restart_info"] or json.dumps({k: list(v) for k, v in card.restart_info.items()})
     restart = settings.sampler_tea == "restart"
+    info = _restart_info(options, card.restart_info) if restart else None
     teacher = build_teacher(
         settings.sampler_tea,
         None if restart or settings.sampler_tea == "dopri5" else settings.teacher_solver(),
         fine,
         stride,
-        restart_info=info if restart else None,
+        restart_info=info,
         restart_target=options["restart_target"],
         s_noise=options["S_noise"],
     )
@@ -75,7 +79,7 @@ def prepare(options: dict[str, Any], world: World) -> Job:
     predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, seed=options["seed"])
     data = _data(model, options, world)
     cost = model.bind(_labels(model, [0])).cost
-    resolved = {**options, **settings.to_options(), "restart_info": info if restart else None}
+    resolved = {**options, **settings.to_options(), "restart_info": info}
     record = RunRecord.make(
         "train",
         resolved,
@@ -97,6 +101,7 @@ def prepare(options: dict[str, Any], world: World) -> Job:
         record,
         name,
         _preview(model, student, data),
+        _note(teacher, student),
     )
 
 
@@ -133,11 +138,33 @@ def _check(options: dict[str, Any], world: World) -> None:
             f"--guidance_type/--guidance_rate were given, but {options['dataset_name']} has no "
             "guidance; leave them out"
         )
+    if options["restart_info"] and options["sampler_tea"] != "restart":
+        raise UserError(
+            f"--restart_info was given, but the teacher is {options['sampler_tea']}; "
+            "add --sampler_tea=restart or leave it out"
+        )
     if options["batch"] < world.size:
         raise UserError(
             f"--batch={options['batch']} leaves some of {world.size} processes without work; "
             f"give --batch {world.size} or more"
         )
+
+
+def _restart_info(options: dict[str, Any], default: Mapping[str, Sequence[float]]) -> str:
+    """The intervals as JSON, whichever way they were given, so that the record holds them."""
+    given = options["restart_info"] or json.dumps({k: list(v) for k, v in default.items()})
+    rows = {str(i): dataclasses.astuple(v) for i, v in enumerate(parse_restart_info(given))}
+    return json.dumps(rows)
+
+
+def _note(teacher: Teacher, student: Student) -> str | None:
+    if not isinstance(teacher, RestartTeacher) or not teacher.flow or teacher.changes_starts:
+        return None
+    return (
+        "note: with --restart_target=flow this Restart teacher gives a Heun teacher's targets, "
+        "since it restarts below every noise level that an interval starts from; let t_max of "
+        f"--restart_info exceed {float(student.ts[-2]):.3g}, or take --restart_target=trajectory"
+    )
 
 
 def _data(model: Model, options: dict[str, Any], world: World) -> Data:

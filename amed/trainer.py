@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def train(
             if (it + 1) % loop.iterations_per_tick and it + 1 < loop.iterations:
                 continue
             figures = _figures(window, loop, world)
-            variance = _variance(teacher, data) if teacher.stochastic else None
+            variance = _variance(teacher, data, it) if teacher.stochastic else None
             window = []
             bar.set_postfix(loss=f"{sum(figures['loss']):.3f}")
             if world.is_main:
@@ -157,10 +157,11 @@ def _figures(window: list[list[IntervalResult]], loop: Loop, world: World) -> di
     return {"loss": loss, "r": r, "c": c, "a": a, "nonfinite": [nonfinite]}
 
 
-def _variance(teacher: Teacher, data: Data) -> list[float]:
-    """Variance of the teacher's states over a few draws from the same few starts."""
-    meter, x, _ = data.draw(range(VARIANCE_SAMPLES), "variance")
-    draws = [data.draw(range(VARIANCE_SAMPLES), f"variance-{k}")[2] for k in range(VARIANCE_DRAWS)]
+def _variance(teacher: Teacher, data: Data, it: int) -> list[float]:
+    """Variance of the teacher's states over a few draws from a few starts, fresh every tick."""
+    numbers = range(it * VARIANCE_SAMPLES, (it + 1) * VARIANCE_SAMPLES)
+    meter, x, _ = data.draw(numbers, "variance")
+    draws = [data.draw(numbers, f"variance-{k}")[2] for k in range(VARIANCE_DRAWS)]
     return visit_variance(teacher, meter, x, draws).tolist()
 
 
@@ -187,23 +188,28 @@ def _save(
 
 def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Optimizer) -> int:
     """Iterations done so far; restores predictor and optimizer where a state was saved."""
-    if not path.is_file():
+    state = _read_state(path)
+    if not state:
         return 0
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        predictor.load_state_dict(state["predictor"])
-        optimizer.load_state_dict(state["optimizer"])
-        return int(state["done"])
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be resumed from ({type(error).__name__}); delete it to start that run "
-            "from the beginning"
-        ) from None
+    predictor.load_state_dict(state["predictor"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["done"])
 
 
 def finished(folder: Path, loop: Loop) -> bool:
     """Whether the run in ``folder`` has reached its total."""
-    path = folder / STATE
+    return int(_read_state(folder / STATE).get("done", 0)) >= loop.iterations
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `_save` wrote; empty where nothing was saved yet."""
     if not path.is_file():
-        return False
-    return int(torch.load(path, weights_only=True, map_location="cpu")["done"]) >= loop.iterations
+        return {}
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        return {key: state[key] for key in ("done", "predictor", "optimizer")}
+    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+        raise UserError(
+            f"{path} cannot be resumed from ({type(error).__name__}); delete it to start that run "
+            "from the beginning"
+        ) from None

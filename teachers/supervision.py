@@ -123,7 +123,7 @@ class RestartTeacher:
         """Whether a jump reaches any state that a flow target starts from."""
         times = run_plan(self.plan, _Nothing(), torch.zeros(1, 1, 1, 1), _zero).t
         lift = int(torch.nonzero(times[1:] > times[:-1])[0]) + 1
-        return any(i > lift for i in self._last_visits(times)[:-1])
+        return any(i >= lift for i in self._last_visits(times)[:-1])
 
 
 def _chain(teacher: Teacher, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
