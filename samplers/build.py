@@ -90,7 +90,6 @@ def build_learned(
             "leave --dataset_name out, or train one for it"
         )
     rate = student.guidance_rate if options.guidance_rate is None else options.guidance_rate
-    number = name.split("-")[0] if name[:5].isdigit() else name
     settings = {
         "predictor": name,
         "predictor_sha256": _sha256(predictor),
@@ -99,8 +98,14 @@ def build_learned(
     }
     settings.pop("guidance_rate")
     plan = (Solve(student.solver(), student.grid(), predictor, student.afs),)
-    label = f"{student.sampler_stu}-{number}"
-    return Sampler(label, plan, settings, guidance_cost(rate), rate)
+    return Sampler(_label(student, name), plan, settings, guidance_cost(rate), rate)
+
+
+def _label(student: StudentSettings, name: str) -> str:
+    """``amed-00001`` for a numbered run, ``amed-<name>`` for another."""
+    folder, _, snapshot = name.partition("/")
+    short = folder.split("-")[0] if folder[:5].isdigit() else folder
+    return "-".join(part for part in (student.sampler_stu, short, snapshot) if part)
 
 
 def guidance_cost(rate: float | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from amed.experiments import find_run, load_predictor
+from amed.experiments import PREDICTOR, find_run, load_predictor
 from denoisers.cards import Card, cards
 from denoisers.registry import Model, load_model
 from runtime.dist import World
@@ -168,9 +168,17 @@ def _learned(options: SamplerOptions, spec: str, setup: Setup, world: World) -> 
     root = Path("exps")
     predictor, student, record = load_predictor(spec, root)
     predictor = predictor.to(dtype=setup.state_dtype).to(world.device)
-    path = find_run(spec, root).resolve()
-    name = path.name if path.is_dir() else path.parent.name + "/" + path.stem
-    return build_learned(options, predictor, student, record, name, setup.dataset_name)
+    return build_learned(
+        options, predictor, student, record, _name(find_run(spec, root)), setup.dataset_name
+    )
+
+
+def _name(path: Path) -> str:
+    """The folder of a predictor; with the file's stem for a snapshot in it."""
+    path = path.resolve()
+    if path.name == PREDICTOR:
+        path = path.parent
+    return path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
 
 
 def _card(name: str) -> Card:

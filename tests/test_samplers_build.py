@@ -1,0 +1,198 @@
+"""Options and predictors become plans of the right length, or one sentence."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from restart.plan import Jump, Solve
+from restart.tables import configurations
+from runtime.errors import UserError
+from samplers.build import build, build_learned
+from samplers.options import CLASSIC, SAMPLERS, TAKES, SamplerOptions
+from samplers.sampler import Sampler
+from solvers.dpmpp import DPMpp
+from solvers.rules import FixedRatio
+from tests.sampler_models import RESTART, make_card, trained
+
+INFO = json.dumps(RESTART)
+
+
+def sampler(name: str, **options: object) -> Sampler:
+    return build(SamplerOptions(sampler=name, **options), make_card())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "nfe"),
+    [
+        ("euler", {"num_steps": 6}, 5),
+        ("euler", {"num_steps": 7, "afs": True}, 5),
+        ("ipndm", {"num_steps": 6}, 5),
+        ("dpmpp", {"num_steps": 6}, 5),
+        ("dpmpp3c", {"num_steps": 7, "afs": True}, 5),
+        ("heun", {"num_steps": 4}, 6),
+        ("dpm", {"num_steps": 4, "afs": True}, 5),
+        ("dpm", {"num_steps": 4, "guidance_rate": 7.5}, 12),
+        ("edm", {"num_steps": 18}, 35),
+        ("edm", {"num_steps": 18, "S_churn": 40.0}, 35),
+        ("restart", {"num_steps": 18, "restart_info": INFO}, 43),
+        ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "euler"}, 26),
+        ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "ipndm"}, 39),
+    ],
+)
+def test_lengths_and_budgets_are_inverse(name: str, options: dict, nfe: int) -> None:
+    by_length = sampler(name, **options)
+    assert by_length.nfe == nfe
+    budget = {key: value for key, value in options.items() if key != "num_steps"}
+    by_budget = sampler(name, nfe=nfe, **budget)
+    assert by_budget.describe() == by_length.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "near"),
+    [
+        ("heun", {"nfe": 5}, "4 or 6"),
+        ("dpm", {"nfe": 6, "afs": True}, "5 or 7"),
+        ("edm", {"nfe": 1}, "3"),
+        ("restart", {"nfe": 42}, "41 or 43"),
+        ("restart", {"nfe": 45, "restart_info": f"18 {INFO}"}, "43"),
+        ("euler", {"nfe": 5, "guidance_rate": 2.0}, "4 or 6"),
+    ],
+)
+def test_a_budget_that_does_not_fit_names_its_neighbours(
+    name: str, options: dict, near: str
+) -> None:
+    with pytest.raises(UserError, match=f"exactly {options['nfe']} NFE: give {near}$"):
+        sampler(name, **options)
+
+
+def test_published_configurations_keep_their_published_nfe() -> None:
+    for config in configurations().values():
+        built = sampler("restart", restart_config=config.name)
+        assert built.nfe == config.nfe
+        assert built.settings["num_steps"] == config.n_main
+
+
+def test_defaults() -> None:
+    for name in CLASSIC:
+        (walk,) = sampler(name).plan
+        assert isinstance(walk, Solve) and len(walk.ts) == 6 and not walk.afs
+        rho7 = (80 ** (1 / 7) + torch.arange(6) / 5 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        assert torch.allclose(walk.ts, rho7.double(), rtol=1e-5)
+    for name in ("edm", "restart"):
+        assert sampler(name).settings["num_steps"] == 18
+        assert sampler(name).describe()["times"][-1] == 0
+    assert sampler("restart").settings["restart_info"] == RESTART
+    assert sampler("restart", restart_info=f"7 {INFO}").settings["num_steps"] == 7
+
+
+def test_options_reach_the_plan() -> None:
+    (walk,) = sampler("dpmpp", max_order=2, predict_x0=False, lower_order_final=False).plan
+    assert isinstance(walk, Solve) and isinstance(walk.solver, DPMpp)
+    solver = walk.solver
+    assert (solver.max_order, solver.predict_x0, solver.lower_order_final) == (2, False, False)
+    (walk,) = sampler("dpm", r=0.25).plan
+    assert isinstance(walk, Solve) and walk.solver.guide == FixedRatio(0.25)
+    times = sampler(
+        "euler", schedule_type="logsnr", sigma_min=0.1, sigma_max=10.0, num_steps=3
+    ).describe()["times"]
+    assert times == pytest.approx([10, 1, 0.1], rel=1e-9)
+    jumps = [p for p in sampler("edm", S_churn=40.0, S_min=0.05, S_max=50.0, S_noise=1.003).plan
+             if isinstance(p, Jump)]  # fmt: skip
+    assert jumps and all(0.05 <= jump.t_from <= 50 and jump.scale == 1.003 for jump in jumps)
+    gamma = math.sqrt(2) - 1  # 40 / 18 is above the bound
+    assert all(math.isclose(j.t_to, j.t_from * (1 + gamma)) for j in jumps)
+    heun = sampler("restart", restart_gamma=0.1)
+    assert sum(isinstance(p, Jump) for p in heun.plan) > 2  # churn inside the descents
+
+
+def test_every_option_is_taken_by_some_sampler_and_refused_by_the_others() -> None:
+    values = {"afs": True, "schedule_type": "logsnr", "max_order": 2, "predict_x0": True}
+    values |= {"lower_order_final": True, "thresholding": False, "r": 0.5, "restart_info": INFO}
+    values |= {"restart_config": "x", "main_solver": "euler", "restart_solver": "euler"}
+    values |= {"restart_gamma": 0.0, "S_churn": 0.0, "S_min": 0.0, "S_max": 1.0, "S_noise": 1.0}
+    for option, value in values.items():
+        users = [name for name in SAMPLERS if option in TAKES[name]]
+        assert users, option
+        for name in set(SAMPLERS) - set(users):
+            with pytest.raises(
+                UserError, match=f"^--{option} .* means nothing to sampler '{name}'"
+            ):
+                sampler(name, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sampler": "magic"}, "unknown sampler 'magic'; choose one of euler, heun, dpm"),
+        ({"sampler": "amed"}, "nothing without a learned predictor: train one with train.py"),
+        ({"sampler": "euler", "num_steps": 1}, "give num_steps >= 2"),
+        ({"sampler": "euler", "num_steps": 2, "afs": True}, "give --num_steps 3 or more"),
+        ({"sampler": "euler", "num_steps": 6, "nfe": 5}, "give one of them"),
+        ({"sampler": "ipndm", "max_order": 5}, "orders 1 to 4, got max_order = 5"),
+        ({"sampler": "dpmpp", "max_order": 4}, "orders 1 to 3, got max_order = 4"),
+        ({"sampler": "euler", "sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
+        ({"sampler": "euler", "sigma_max": math.nan}, "--sigma_max nan is not a number"),
+        ({"sampler": "euler", "schedule_type": "cosine"}, "unknown schedule 'cosine'"),
+        ({"sampler": "euler", "schedule_type": "discrete"}, "needs a model with its own time"),
+        ({"sampler": "restart", "afs": True}, "--afs True means nothing to sampler 'restart'"),
+        ({"sampler": "edm", "afs": True}, "--afs True means nothing to sampler 'edm'"),
+        ({"sampler": "restart", "restart_info": "{0: 1"}, "is not valid JSON"),
+        ({"sampler": "restart", "restart_info": '{"0": [3, 1, 2, 1]}'}, "has to be below t_max"),
+        ({"sampler": "restart", "num_steps": 9, "restart_info": f"18 {INFO}"}, "contradicts the"),
+        ({"sampler": "restart", "restart_config": "magic-1"}, "unknown restart configuration"),
+        ({"sampler": "restart", "restart_config": "cifar10-vp-43", "nfe": 43},
+         "--nfe 43 means nothing to restart configuration 'cifar10-vp-43', which is complete"),
+        ({"sampler": "restart", "nfe": 5, "restart_info": '{"0": [2, 1, 90, 95]}'},
+         "lies outside the grid"),
+        ({"sampler": "restart", "main_solver": "amed"}, "no solver 'amed' walks a restart grid"),
+    ],
+)  # fmt: skip
+def test_nonsense_is_one_sentence(options: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=".") as caught:
+        build(SamplerOptions(**options), make_card())
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("afs", "nfe"), [(False, 4), (True, 3)])
+def test_a_predictor_brings_its_own_walk(afs: bool, nfe: int) -> None:
+    predictor, student, record = trained(num_steps=3, afs=afs)
+    built = build_learned(SamplerOptions(), predictor, student, record, "00007-tiny-3")
+    (walk,) = built.plan
+    assert isinstance(walk, Solve) and walk.guide is predictor
+    assert torch.equal(walk.ts, student.grid()) and walk.afs == afs
+    assert built.nfe == nfe == student.nfe()
+    assert built.label == "amed-00007"
+    text = json.dumps(built.describe())
+    other = trained(num_steps=3, afs=afs)[0]
+    same = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3")
+    assert json.dumps(same.describe()) == text  # equal weights, equal record
+    with torch.no_grad():
+        other.fc_r.bias.add_(1e-3)
+    changed = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3")
+    assert json.dumps(changed.describe()) != text
+
+
+@pytest.mark.parametrize(
+    ("options", "dataset", "sentence"),
+    [
+        ({"sampler": "euler"}, None, "are two samplers: give one"),
+        ({"num_steps": 5}, None, "--num_steps 5 means nothing to a predictor"),
+        ({"afs": False}, None, "--afs False means nothing to a predictor"),
+        ({}, "cifar10", "was trained for 'tiny', not for 'cifar10'"),
+    ],
+)
+def test_a_predictor_is_not_to_be_contradicted(
+    options: dict, dataset: str | None, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build_learned(SamplerOptions(**options), *trained(), name="1", dataset_name=dataset)
+
+
+def test_a_snapshot_has_a_label_of_its_own() -> None:
+    labels = [
+        build_learned(SamplerOptions(), *trained(), name=name).label
+        for name in ("00012-tiny", "00012-tiny/predictor-000100", "mine")
+    ]
+    assert labels == ["amed-00012", "amed-00012-predictor-000100", "amed-mine"]

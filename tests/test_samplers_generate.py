@@ -1,0 +1,264 @@
+"""Images belong to their seeds: closed forms, batches, processes, budgets."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from denoisers.registry import Model, load_model
+from runtime.errors import UserError
+from runtime.noise import SeedNoise
+from samplers.build import build, build_learned
+from samplers.generate import Batch, generate
+from samplers.options import SamplerOptions
+from samplers.sampler import Sampler
+from tests.sampler_models import (
+    MEAN,
+    SHAPE,
+    VAR,
+    ClassModel,
+    GaussianModel,
+    MixtureModel,
+    make_card,
+    trained,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = [4, 0, 7, 11, 2, 100000, 3, 9, 8, 1]
+ALL: dict[str, dict] = {
+    "euler": {},
+    "heun": {},
+    "dpm": {"r": 0.3},
+    "dpmpp": {},
+    "dpmpp-thresholding": {"thresholding": True},
+    "dpmpp3c": {},
+    "ipndm": {"afs": True},
+    "edm": {"num_steps": 5, "S_churn": 3.0},
+    "restart": {"num_steps": 6},
+}
+
+
+def sampler(name: str, **options: object) -> Sampler:
+    return build(SamplerOptions(sampler=name.split("-")[0], **options), make_card())  # type: ignore[arg-type]
+
+
+def learned() -> Sampler:
+    predictor, student, record = trained(sampler_stu="ipndm", afs=True)
+    return build_learned(SamplerOptions(), predictor.double(), student, record, "mine")
+
+
+def samplers() -> dict[str, Sampler]:
+    return {name: sampler(name, **options) for name, options in ALL.items()} | {"amed": learned()}
+
+
+def images(
+    chosen: Sampler, model: Model, batch: int, **options: object
+) -> tuple[Tensor, list[Batch]]:
+    settings: dict = {"dtype": torch.float64, "device": "cpu", **options}
+    batches = list(generate(chosen, model, SEEDS, batch=batch, **settings))
+    assert [seed for found in batches for seed in found.seeds] == SEEDS
+    return torch.cat([found.x for found in batches]), batches
+
+
+def slope(x: Tensor, t: float) -> Tensor:
+    return (x - MEAN) * t / (VAR + t**2)
+
+
+def euler(x: Tensor, times: list[float]) -> Tensor:
+    for t, s in zip(times, times[1:], strict=False):
+        x = x + (s - t) * slope(x, t)
+    return x
+
+
+def heun_to_zero(x: Tensor, t: float, s: float) -> Tensor:
+    d = slope(x, t)
+    ahead = x + (s - t) * d
+    return ahead if s == 0 else x + (s - t) / 2 * (d + slope(ahead, s))
+
+
+def polynomial(count: int, low: float, high: float) -> list[float]:
+    a, b = high ** (1 / 7), low ** (1 / 7)
+    return [(a + i / (count - 1) * (b - a)) ** 7 for i in range(count)]
+
+
+def draw(*name: object) -> Tensor:
+    key = name if len(name) > 1 else name[0]
+    return SeedNoise(SEEDS).normal(key, SHAPE, torch.float64)  # type: ignore[arg-type]
+
+
+def test_a_classic_walk_is_its_closed_form() -> None:
+    found, _ = images(sampler("euler", num_steps=5), GaussianModel(), 4)
+    wanted = euler(80 * draw("latent"), polynomial(5, 0.002, 80))
+    assert (found - wanted).abs().max() < 1e-10
+
+
+def test_restart_is_its_closed_form() -> None:
+    """DESIGN section 5: down to the node nearest t_min; K times up by named noise and down."""
+    info = json.dumps({"0": [3, 2, 0.4, 2.0]})
+    chosen = sampler(
+        "restart", num_steps=5, restart_info=info, main_solver="euler", restart_solver="euler",
+        S_noise=0.9,
+    )  # fmt: skip
+    found, _ = images(chosen, GaussianModel(), 4)
+    grid = [*polynomial(5, 0.002, 80), 0.0]
+    low = min(range(5), key=lambda i: abs(grid[i] - 0.4))
+    x = euler(80 * draw("latent"), grid[: low + 1])
+    for k in range(2):
+        x = x + 0.9 * math.sqrt(2.0**2 - grid[low] ** 2) * draw("restart", 0, k)
+        x = euler(x, polynomial(3, grid[low], 2.0))
+    x = euler(x, grid[low:])
+    assert (found - x).abs().max() < 1e-10
+
+
+def test_edm_is_its_algorithm() -> None:
+    """Karras et al. 2022, algorithm 2, on Gaussian data."""
+    chosen = sampler("edm", num_steps=4, S_churn=1.2, S_min=0.01, S_max=50.0, S_noise=1.1)
+    found, _ = images(chosen, GaussianModel(), 4)
+    grid = [*polynomial(4, 0.002, 80), 0.0]
+    x = 80 * draw("latent")
+    for i in range(4):
+        t = grid[i]
+        if 0.01 <= t <= 50:
+            hat = t * (1 + 1.2 / 4)
+            x, t = x + 1.1 * math.sqrt(hat**2 - t**2) * draw("churn", i), hat
+        x = heun_to_zero(x, t, grid[i + 1])
+    assert (found - x).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", [*ALL, "amed"])
+def test_no_image_depends_on_its_batch(name: str) -> None:
+    chosen, model = samplers()[name], MixtureModel()
+    whole, (only,) = images(chosen, model, 10, keep_trajectory=True)
+    assert whole.std(dim=0).min() > 0.01  # the samples differ, or this would prove nothing
+    for batch in (1, 3):
+        found, parts = images(chosen, model, batch, keep_trajectory=True)
+        assert [len(part.seeds) for part in parts] == ([1] * 10 if batch == 1 else [3, 3, 3, 1])
+        assert (found - whole).abs().max() < 1e-10
+        starts = torch.cat([part.trajectory.x[0] for part in parts if part.trajectory])
+        assert only.trajectory is not None and torch.equal(starts, only.trajectory.x[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_latents_are_the_seeds_noise_whatever_the_dtype(dtype: torch.dtype) -> None:
+    _, (found,) = images(sampler("euler"), MixtureModel(), 10, keep_trajectory=True, dtype=dtype)
+    assert found.trajectory is not None and found.x.dtype == dtype
+    wanted = SeedNoise(SEEDS).normal("latent", SHAPE).to(dtype) * 80
+    assert torch.equal(found.trajectory.x[0], wanted)
+
+
+@pytest.mark.parametrize("name", [*ALL, "amed"])
+def test_planned_metered_and_counted_evaluations_agree(name: str) -> None:
+    chosen, model = samplers()[name], GaussianModel()
+    _, batches = images(chosen, model, 10)
+    assert sum(model.calls) == chosen.nfe == chosen.describe()["nfe_planned"]
+    assert {found.nfe for found in batches} == {chosen.nfe}
+
+
+def test_guidance_is_counted_twice() -> None:
+    model = GaussianModel()
+    chosen = sampler("heun", num_steps=3, guidance_rate=2.0)
+    _, (found,) = images(chosen, model, 10)
+    assert sum(model.calls) == found.nfe == chosen.nfe == 8 and len(model.calls) == 4
+
+
+def test_a_plan_that_miscounts_is_a_defect() -> None:
+    class Miscounted(Sampler):
+        @property
+        def nfe(self) -> int:
+            return super().nfe + 1
+
+    right = sampler("euler")
+    with pytest.raises(RuntimeError, match="spent 5 NFE where its plan says 6"):
+        images(Miscounted(right.label, right.plan), GaussianModel(), 10)
+    with pytest.raises(UserError, match="costs 1 evaluations but the plan counts 2"):
+        images(Sampler(right.label, right.plan, {}, 2), GaussianModel(), 10)
+
+
+@pytest.mark.parametrize("name", ["restart", "edm", "ipndm"])
+def test_the_trajectory_ends_in_the_image_and_has_the_described_times(name: str) -> None:
+    chosen, model = samplers()[name], MixtureModel()
+    final, (plain,) = images(chosen, model, 10)
+    _, (kept,) = images(chosen, model, 10, keep_trajectory=True)
+    assert plain.trajectory is None and kept.trajectory is not None
+    assert torch.equal(kept.trajectory.x[-1], final) and torch.equal(kept.x, final)
+    described = torch.tensor(chosen.describe()["times"], dtype=torch.float64)
+    assert torch.allclose(kept.trajectory.t, described, rtol=1e-11, atol=0)
+    assert len(kept.trajectory.x) == len(described)
+
+
+def test_classes_belong_to_seeds_or_are_given() -> None:
+    chosen, model = sampler("heun", num_steps=12), ClassModel()
+    drawn = SeedNoise(SEEDS).integers("class", 4)
+    assert len(set(drawn.tolist())) > 1
+    for batch in (3, 10):
+        found, _ = images(chosen, model, batch)
+        means = found.mean(dim=(1, 2, 3))
+        assert (means - drawn / 4).abs().max() < 0.01
+    given, _ = images(chosen, model, 3, labels=2)
+    assert (given - 0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "sentence"),
+    [
+        (MixtureModel, {"labels": 0}, "'tiny' is unconditional: leave --class 0 out"),
+        (ClassModel, {"labels": 4}, "--class 4 is not one of the 4 classes of 'tiny': give 0 to 3"),
+        (ClassModel, {"labels": -1}, "--class -1 is not one of the 4 classes"),
+        (MixtureModel, {"batch": 0}, "a batch of 0 images makes nothing"),
+    ],
+)
+def test_nonsense_is_refused_before_any_work(
+    model: Callable[[], Model], options: dict, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        generate(sampler("euler"), model(), SEEDS, **{"batch": 5, "device": "cpu", **options})
+
+
+WORLD = """
+import sys, torch
+from denoisers.registry import Model, load_model
+from runtime.dist import world
+from samplers.build import build
+from samplers.generate import generate
+from samplers.options import SamplerOptions
+with world("cpu") as w:
+    model = load_model("cifar10-small", device="cpu", dtype="float64")
+    options = SamplerOptions(sampler="restart", num_steps=2, restart_info='{"0": [2, 1, 0.002, 1]}')
+    mine = w.shard([5, 6, 7])
+    found = list(generate(build(options, model.card), model, mine, batch=4, device="cpu",
+        dtype=torch.float64, keep_trajectory=True))
+    torch.save({s: b.trajectory.x[:, i].clone() for b in found for i, s in enumerate(b.seeds)},
+        f"{sys.argv[1]}/{w.rank}.pt")
+"""
+
+
+def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WORLD)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [sorted(rank) for rank in ranks] == [[5, 7], [6]]
+    model = load_model("cifar10-small", device="cpu", dtype="float64")
+    options = SamplerOptions(sampler="restart", num_steps=2, restart_info='{"0": [2, 1, 0.002, 1]}')
+    (whole,) = generate(
+        build(options, model.card), model, [5, 6, 7], batch=3, device="cpu",
+        dtype=torch.float64, keep_trajectory=True,
+    )  # fmt: skip
+    assert whole.trajectory is not None
+    for i, seed in enumerate(whole.seeds):
+        found = {**ranks[0], **ranks[1]}[seed]
+        assert torch.equal(found[0], whole.trajectory.x[0, i])
+        assert (found - whole.trajectory.x[:, i]).abs().max() < 1e-10
