@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from restart.intervals import (
     parse_restart_line,
     read_configurations,
 )
-from restart.plan import Jump, Solve, plan_nfe, run_plan
+from restart.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.tables import published_grid
 from runtime.errors import UserError
 from solvers.grids import get_grid
@@ -26,7 +27,7 @@ HEUN, EULER = make_solver("heun"), make_solver("euler")
 MAIN = torch.tensor([16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
 
 
-def outline(plan) -> list:
+def outline(plan: Plan) -> list:
     """Times of each part, rounded; jumps as (from, to, name)."""
     return [
         (round(part.t_from, 6), round(part.t_to, 6), part.name)
@@ -34,6 +35,10 @@ def outline(plan) -> list:
         else [round(t, 6) for t in part.ts.tolist()]
         for part in plan
     ]
+
+
+def grids(plan: Plan) -> list[torch.Tensor]:
+    return [part.ts for part in plan if isinstance(part, Solve)]
 
 
 def test_levels_are_taken_on_the_way_down_and_named_as_given():
@@ -73,13 +78,14 @@ def test_restart_before_the_zero_leaves_the_closing_euler_step():
 def test_restart_grid_is_polynomial_with_the_given_exponent():
     for rho in (7.0, 3.0):
         plan = restart_plan(MAIN, [Interval(5, 1, 1.0, 3.0)], HEUN, rho=rho)
-        assert torch.equal(plan[2].ts, get_grid("polynomial", 5, 1.0, 3.0, rho))
+        assert torch.equal(grids(plan)[1], get_grid("polynomial", 5, 1.0, 3.0, rho))
 
 
 def test_without_churn_edm_is_one_walk():
-    for settings in ({}, {"S_churn": 9.0, "S_min": 5.0, "S_max": 7.0}):
-        (only,) = edm_plan(MAIN, **settings)
-        assert torch.equal(only.ts, MAIN) and only.solver == HEUN
+    for plan in (edm_plan(MAIN), edm_plan(MAIN, S_churn=9.0, S_min=5.0, S_max=7.0)):
+        (only,) = plan
+        assert isinstance(only, Solve) and only.solver == HEUN
+        assert torch.equal(only.ts, MAIN)
 
 
 def test_churn_interrupts_the_walk_only_where_it_is_active():
@@ -98,12 +104,23 @@ def test_churn_interrupts_the_walk_only_where_it_is_active():
 
 def test_churn_gamma_is_capped():
     plan = edm_plan(MAIN, S_churn=100.0, S_min=16.0)
+    assert isinstance(plan[0], Jump)
     assert plan[0].t_to == pytest.approx(16 * math.sqrt(2), rel=1e-12)
+
+
+def test_edm_plan_takes_any_solver_guide_and_the_analytic_step():
+    guide = FixedRatio(0.5)
+    plan = edm_plan(MAIN, S_churn=1.2, S_min=8.0, S_max=8.0, solver=EULER, guide=guide, afs=True)
+    walks = [part for part in plan if isinstance(part, Solve)]
+    assert len(walks) == 3
+    assert all(walk.solver == EULER and walk.guide is guide for walk in walks)
+    assert [walk.afs for walk in walks] == [True, False, False]
+    assert plan_nfe(plan) == 2 * 6 - 1 - 1
 
 
 def test_restart_gamma_churns_descents_and_s_churn_the_main_walk():
     interval = Interval(3, 2, 1.0, 3.0)
-    settings = dict(rho=1.0, S_noise=1.01, S_min=1.5, S_max=3.0)
+    settings: dict[str, Any] = dict(rho=1.0, S_noise=1.01, S_min=1.5, S_max=3.0)
     plan = restart_plan(MAIN, [interval], HEUN, restart_gamma=0.5, **settings)
     assert outline(plan) == [
         [16, 8, 4, 2, 1],
@@ -143,7 +160,7 @@ def test_a_kept_time_replaces_the_node_that_rounding_left_beside_it():
     near = 2.0 * (1 + 1e-12)
     keep = torch.tensor([near, 1.0 + 1e-12, 3.0 - 1e-12], dtype=torch.float64)
     plan = restart_plan(MAIN, [Interval(3, 1, 1.0, 3.0)], HEUN, rho=1.0, keep=keep)
-    assert plan[2].ts.tolist() == [3.0, near, 1.0]
+    assert grids(plan)[1].tolist() == [3.0, near, 1.0]
 
 
 def test_guides_and_analytic_steps_reach_their_own_walks():
@@ -339,6 +356,7 @@ def test_the_ends_of_the_grid_are_inside_it():
 @pytest.mark.parametrize("name", ["S_noise", "S_churn", "S_min", "restart_gamma", "S_max"])
 def test_bad_noise_settings_are_refused(name):
     for value in (-1.0, math.nan) if name == "S_max" else (-1.0, math.nan, math.inf):
+        settings: dict[str, Any] = {name: value}
         with pytest.raises(UserError) as error:
-            restart_plan(MAIN, [], HEUN, **{name: value})
+            restart_plan(MAIN, [], HEUN, **settings)
         assert str(error.value) == f"{name} = {value:g} has to be a number of at least 0"

@@ -12,19 +12,21 @@ import torch
 
 from denoisers.analytic import MixtureDenoiser
 from restart.build import edm_plan
-from restart.plan import Jump, Solve, plan_nfe, run_plan
+from restart.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.tables import configuration, published_grid
 
 
 class Recorder(MixtureDenoiser):
     """Notes the noise level of every call."""
 
+    sigmas: list[float]
+
     def __call__(self, x, sigma):
         self.sigmas.append(float(sigma))
         return super().__call__(x, sigma)
 
 
-def draw_numbers(plan) -> dict[tuple, int]:
+def draw_numbers(plan: Plan) -> dict[tuple, int]:
     numbers, count = {}, 0
     for part in plan:
         if isinstance(part, Solve):

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
 from restart.build import restart_plan
 from restart.intervals import Interval
-from restart.plan import Jump, Solve, last_visits, plan_nfe, run_plan
+from restart.plan import Jump, Plan, Solve, last_visits, plan_nfe, run_plan
 from restart.tables import published_grid
 from runtime.noise import SeedNoise
 from solvers.driver import Meter, State, advance, integrate
 from solvers.grids import get_grid
 from solvers.registry import make_solver
 from solvers.rules import FixedRatio
+from solvers.types import Denoiser
 
 HEUN = make_solver("heun")
 EDM = partial(get_grid, "polynomial", rho=7.0)
@@ -36,7 +37,7 @@ def no_draw(name: tuple) -> torch.Tensor:
     raise AssertionError(f"draw {name} was not expected")
 
 
-def linear_parts(plan, denoiser) -> dict:
+def linear_parts(plan: Plan, denoiser: Denoiser) -> dict:
     """Factors of the start (key "x") and of each named draw in the final state of a linear plan."""
     names = ["x", *(part.name for part in plan if isinstance(part, Jump))]
     unit = torch.eye(len(names), dtype=torch.float64)
@@ -45,7 +46,7 @@ def linear_parts(plan, denoiser) -> dict:
     return dict(zip(names, out.tolist(), strict=True))
 
 
-def final_variance(plan, denoiser, start: float) -> float:
+def final_variance(plan: Plan, denoiser: Denoiser, start: float) -> float:
     parts = linear_parts(plan, denoiser)
     return start * parts.pop("x") ** 2 + sum(factor**2 for factor in parts.values())
 
@@ -118,7 +119,7 @@ def test_restart_repairs_perturbed_starts_of_a_mixture_where_heun_cannot():
     denoiser = MixtureDenoiser(means, std)
     start = 80.0 * 1.3 * draw(64, 3, 4, 4)  # a start 30 % too wide
 
-    def excess(plan) -> float:
+    def excess(plan: Plan) -> float:
         """Variance inside the modes over its true value, minus 1."""
         assert plan_nfe(plan) == 43
         x = run_plan(plan, denoiser, start, lambda _: draw(*start.shape)).x[-1]
