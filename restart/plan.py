@@ -8,7 +8,7 @@ are plans with jumps.  Plans are data: running one changes nothing in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,21 +108,6 @@ def check_plan(plan: Plan) -> None:
             raise ValueError(
                 f"the plan has a gap: a part ends at {end:g}, the next begins at {start:g}"
             )
-
-
-def last_visits(trajectory: Trajectory, times: Tensor | Sequence[float]) -> Tensor:
-    """The states (len(times), B, C, H, W) of the last visit to each of ``times``.
-
-    Below a jump a time may be visited several times; the last visit belongs to the final
-    descent.  Raises ValueError for a time that was never visited.
-    """
-    picked = []
-    for time in torch.as_tensor(times, dtype=torch.float64):
-        hits = torch.nonzero(torch.isclose(trajectory.t, time, rtol=TIME_TOLERANCE, atol=0.0))
-        if len(hits) == 0:
-            raise ValueError(f"t = {float(time):g} is not a node of this plan")
-        picked.append(trajectory.x[int(hits[-1])])
-    return torch.stack(picked)
 
 
 def _start(part: Solve | Jump) -> float:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
 from restart.build import restart_plan
 from restart.intervals import Interval
-from restart.plan import Jump, Plan, Solve, last_visits, plan_nfe, run_plan
+from restart.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.tables import published_grid
 from runtime.noise import SeedNoise
 from solvers.driver import Meter, State, advance, integrate
@@ -153,18 +153,6 @@ def test_history_ends_at_a_jump():
         state = advance(ipndm, Meter(denoiser), state, t, t_next)
     stale = advance(ipndm, Meter(denoiser), state._replace(x=lifted), down[0], down[1]).x
     assert (stale - got.x[5]).abs().max() > 1e-3
-
-
-def test_last_visits_picks_the_final_descent():
-    main = f64(4.0, 2.0, 1.0, 0.5)
-    plan = restart_plan(main, [Interval(3, 3, 1.0, 3.0)], HEUN, rho=1.0)
-    draws = SeedNoise([1, 2])
-    normal = partial(draws.normal, shape=(1, 2, 2), dtype=torch.float64)
-    got = run_plan(plan, GaussianDenoiser(0.0, 1.0), 4 * normal("latent"), normal)
-    assert got.t.tolist() == [4, 2, 1, 3, 2, 1, 3, 2, 1, 3, 2, 1, 0.5]
-    assert torch.equal(last_visits(got, [4.0, 2.0, 1.0, 0.5]), got.x[[0, 10, 11, 12]])
-    with pytest.raises(ValueError, match=r"^t = 1\.5 is not a node of this plan$"):
-        last_visits(got, [1.5])
 
 
 def test_an_image_depends_on_its_seed_alone():
