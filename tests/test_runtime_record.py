@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,32 @@ def test_round_trip(tmp_path: Path) -> None:
     assert first.schema == record.SCHEMA and first.created.endswith("+00:00")
 
 
-def test_no_git_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert make().git_commit is None
-    monkeypatch.undo()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not on this machine")
+def test_the_commit_is_that_of_this_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "--message=one")
+    git("tag", "v1")
     monkeypatch.setattr(record, "ROOT", tmp_path)
-    assert make().git_commit is None
+    assert make().git_commit == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("2")
+    assert make().git_commit == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(record, "ROOT", tmp_path / "site-packages")
+    assert make().git_commit is None  # the repository around an installed copy is not ours
 
 
 def test_values_json_cannot_hold_are_refused_by_name() -> None:
