@@ -4,8 +4,7 @@ Examples:
 
     python fid.py calc --images samples/00001 --num 2000 --json fid.json
     python fid.py ref --data cifar10-32x32-train.zip --dest stats.npz
-    torchrun --standalone --nproc_per_node=2 fid.py calc --images images.zip \\
-        --detector inception --ref stats-inception.npz
+    torchrun --standalone --nproc_per_node=2 fid.py calc --images images.zip --num_images 5000
 """
 
 from __future__ import annotations
@@ -66,7 +65,8 @@ def common_options(function: Any) -> Any:
         cli.device_option,
         cli.batch_option(256),
         click.option("--seed", type=int, default=0, show_default=True, help="draws the N images"),
-        click.option("--num", type=click.IntRange(min=2), help="use N images  [default: all]"),
+        # torchrun takes --num for a prefix of its own options, hence the longer name
+        click.option("--num", "--num_images", type=click.IntRange(min=2), help="use N images"),
         click.option("--detector-path", type=PATH, help="file of a detector that is not bundled"),
         click.option("--detector", type=names, default="cifar10-small", show_default=True),
     ):

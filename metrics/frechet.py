@@ -10,7 +10,8 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
     """|mu1 - mu2|^2 + tr(S1 + S2) - 2 tr sqrt(S1 S2), in float64.
 
     S1 S2 is not symmetric, but it has the eigenvalues of A S2 A with A = S1^(1/2), which is; the
-    trace of its root is the sum of their roots. Covariances may be singular.
+    trace of its root is the sum of their roots. Covariances may be singular. Equal arguments give
+    exactly 0.
 
     Args:
         mu1, mu2: means (d,). cov1, cov2: symmetric positive semi-definite covariances (d, d).
@@ -26,12 +27,37 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
         )
     if np.array_equal(mu1, mu2) and np.array_equal(cov1, cov2):
         return 0.0
-    values, vectors = linalg.eigh(cov1, driver="evd", check_finite=False)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = root @ cov2 @ root
-    squares = linalg.eigvalsh((product + product.T) / 2, check_finite=False)
-    trace = np.sqrt(squares.clip(min=0)).sum()
-    return float(np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace)
+    trace = np.sqrt(_eigenvalues_of_product(cov1, cov2).clip(min=0)).sum()
+    distance = np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * trace
+    return max(0.0, float(distance))
+
+
+def _eigenvalues_of_product(cov1: np.ndarray, cov2: np.ndarray) -> np.ndarray:
+    """Eigenvalues of S1 S2, up to zeros."""
+    root = _root(cov1)
+    values = linalg.eigvalsh(root.T @ cov2 @ root, driver="evd", check_finite=False)
+    if values.min(initial=np.inf) < _rounding(values):
+        # A zero eigenvalue comes out as rounding, whose root is not small. If S2 is the singular
+        # one, its root has fewer columns and the zeros do not come up.
+        other = _root(cov2)
+        if other.shape[1] < root.shape[1]:
+            return linalg.eigvalsh(other.T @ cov1 @ other, driver="evd", check_finite=False)
+    return values
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+    """Columns R (d, r) with R R' = cov, without directions whose variance is rounding.
+
+    R' S R has the eigenvalues of A S A, A = cov^(1/2) = R V', but for zeros.
+    """
+    values, vectors = linalg.eigh(cov, driver="evd", check_finite=False)
+    kept = values > _rounding(values)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def _rounding(values: np.ndarray) -> float:
+    """Eigenvalues below this cannot be told from zero in float64."""
+    return len(values) * np.finfo(np.float64).eps * values.max(initial=0)
 
 
 def _checked(mu: np.ndarray, cov: np.ndarray, which: str) -> tuple[np.ndarray, np.ndarray]:

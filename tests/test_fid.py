@@ -1,0 +1,193 @@
+"""fid.py from the command line: figures, records, processes, and one sentence for an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+from metrics.detectors import DETECTORS, load_detector, load_reference
+from metrics.frechet import frechet_distance
+from metrics.statistics import Statistics
+from runtime import cli, files
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run("calc", "--images", path)`` -> exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as end:
+            cli.run(fid.main)
+        code = end.value.code
+        assert isinstance(code, int)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def write(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    return folder
+
+
+def figure(output: str) -> float:
+    return float(output.split()[1])
+
+
+def test_fid_of_images_is_that_of_their_features(run: Run, tmp_path: Path) -> None:
+    images = pixels(11)
+    folder = write(tmp_path / "a", images)
+    code, out, _ = run("calc", "--images", folder, "--json", tmp_path / "r.json", "--batch", 4)
+    assert code == 0
+
+    detector = load_detector("cifar10-small", device="cpu")
+    reference = load_reference("cifar10-small", detector)
+    x = detector(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy()
+    expected = frechet_distance(x.mean(0), np.cov(x.T), reference.mean, reference.cov)
+
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["fid"] == pytest.approx(expected, rel=1e-8)
+    assert out == f"FID {expected:.6g}  (detector cifar10-small, N = 11)\n"
+    assert result["n"] == 11 and result["reference"]["n"] == 50_000
+    assert result["detector"]["sha256"] == detector.sha256
+    assert result["record"]["options"]["images"] == str(folder)
+
+
+def test_folder_zip_and_statistics_agree(run: Run, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", pixels(9))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"some/where/{file.name}")
+    stats = tmp_path / "a.npz"
+    assert run("ref", "--data", tmp_path / "a.zip", "--dest", stats)[0] == 0
+    figures = [run("calc", "--images", p)[1] for p in (folder, tmp_path / "a.zip", stats)]
+    assert figures[0] == figures[1] == figures[2]
+    # statistics against themselves; the sums are rebuilt from the file, hence not exactly 0
+    assert figure(run("calc", "--images", folder, "--ref", stats)[1]) < 1e-8
+
+
+def test_result_does_not_depend_on_batch_or_processes(run: Run, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", pixels(13))
+    options = ["--data", folder, "--num_images", 11, "--seed", 5]
+    run("ref", *options, "--dest", tmp_path / "1.npz", "--batch", 3)
+    run("ref", *options, "--dest", tmp_path / "2.npz", "--batch", 100)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [ROOT / "fid.py", "ref", *options, "--dest", tmp_path / "3.npz", "--device", "cpu"]
+    done = subprocess.run(
+        [*torchrun, *map(str, script)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    first, *others = (Statistics.load(tmp_path / f"{i}.npz") for i in (1, 2, 3))
+    assert first.n == 11 and first.source == "a"
+    for other in others:
+        assert other.n == 11
+        assert np.abs(other.mean - first.mean).max() < 1e-10
+        assert np.abs(other.cov - first.cov).max() < 1e-10
+
+
+def test_fetched_detector_is_kept_and_checked(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published file is downloaded once; a changed one is refused."""
+
+    class Means(torch.nn.Module):
+        def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            return img.to(torch.float32).mean(dim=[2, 3])
+
+    served = tmp_path / "served" / "inception-2015-12-05.pt"
+    served.parent.mkdir()
+    torch.jit.script(Means()).save(str(served))
+    entry = dataclasses.replace(DETECTORS["inception"], url=served.as_uri())
+    monkeypatch.setitem(DETECTORS, "inception", entry)
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "a", pixels(9))
+    options = ["ref", "--data", folder, "--detector", "inception", "--dest"]
+    code, out, err = run(*options, "one.npz")
+    assert code == 0, err
+    assert "detector inception, N = 9" in out
+    kept = tmp_path / "cache" / "detectors" / served.name
+    assert kept.with_name(kept.name + ".sha256").read_text().strip() == files.sha256_file(served)
+    assert Statistics.load("one.npz").detector.sha256 == files.sha256_file(served)
+
+    served.unlink()  # offline from now on
+    assert run(*options, "two.npz")[0] == 0
+    kept.write_bytes(kept.read_bytes() + b"x")
+    code, _, err = run(*options, "three.npz")
+    assert code == 1 and "was expected" in err and not Path("three.npz").exists()
+    code, _, err = run("calc", "--images", "one.npz", "--ref", "cifar10-small")
+    assert code == 1 and "compute both with one detector" in err
+
+
+def test_published_moments_become_a_reference_once_declared(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "published.npz"
+    np.savez(path, mu=np.zeros(192), sigma=np.eye(192))
+    code, _, err = run("calc", "--images", path)
+    assert code == 1 and "lack detector, detector_sha256, n, source: make them with fid.py" in err
+    code, _, err = run("ref", "--data", path, "--dest", tmp_path / "r.npz")
+    assert code == 1 and "does not say how many images it is of: add --num" in err
+    assert run("ref", "--data", path, "--dest", tmp_path / "r.npz", "--num", 500)[0] == 0
+    code, out, _ = run("calc", "--images", tmp_path / "r.npz", "--ref", tmp_path / "r.npz")
+    assert (code, out) == (0, "FID 0  (detector cifar10-small, N = 500)\n")
+
+
+def test_dry_run_prints_the_record_and_touches_nothing(run: Run, tmp_path: Path) -> None:
+    for arguments in (
+        ["calc", "--images", tmp_path / "none", "--json", tmp_path / "r.json"],
+        ["ref", "--data", tmp_path / "none", "--dest", tmp_path / "r.npz"],
+    ):
+        code, out, _ = run(*arguments, "-n", "--num", 7)
+        assert code == 0 and json.loads(out)["options"]["num"] == 7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_one_sentence(run: Run, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", pixels(3))
+    big = tmp_path / "big"
+    big.mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 48)).save(big / f"{i}.png")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in [
+        (["--images", tmp_path / "none"], "does not exist: pass a folder or a zip of images"),
+        (["--images", tmp_path / "empty"], "holds no image"),
+        (["--images", big], "takes 32x32 images, got 64x48: use --detector inception"),
+        (["--images", folder, "--num", 5], "5 images were asked for, found 3"),
+        (["--images", folder, "--ref", "cifar"], "'cifar' is neither one of cifar10-small nor"),
+        (["--images", tmp_path / "s.npz", "--num", 5], "--num 5 draws images, but"),
+        (["--images", tmp_path / "s.npz"], "do not exist: make them with fid.py ref"),
+        (["--images", folder, "--detector-path", tmp_path / "d"], "d does not exist: check"),
+    ]:
+        code, out, err = run("calc", *arguments)
+        sentence = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert (code, out, len(sentence)) == (1, "", 1), (arguments, err)
+        assert message in sentence[0] and "Traceback" not in err
+    code, _, err = run("ref", "--data", folder, "--dest", tmp_path / "stats")
+    assert code == 1 and "has to end in .npz" in err
+    code, _, err = run("calc", "--images", folder, "--detector", "vgg")
+    assert code == 2 and "'vgg' is not one of" in err

@@ -1,0 +1,105 @@
+"""The Frechet distance against closed forms and an independent implementation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import linalg
+
+from metrics.frechet import frechet_distance
+
+
+def random_cov(rng: np.random.Generator, dim: int, rank: int | None = None) -> np.ndarray:
+    factor = rng.standard_normal((dim, rank or 2 * dim))
+    return factor @ factor.T / factor.shape[1]
+
+
+@given(seed=st.integers(0, 2**16), dim=st.integers(1, 24))
+def test_equal_covariances_leave_the_squared_distance_of_the_means(seed: int, dim: int) -> None:
+    rng = np.random.default_rng(seed)
+    cov = random_cov(rng, dim)
+    mu1, mu2 = rng.standard_normal((2, dim))
+    assert abs(frechet_distance(mu1, cov, mu2, cov) - np.sum((mu1 - mu2) ** 2)) < 1e-8
+
+
+@given(seed=st.integers(0, 2**16), dim=st.integers(1, 24))
+def test_diagonal_covariances(seed: int, dim: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.exponential(size=(2, dim))
+    a[: dim // 3] = 0  # singular in places
+    mu = np.zeros(dim)
+    expected = np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    assert abs(frechet_distance(mu, np.diag(a), mu, np.diag(b)) - expected) < 1e-8
+
+
+@pytest.mark.parametrize(("rank1", "rank2"), [(96, 96), (7, 48), (48, 7), (7, 7), (9, 5), (1, 1)])
+def test_low_rank_covariances(rank1: int, rank2: int) -> None:
+    """S = F F': tr sqrt(S1 S2) is the sum of the singular values of F1' F2."""
+    rng = np.random.default_rng(0)
+    f1, f2 = rng.standard_normal((48, rank1)), rng.standard_normal((48, rank2))
+    singular = np.linalg.svd(f1.T @ f2, compute_uv=False)
+    expected = np.sum(f1**2) + np.sum(f2**2) - 2 * np.sum(singular)
+    mu = np.zeros(48)
+    assert abs(frechet_distance(mu, f1 @ f1.T, mu, f2 @ f2.T) - expected) < 1e-8
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+def test_zero_on_itself_and_nearly_so_beside_it(rank: int | None) -> None:
+    rng = np.random.default_rng(1)
+    mu, cov = rng.standard_normal(32), random_cov(rng, 32, rank)
+    assert frechet_distance(mu, cov, mu.copy(), cov.copy()) == 0.0
+    assert 0 <= frechet_distance(mu, cov, mu, cov * (1 + 1e-12)) < 1e-8
+    assert frechet_distance(mu, 0 * cov, mu, cov) == pytest.approx(np.trace(cov), abs=1e-12)
+
+
+@pytest.mark.parametrize(("rank1", "rank2"), [(None, None), (6, None), (None, 6), (6, 9)])
+def test_symmetric(rank1: int | None, rank2: int | None) -> None:
+    rng = np.random.default_rng(2)
+    one = rng.standard_normal(32), random_cov(rng, 32, rank1)
+    two = rng.standard_normal(32), random_cov(rng, 32, rank2)
+    assert abs(frechet_distance(*one, *two) - frechet_distance(*two, *one)) < 1e-8
+
+
+@pytest.mark.parametrize("dim", [1, 2, 17, 80])
+def test_against_the_root_of_the_unsymmetric_product(dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    mu1, mu2 = rng.standard_normal((2, dim))
+    cov1, cov2 = random_cov(rng, dim), 3 * random_cov(rng, dim)
+    root = np.trace(np.real(linalg.sqrtm(cov1 @ cov2)))
+    expected = np.sum((mu1 - mu2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * root
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_rotation_and_scale() -> None:
+    """A common rotation changes nothing, a common scale s multiplies by s^2."""
+    rng = np.random.default_rng(3)
+    (mu1, mu2), q = rng.standard_normal((2, 16)), linalg.qr(rng.standard_normal((16, 16)))[0]
+    cov1, cov2 = random_cov(rng, 16), random_cov(rng, 16)
+    plain = frechet_distance(mu1, cov1, mu2, cov2)
+    turned = frechet_distance(q @ mu1, q @ cov1 @ q.T, q @ mu2, q @ cov2 @ q.T)
+    scaled = frechet_distance(3 * mu1, 9 * cov1, 3 * mu2, 9 * cov2)
+    assert turned == pytest.approx(plain, rel=1e-10)
+    assert scaled == pytest.approx(9 * plain, rel=1e-10)
+
+
+EYE, ZERO = np.eye(3), np.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((ZERO, EYE, np.zeros(2), np.eye(2)), "the first statistics have 3 features, the second 2"),
+        ((ZERO, np.eye(2), ZERO, EYE), r"mean of shape \(3,\) and a covariance of shape \(2, 2\)"),
+        ((ZERO, EYE, ZERO * np.nan, EYE), "the second statistics hold NaN or infinite values"),
+        (
+            (ZERO, np.full((3, 3), np.inf), ZERO, EYE),
+            "the first statistics hold NaN or infinite values",
+        ),
+        ((ZERO, EYE + np.triu(np.ones((3, 3)), 1), ZERO, EYE), "first covariance is not symmetric"),
+    ],
+)
+def test_errors_name_what_is_wrong(arguments: tuple[np.ndarray, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(*arguments)
