@@ -27,33 +27,34 @@ PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newe
 
 recipe_default() { # budget 5 only, 1,000 trajectories per student, 2,000 images a row
     note "short trainings and 2,000 images a row: for published lengths run ./launch.sh full"
-    predictors=()
+    predictors=""
     small_students 4 --batch=64 --total_kimg=1 --tick=0.25
-    run compare.py --dataset_name=cifar10-small "${predictors[@]}" \
-        --budgets=5 --seeds=0-1999 --outdir=exps/report-default
-    note "the report is in exps/report-default"
+    run compare.py --dataset_name=cifar10-small --predictors="${predictors#,}" \
+        --budgets=5 --num=2000 --outdir=samples/report-default
+    note "the report is in samples/report-default"
 }
 
 recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
-    predictors=()
+    predictors=""
     for num_steps in 3 4 5 6; do
         small_students "$num_steps" --batch=128 --total_kimg=10
     done
-    run compare.py --dataset_name=cifar10-small "${predictors[@]}" \
-        --budgets=3,5,7,9 --seeds=0-49999 --outdir=exps/report-full
-    note "the report is in exps/report-full"
+    run compare.py --dataset_name=cifar10-small --predictors="${predictors#,}" \
+        --budgets=3,5,7,9 --num=50000 --outdir=samples/report-full
+    note "the report is in samples/report-full"
 }
 
-small_students() { # NUM_STEPS FLAG...: both students under each of their teachers
+small_students() { # NUM_STEPS FLAG...: both students under each of their
+    # teachers; appends the runs' folders to $predictors
     local num_steps=$1 teacher
     shift
     for teacher in heun restart; do
         student_amed cifar10-small "$teacher" "$num_steps" "$@"
-        predictors+=("--predictor_path=$folder")
+        predictors="$predictors,$folder"
     done
     for teacher in ipndm heun restart; do
         student_plugin cifar10-small "$teacher" "$num_steps" "$@"
-        predictors+=("--predictor_path=$folder")
+        predictors="$predictors,$folder"
     done
 }
 

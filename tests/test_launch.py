@@ -161,7 +161,9 @@ def test_main_job_trains_both_students_under_each_teacher_and_compares(
     }
     assert {k["--dataset_name"] for k in kinds} == {"cifar10-small"}
     assert last == "compare.py"
-    assert len([a for a in arguments if a.startswith("--predictor_path=")]) == len(trained)
+    given = flags(arguments)
+    assert given["--predictors"].split(",") == ["exps/<run>"] * len(trained)
+    assert given["--budgets"].split(",") == [str(2 * int(n) - 3) for n in steps]  # with AFS
 
 
 def test_no_recipe_is_the_default_one() -> None:
@@ -256,8 +258,7 @@ def test_setup_installs_once_and_folders_reach_the_comparison(
         assert done.returncode == 0, done.stderr
         *installed, compared = said.read_text().splitlines()
         assert installed == installs
-        given = [word for word in compared.split() if word.startswith("--predictor_path=")]
-        assert given == [f"--predictor_path=exps/{run}" for run in (1, 2, 3, 4, 5)]
+        assert " --predictors=exps/1,exps/2,exps/3,exps/4,exps/5 " in compared
         assert "tick 1" in done.stderr
         said.unlink()
         (elsewhere / "trained").unlink()
