@@ -1,0 +1,145 @@
+"""Measuring a row: images of the shared seeds, block by block, through one detector."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from comparison.rows import Row
+from denoisers.registry import Model
+from metrics.detectors import Detector
+from metrics.fid import BlockFid, block_fid
+from metrics.statistics import Statistics
+from runtime.dist import World
+from runtime.files import atomic_write
+from runtime.images import image_grid, save_png, to_uint8
+from samplers.generate import generate
+from samplers.sampler import Sampler
+
+SHOWN = 10  #: images of each row in the picture
+
+
+@dataclass(frozen=True)
+class Harness:
+    """One model, one detector, one reference, one list of seeds for every row."""
+
+    model: Model
+    detector: Detector
+    reference: Statistics
+    seeds: Sequence[int]
+    blocks: int  #: disjoint, equal blocks of seeds, for the spread
+    batch: int  #: images at once on one process
+    dtype: torch.dtype  #: of the state
+    world: World
+
+    def describe(self) -> dict[str, Any]:
+        """What two figures must share to be compared."""
+        return {
+            "model": self.model.card.name,
+            "model_sha256": self.model.sha256,
+            "detector": self.detector.name,
+            "detector_sha256": self.detector.sha256,
+            "reference": self.reference.source,
+            "reference_n": self.reference.n,
+            "seeds": f"{self.seeds[0]}-{self.seeds[-1]}",
+            "blocks": self.blocks,
+        }
+
+    def fid(
+        self, sampler: Sampler, seeds: Sequence[int], blocks: int, tick: Callable[[int], object]
+    ) -> tuple[BlockFid, int, float]:
+        """FID of ``seeds`` in blocks, the metered NFE, and images per second of sampling alone."""
+        per_block = len(seeds) // blocks
+        parts, nfe, seconds = [], 0, 0.0
+        for b in range(blocks):
+            stats = Statistics(self.detector.id, sampler.label)
+            mine = self.world.shard(seeds[b * per_block : (b + 1) * per_block])
+            begin = time.perf_counter()
+            for made in generate(
+                sampler,
+                self.model,
+                mine,
+                batch=self.batch,
+                device=self.world.device,
+                dtype=self.dtype,
+            ):
+                pixels = to_uint8(made.x)  # waits for the device
+                seconds += time.perf_counter() - begin
+                nfe = made.nfe
+                stats.update(self.detector(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+                tick(len(pixels) * self.world.size)
+                begin = time.perf_counter()
+            parts.append(stats.reduce())
+        slowest = seconds / max(1, len(seeds) // self.world.size)
+        return block_fid(parts, self.reference), nfe, 1 / slowest * self.world.size
+
+    def pictures(self, sampler: Sampler) -> np.ndarray:
+        """The first few seeds of a sampler, (SHOWN, H, W, C) uint8."""
+        shown = self.seeds[:SHOWN]
+        made = generate(
+            sampler,
+            self.model,
+            shown,
+            batch=len(shown),
+            device=self.world.device,
+            dtype=self.dtype,
+        )
+        return np.concatenate([to_uint8(b.x) for b in made])
+
+
+def measure(
+    row: Row, harness: Harness, folder: Path, tick: Callable[[int], object]
+) -> dict[str, Any]:
+    """The figures of one row; read from ``folder`` if the same row was measured before.
+
+    A row is one JSON file, written whole at its end, so a killed comparison loses one row at most.
+    """
+    file = folder / "rows" / f"{row.key}.json"
+    identity = json.loads(
+        json.dumps({"sampler": row.sampler.describe(), "harness": harness.describe()})
+    )
+    found = _read(file)
+    if found is not None and found["identity"] == identity:
+        tick(len(harness.seeds))
+        return found
+    fid, nfe, rate = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
+    result = {
+        "method": row.method,
+        "group": row.group,
+        "budget": row.budget,
+        "detail": row.detail,
+        "own_solver": row.own_solver,
+        "fid": fid.fid,
+        "fid_block_mean": fid.mean,
+        "fid_block_spread": fid.spread,
+        "fid_blocks": list(fid.blocks),
+        "n": fid.n,
+        "nfe_planned": row.sampler.nfe,
+        "nfe_metered": nfe,
+        "images_per_second": rate,
+        "detector": harness.detector.name,
+        "identity": identity,
+        "pictures": f"rows/{row.key}.png",
+    }
+    if harness.world.is_main:
+        images = harness.pictures(row.sampler)
+        save_png(file.with_suffix(".png"), image_grid(images, columns=len(images)))
+        with atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """An earlier result, or None where there is none that can be read."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "identity" in content else None

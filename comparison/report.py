@@ -1,0 +1,160 @@
+"""The report of a comparison: JSON, Markdown, CSV, a plot and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from runtime.files import atomic_write
+from runtime.images import image_grid, save_png
+from runtime.record import RunRecord
+
+ZOOM = 2  #: small images are shown larger
+HEAD = ("method", "NFE", "FID", "blocks", "vs own solver", "images/s", "NFE metered", "detail")
+
+
+def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]]) -> list[Path]:
+    """Write all five files into ``folder``; returns their paths, the table first."""
+    rows = ordered(results)
+    text = {
+        "table.md": markdown(rows),
+        "table.csv": _csv(rows),
+        "results.json": json.dumps(
+            {"record": json.loads(record.to_json()), "rows": rows}, indent=2
+        ),
+    }
+    for name, content in text.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(content.rstrip("\n") + "\n", encoding="utf-8")
+    _plot(folder / "fid-nfe.png", rows)
+    _picture(folder / "grid.png", folder, rows)
+    return [folder / name for name in (*text, "fid-nfe.png", "grid.png")]
+
+
+def ordered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By budget, the best row of each first; ceilings last."""
+    return sorted(results, key=lambda r: (r["budget"] is None, r["budget"] or 0, r["fid"]))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of ordered rows."""
+    first = rows[0]["identity"]["harness"]
+    per_block = rows[0]["n"] // first["blocks"]
+    lines = [
+        f"Model {first['model']}; FID by detector **{first['detector']}** against "
+        f"{first['reference']} ({first['reference_n']} images); seeds {first['seeds']} in every "
+        f"row (N = {rows[0]['n']}); blocks: mean +- standard deviation over "
+        f"{first['blocks']} disjoint blocks of {per_block}, whose FID is higher because they are "
+        "smaller. images/s is sampling alone.",
+        "",
+        "| " + " | ".join(HEAD) + " |",
+        "|" + "|".join("---" if h in ("method", "detail") else "---:" for h in HEAD) + "|",
+    ]
+    lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    name = f"**{row['method']}**" if row["group"] == "learned" else row["method"]
+    return [
+        name,
+        str(row["nfe_planned"]),
+        f"{row['fid']:.2f}",
+        f"{row['fid_block_mean']:.2f} +- {row['fid_block_spread']:.2f}",
+        _gain(row, rows),
+        f"{row['images_per_second']:.1f}",
+        str(row["nfe_metered"]),
+        row["detail"].replace("|", "\\|"),
+    ]
+
+
+def own_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The classic row of the same budget that a student is held against."""
+    same = (r for r in rows if r["budget"] == row["budget"] and r["method"] == row["own_solver"])
+    return next(same, None)
+
+
+def _gain(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    own = own_row(row, rows) if row["own_solver"] else None
+    if own is None:
+        return ""
+    return f"{row['fid'] - own['fid']:+.2f} ({own['method']})"
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    columns = [k for k in rows[0] if k not in ("identity", "fid_blocks", "pictures")]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """FID against NFE, a line per method, ceilings as levels; log scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (label, group) in enumerate(_lines(rows).items()):
+        nfe, fid = [r["nfe_planned"] for r in group], [r["fid"] for r in group]
+        spread = [r["fid_block_spread"] for r in group]
+        style = {"learned": "o-", "restart": "s--", "classic": "^:"}[group[0]["group"]]
+        axes.errorbar(
+            nfe, fid, spread, fmt=style, color=f"C{index % 10}", capsize=3, lw=1, label=label
+        )
+    for row, dashes in zip(
+        (r for r in rows if r["budget"] is None), ("--", ":", "-."), strict=False
+    ):
+        axes.axhline(row["fid"], color="grey", ls=dashes, lw=1, label=row["method"])
+    axes.set_yscale("log")
+    axes.set_xlabel("network evaluations (NFE)")
+    axes.set_ylabel(f"FID ({rows[0]['detector']}, N = {rows[0]['n']})")
+    axes.set_xticks(sorted({r["budget"] for r in rows if r["budget"]}))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["budget"] is not None:
+            lines.setdefault(_short(row), []).append(row)
+    return lines
+
+
+def _short(row: dict[str, Any]) -> str:
+    """Method, and for a student its teacher."""
+    teacher = row["detail"].split(",")[0] if row["group"] == "learned" else ""
+    return f"{row['method']} ({teacher})" if teacher else row["method"]
+
+
+def _picture(path: Path, folder: Path, rows: list[dict[str, Any]]) -> None:
+    """The same seeds down the columns, a row per method."""
+    strips = [np.asarray(Image.open(folder / row["pictures"]).convert("RGB")) for row in rows]
+    side = strips[0].shape[0]
+    images = [
+        strip[:, i : i + side].repeat(ZOOM, 0).repeat(ZOOM, 1)
+        for strip in strips
+        for i in range(0, strip.shape[1], side)
+    ]
+    columns = strips[0].shape[1] // side
+    seed = int(rows[0]["identity"]["harness"]["seeds"].split("-")[0])
+    save_png(
+        path,
+        image_grid(
+            images,
+            columns,
+            labels=[f"seed {seed + i}" for i in range(columns)],
+            row_labels=[f"{_short(r)}, {r['nfe_planned']} NFE, FID {r['fid']:.2f}" for r in rows],
+        ),
+    )

@@ -1,0 +1,168 @@
+"""The rows of a comparison: every sampler that spends a budget exactly, and the ceilings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from amed.experiments import find_run, load_predictor
+from amed.predictor import AMEDPredictor
+from amed.settings import StudentSettings
+from denoisers.cards import Card
+from runtime.errors import UserError
+from runtime.record import RunRecord
+from samplers.build import build, build_learned
+from samplers.options import SamplerOptions
+from samplers.sampler import Sampler
+
+#: Classic solvers of the table with the schedules they are published with on this grid family
+#: (AMED, arXiv:2312.00094, appendix): polynomial for slopes in sigma, log-SNR for those in lambda.
+CLASSIC = {
+    "euler": ("Euler", "polynomial"),
+    "dpm": ("DPM-Solver-2", "logsnr"),
+    "dpmpp": ("DPM-Solver++(3)", "logsnr"),
+    "ipndm": ("iPNDM(4)", "polynomial"),
+}
+STUDENT_NAMES = {
+    "amed": "AMED-Solver",
+    "euler": "AMED plugin on Euler",
+    "dpm": "AMED plugin on DPM-Solver-2",
+    "dpmpp": "AMED plugin on DPM-Solver++",
+    "ipndm": "AMED plugin on iPNDM",
+}
+#: The classic solver that a student refines: the AMED rule is DPM-Solver-2 with other weights.
+OWN_SOLVER = {"amed": "dpm", "euler": "euler", "dpm": "dpm", "dpmpp": "dpmpp", "ipndm": "ipndm"}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of the table."""
+
+    method: str  #: ``iPNDM(4) + AFS``
+    group: str  #: classic, learned, restart or ceiling
+    budget: int | None  #: None for a ceiling
+    sampler: Sampler
+    detail: str = ""  #: schedule, teacher or the chosen plan, in words
+    own_solver: str | None = None  #: method of the classic row that a student is held against
+
+    @property
+    def key(self) -> str:
+        """A file name for this row: unique within a comparison."""
+        name = f"{self.method}-{self.detail if self.group == 'learned' else ''}"
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("++", "pp")).strip("-")
+        return f"nfe{self.sampler.nfe:03d}-{slug}"
+
+
+def classic_rows(budget: int, card: Card, schedule: str | None = None) -> list[Row]:
+    """Each classic solver without and with AFS, where a grid spends exactly ``budget``."""
+    rows = []
+    for name, (title, usual) in CLASSIC.items():
+        for afs in (False, True):
+            options = SamplerOptions(
+                sampler=name, nfe=budget, afs=afs, schedule_type=schedule or usual
+            )
+            try:
+                sampler = build(options, card)
+            except UserError:  # no grid of this solver spends the budget exactly
+                continue
+            detail = f"{schedule or usual}, {sampler.settings['num_steps']} nodes"
+            rows.append(Row(_with_afs(title, afs), "classic", budget, sampler, detail))
+    return rows
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A trained student as it was found on disk."""
+
+    name: str
+    predictor: AMEDPredictor
+    settings: StudentSettings
+    record: RunRecord
+
+    @property
+    def teacher(self) -> str:
+        """The teacher in words: solver, inserted nodes, target, and what it spent."""
+        options, plan = self.record.options, self.record.plan
+        words = [f"{self.settings.sampler_tea} teacher, M = {self.settings.M}"]
+        if self.settings.sampler_tea == "restart":
+            words.append(f"{options['restart_target']} targets, {options['restart_info']}")
+        if plan.get("teacher_nfe"):
+            words.append(f"{plan['teacher_nfe']} NFE")
+        return ", ".join(words)
+
+    @property
+    def length(self) -> str:
+        return f"{round(self.record.options['total_kimg'] * 1000)} trajectories"
+
+
+def load_students(
+    specs: Iterable[str], card: Card, root: str | Path, device: torch.device
+) -> list[Learned]:
+    """Read predictors by number, folder or file.
+
+    Raises UserError for one that is missing or was trained for another model.
+    """
+    students = []
+    for spec in specs:
+        predictor, settings, record = load_predictor(spec, root)
+        if settings.dataset_name != card.name:
+            raise UserError(
+                f"predictor {spec} was trained for {settings.dataset_name!r}, but this comparison "
+                f"is on {card.name!r}; leave it out, or train one for this model"
+            )
+        students.append(Learned(find_run(spec, root).name, predictor.to(device), settings, record))
+    return students
+
+
+def learned_rows(budget: int, students: Iterable[Learned], card: Card) -> list[Row]:
+    """The students whose budget this is."""
+    rows = []
+    for s in students:
+        if s.settings.nfe() != budget:
+            continue
+        sampler = build_learned(
+            SamplerOptions(), s.predictor, s.settings, s.record, s.name, card.name
+        )
+        kind = s.settings.sampler_stu
+        own = _with_afs(CLASSIC[OWN_SOLVER[kind]][0], s.settings.afs)
+        detail = f"{s.teacher}; {s.length}"
+        rows.append(Row(STUDENT_NAMES[kind], "learned", budget, sampler, detail, own))
+    return rows
+
+
+def ceiling_rows(card: Card) -> list[Row]:
+    """What many evaluations reach: EDM's deterministic Heun and Restart around it."""
+    heun = build(SamplerOptions(sampler="edm", num_steps=18), card)
+    rows = [Row(f"Heun-{heun.nfe}", "ceiling", None, heun, "18 nodes and 0")]
+    if card.restart_info:
+        restart = build(SamplerOptions(sampler="restart", num_steps=18), card)
+        info = json.dumps({k: list(v) for k, v in card.restart_info.items()})
+        rows.append(Row(f"Restart-{restart.nfe}", "ceiling", None, restart, info))
+    return rows
+
+
+def restart_row(budget: int, sampler: Sampler) -> Row:
+    """Restart at a small budget, by the plan that was chosen for it."""
+    return Row("Restart", "restart", budget, sampler, sampler.label)
+
+
+def distinct(rows: list[Row]) -> list[Row]:
+    """The rows with keys made unique, so that two students of one kind keep two files."""
+    seen: dict[str, int] = {}
+    out = []
+    for row in rows:
+        count = seen[row.key] = seen.get(row.key, 0) + 1
+        if count > 1:
+            row = dataclasses.replace(row, detail=f"{row.detail} (run {count})")
+        out.append(row)
+    return out
+
+
+def _with_afs(title: str, afs: bool) -> str:
+    return f"{title} + AFS" if afs else title
