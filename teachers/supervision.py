@@ -105,10 +105,10 @@ class RestartTeacher:
             return _chain(self, denoiser, x, normal)
         walk = run_plan(self.plan, denoiser, x, normal)
         last, nfe, targets = self._last_visits(walk.t), walk.nfe, []
-        for n, (head, tail) in enumerate(zip(last, last[1:], strict=False)):
+        for n, head in enumerate(last[:-1]):
             span = self.fine[n * self.stride : (n + 1) * self.stride + 1]
-            if torch.equal(walk.t[head : tail + 1], span):
-                targets.append(walk.x[tail])  # Restart walked these very nodes itself
+            if torch.equal(walk.t[head : head + len(span)], span):
+                targets.append(walk.x[head + self.stride])  # Restart walked these nodes itself
                 continue
             flow = integrate(self.solver, denoiser, walk.x[head], span)
             targets.append(flow.x[-1])

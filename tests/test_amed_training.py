@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_problems import Recorder, largest, mixture, normals, starts
 
 from amed.predictor import AMEDPredictor
 from amed.settings import STUDENTS, StudentSettings
@@ -28,6 +27,7 @@ from denoisers.analytic import MixtureDenoiser
 from solvers.driver import Meter, State
 from teachers.build import build_teacher
 from teachers.supervision import GridTeacher, Supervision, Teacher
+from tests.training_problems import Recorder, largest, mixture, normals, starts
 
 RECORDED = ("amed|norm|afs1|f64", "ipndm|norm|afs1|f64")
 HISTORY = ("ipndm", "dpmpp")
@@ -251,7 +251,7 @@ def test_results_hold_the_sums_of_what_the_predictor_chose():
     spy.inner = predictor
     results = train_batch(spy, Keep(spy), student_of(settings), [micro], 3, nothing)
     for result, mid in zip(results, chosen, strict=True):
-        assert result.mid == pytest.approx([float(v.sum()) for v in mid], rel=1e-12)
+        assert result.mid == pytest.approx([v.sum().item() for v in mid], rel=1e-12)
 
 
 # Gradients that are not finite
@@ -263,12 +263,12 @@ def test_gradients_that_are_not_finite_are_replaced_and_counted():
 
     def gradients(spoil: dict[int, float]) -> tuple[list[Tensor], list[IntervalResult]]:
         predictor = predictor_of(settings)
-        keep, first = Keep(predictor), []
+        keep = Keep(predictor)
 
         def reduce(flat: Tensor) -> None:
-            for i, value in spoil.items() if not first else ():
-                flat[i] = value
-            first.append(True)
+            if not keep.steps:  # the first interval alone
+                for i, value in spoil.items():
+                    flat[i] = value
 
         results = train_batch(predictor, keep, student_of(settings), [micro], 3, reduce)
         return [torch.cat([g.flatten() for g in s.values()]) for s in keep.steps], results
