@@ -1,0 +1,230 @@
+"""The comparison: rows spend their budget, choices are made elsewhere, results are kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import compare
+from comparison.choose import SELECTION_START, choose_restart, selection_cost
+from comparison.measure import SHOWN, Harness, measure
+from comparison.report import markdown, ordered, own_row, write_report
+from comparison.rows import Row, ceiling_rows, classic_rows, distinct
+from denoisers.analytic import MixtureDenoiser
+from denoisers.cards import cards
+from metrics.detectors import load_detector, load_reference
+from metrics.fid import block_fid
+from metrics.statistics import Statistics
+from runtime.dist import World
+from runtime.errors import UserError
+from runtime.images import to_uint8
+from runtime.record import RunRecord
+from samplers.generate import generate
+from solvers.types import Denoiser
+
+CARD = cards()["cifar10-small"]
+
+
+class MixtureModel:
+    """A model in closed form, so that a row takes milliseconds."""
+
+    card = CARD
+    sha256 = "0" * 64
+
+    def bind(self, labels=None, guidance_rate=None) -> Denoiser:
+        means = 0.5 * torch.randn(4, *CARD.shape, generator=torch.Generator().manual_seed(0))
+        return MixtureDenoiser(means, 0.1)
+
+
+@pytest.fixture(scope="module")
+def harness() -> Harness:
+    detector = load_detector("cifar10-small", device="cpu")
+    return Harness(
+        MixtureModel(),
+        detector,
+        load_reference("cifar10-small", detector),
+        range(12),
+        2,
+        8,
+        torch.float32,
+        World(0, 1, torch.device("cpu")),
+    )
+
+
+@pytest.mark.parametrize("budget", [3, 4, 5, 7])
+def test_classic_rows_spend_exactly_the_budget(budget):
+    rows = classic_rows(budget, CARD)
+    assert all(row.sampler.nfe == budget for row in rows)
+    dpm = [row.method for row in rows if row.method.startswith("DPM-Solver-2")]
+    # two evaluations per interval, one saved by AFS: parity decides which of the two exists
+    assert dpm == ["DPM-Solver-2 + AFS" if budget % 2 else "DPM-Solver-2"]
+    others = {row.method for row in rows} - set(dpm)
+    names = ("Euler", "DPM-Solver++(3)", "iPNDM(4)")
+    assert others == {*names, *(f"{name} + AFS" for name in names)}
+
+
+def test_ceilings_are_the_published_budgets():
+    assert [(r.method, r.sampler.nfe) for r in ceiling_rows(CARD)] == [
+        ("Heun-35", 35),
+        ("Restart-43", 43),
+    ]
+
+
+def test_rows_of_one_kind_keep_two_files():
+    row = classic_rows(5, CARD)[0]
+    twins = [Row(row.method, "learned", 5, row.sampler, "heun teacher") for _ in range(2)]
+    assert len({r.key for r in distinct(twins)}) == 2
+
+
+def test_a_row_is_the_fid_of_its_images(harness, tmp_path):
+    row = classic_rows(3, CARD)[0]
+    found = measure(row, harness, tmp_path, lambda n: None)
+    blocks = []
+    for seeds in (range(6), range(6, 12)):
+        stats = Statistics(harness.detector.id)
+        for made in generate(row.sampler, harness.model, seeds, batch=5, device="cpu"):
+            pixels = torch.from_numpy(to_uint8(made.x)).permute(0, 3, 1, 2)
+            stats.update(harness.detector(pixels))
+        blocks.append(stats)
+    truth = block_fid(blocks, harness.reference)
+    assert found["fid"] == pytest.approx(truth.fid, abs=1e-8)
+    assert found["fid_blocks"] == pytest.approx(truth.blocks, abs=1e-8)
+    assert found["nfe_metered"] == found["nfe_planned"] == 3
+    strip = np.asarray(Image.open(tmp_path / found["pictures"]))
+    first = next(generate(row.sampler, harness.model, range(SHOWN), batch=SHOWN, device="cpu"))
+    assert np.array_equal(strip, np.concatenate(list(to_uint8(first.x)), axis=1))
+
+
+def test_a_measured_row_is_kept_and_a_changed_one_measured_again(harness, tmp_path):
+    row, other = classic_rows(3, CARD)[:2]
+    first = measure(row, harness, tmp_path, lambda n: None)
+    file = tmp_path / "rows" / f"{row.key}.json"
+    file.write_text(json.dumps({**first, "fid": -1.0}))
+    assert measure(row, harness, tmp_path, lambda n: None)["fid"] == -1.0
+    changed = Row(row.method, row.group, row.budget, other.sampler, row.detail)
+    assert changed.key == row.key
+    assert measure(changed, harness, tmp_path, lambda n: None)["fid"] > 0
+    file.write_text("{ torn")
+    assert measure(row, harness, tmp_path, lambda n: None)["fid"] == pytest.approx(first["fid"])
+
+
+def test_restart_is_chosen_by_fid_on_seeds_of_its_own(harness, tmp_path, monkeypatch):
+    asked: dict[str, list] = {}
+    original = Harness.fid
+
+    def spy(self, sampler, seeds, blocks, tick):
+        result = original(self, sampler, seeds, blocks, tick)
+        asked.setdefault(sampler.label, []).append((seeds, result[0].fid))
+        return result
+
+    monkeypatch.setattr(Harness, "fid", spy)
+    images: list[int] = []
+    chosen = choose_restart(3, harness, [4, 8], tmp_path, images.append)
+    assert chosen.nfe == 3
+    assert sum(images) == selection_cost(3, harness, [4, 8])
+    assert min(min(seeds) for runs in asked.values() for seeds, _ in runs) == SELECTION_START
+    finals = {label: runs[1][1] for label, runs in asked.items() if len(runs) == 2}
+    assert len(finals) == 3 and len(asked) == 12  # a quarter goes on
+    opening = sorted((runs[0][1], label) for label, runs in asked.items())
+    assert {label for _, label in opening[:3]} == set(finals)
+    assert chosen.label == min(finals, key=lambda label: finals[label])
+    asked.clear()
+    assert choose_restart(3, harness, [4, 8], tmp_path, images.append).label == chosen.label
+    assert not asked  # the trace on disk is the selection
+    trace = json.loads((tmp_path / "selection-3.json").read_text())
+    assert [len(entries) for entries in trace["rounds"]] == [12, 3]
+    with pytest.raises(UserError, match="no Restart plan spends exactly 1 NFE"):
+        choose_restart(1, harness, [4], tmp_path, images.append)
+
+
+def _results(harness, tmp_path) -> list[dict]:
+    rows = classic_rows(3, CARD)
+    own = next(r for r in rows if r.method == "iPNDM(4) + AFS")
+    euler = next(r for r in rows if r.method == "Euler + AFS")
+    student = Row("AMED plugin on iPNDM", "learned", 3, euler.sampler, "heun teacher, M = 2",
+                  "iPNDM(4) + AFS")  # fmt: skip
+    listed = [own, euler, student, *ceiling_rows(CARD)[:1]]
+    return [measure(row, harness, tmp_path, lambda n: None) for row in listed]
+
+
+def test_the_report_says_what_was_measured(harness, tmp_path):
+    results = _results(harness, tmp_path)
+    record = RunRecord.make("compare", {}, {}, {})
+    paths = write_report(tmp_path, record, results)
+    assert [p.name for p in paths] == [
+        "table.md", "table.csv", "results.json", "fid-nfe.png", "grid.png",
+    ]  # fmt: skip
+    rows = ordered(results)
+    assert rows[-1]["method"] == "Heun-35"
+    assert [r["fid"] for r in rows[:-1]] == sorted(r["fid"] for r in rows[:-1])
+    student = next(r for r in rows if r["group"] == "learned")
+    own = own_row(student, rows)
+    assert own is not None and own["method"] == "iPNDM(4) + AFS"
+    table = (tmp_path / "table.md").read_text()
+    assert table == markdown(rows)
+    line = next(text for text in table.splitlines() if "**AMED plugin on iPNDM**" in text)
+    assert f"{student['fid'] - own['fid']:+.2f} (iPNDM(4) + AFS)" in line
+    assert "detector **cifar10-small**" in table and "N = 12" in table
+    with open(tmp_path / "table.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [float(r["fid"]) for r in read] == [r["fid"] for r in rows]
+    assert {r["detector"] for r in read} == {"cifar10-small"}
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert [r["method"] for r in saved["rows"]] == [r["method"] for r in rows]
+    assert saved["record"]["command"] == "compare"
+
+
+def test_the_picture_has_the_same_seeds_down_its_columns(harness, tmp_path):
+    results = _results(harness, tmp_path)
+    write_report(tmp_path, RunRecord.make("compare", {}, {}, {}), results)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    height, width = 64 * len(results), 64 * SHOWN  # shown at twice their size
+    body = grid[grid.shape[0] - height :, grid.shape[1] - width :]
+    for i, row in enumerate(ordered(results)):
+        strip = np.asarray(Image.open(tmp_path / row["pictures"]))
+        assert np.array_equal(body[64 * i : 64 * (i + 1) : 2, ::2], strip)
+
+
+def test_detectors_do_not_mix(harness, tmp_path):
+    other = Statistics(harness.detector.id.__class__("other", "1" * 64, harness.detector.dim))
+    other.update(torch.randn(8, harness.detector.dim))
+    wrong = Harness(**{**harness.__dict__, "reference": other})
+    with pytest.raises(ValueError, match="other"):
+        measure(classic_rows(3, CARD)[0], wrong, tmp_path, lambda n: None)
+    assert not list(Path(tmp_path).glob("rows/*.json"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--budgets", "5,x"], "--budgets '5,x' is no list of whole numbers"),
+        (["--budgets", ""], "--budgets '' is no list of whole numbers"),
+        (["--num", "10", "--blocks", "4"], "give --num 8"),
+        (["--select", "1"], "--select '1' is no list of whole numbers of 2 or more"),
+        (["--predictors", "no/such/run"], "there is no predictor at no/such/run"),
+        (["--dataset_name", "cifar11"], "unknown dataset 'cifar11'"),
+        (["--ref", "nothing.npz"], "nothing.npz"),
+    ],
+)
+def test_nonsense_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path):
+    out = tmp_path / "report"
+    done = CliRunner().invoke(compare.main, [*flags, "--outdir", str(out), "--device", "cpu"])
+    assert isinstance(done.exception, ValueError | OSError), done.output
+    assert sentence in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not out.exists()
+
+
+def test_a_dry_run_lists_the_rows_and_touches_nothing(tmp_path):
+    out = tmp_path / "report"
+    flags = ["-n", "--budgets", "5", "--outdir", str(out), "--device", "cpu"]
+    done = CliRunner().invoke(compare.main, flags, catch_exceptions=False)
+    assert done.exit_code == 0 and not out.exists()
+    assert "DPM-Solver-2 + AFS" in done.output and "ceilings: Heun-35, Restart-43" in done.output
