@@ -61,7 +61,8 @@ class GaussianModel:
 
     def bind(self, labels: Tensor | None = None, guidance_rate: float | None = None) -> Denoiser:
         guided = guidance_rate not in (None, 0.0, 1.0)
-        return Counted(GaussianDenoiser(MEAN, VAR), 2 if guided else 1, self.calls)
+        mean, var = (torch.tensor(value, dtype=torch.float64) for value in (MEAN, VAR))
+        return Counted(GaussianDenoiser(mean, var), 2 if guided else 1, self.calls)
 
 
 @dataclass(eq=False)
