@@ -303,7 +303,7 @@ def gaussian_variance(
 @pytest.mark.parametrize("info", [BELOW, AROUND, TWICE], ids=["below", "around", "twice"])
 @pytest.mark.parametrize(("s_noise", "target"), [(1.0, "flow"), (1.4, "trajectory")])
 def test_variance_of_restart_on_gaussian_data(info, s_noise, target):
-    v, samples, draws = 0.3, 12, 9
+    v, samples, draws = 0.3, 32, 4
     teacher, _ = restart_of(info, target, s_noise=s_noise)
     fine = teacher.fine.tolist()
     exact = gaussian_variance(v, fine, fine[::3], info, s_noise)
