@@ -33,7 +33,7 @@ from solvers.rules import FixedRatio  # noqa: E402
 from solvers.types import Guide  # noqa: E402
 
 #: The file that holds the table, between the two markers.
-TARGET = ROOT / "docs" / "solvers.md"
+TARGET = ROOT / "README.md"
 BEGIN, END = "<!-- orders:begin -->", "<!-- orders:end -->"
 
 T_FIRST, T_LAST = 2.0, 0.5
