@@ -1,0 +1,333 @@
+"""train.py as people use it: killed, on two processes, given nonsense; and its folders."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import amed.experiments
+import train
+from amed.experiments import create_run, list_runs, load_predictor, save_predictor
+from amed.predictor import AMEDPredictor
+from amed.settings import StudentSettings
+from denoisers.cards import cards
+from runtime import cli
+from runtime.log import read_json_lines
+from runtime.record import SCHEMA, RunRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def spawn(*arguments: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> Path:
+    """The folder that a run printed last."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return Path(out.splitlines()[-1])
+
+
+def same_to(folder: Path, other: Path, tol: float) -> None:
+    """Predictors and figures agree to ``tol``, relative; 0 means bit-equal."""
+    one, two = (safetensors.torch.load_file(f / "predictor.safetensors") for f in (folder, other))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=tol, atol=tol)
+    rows = [read_json_lines(f / "stats.jsonl") for f in (folder, other)]
+    assert len(rows[0]) == len(rows[1]) > 0
+    for a, b in zip(*rows, strict=True):
+        assert set(a) == set(b)
+        for key in a:
+            assert a[key] == (pytest.approx(b[key], rel=tol, abs=tol) if tol else b[key]), key
+
+
+# Killed, and on two processes
+
+
+def test_a_killed_process_resumes_bit_equal(tmp_path):
+    arguments = (
+        *("tests/train_tiny.py", "--dataset_name=tiny", "--sampler_stu=ipndm", "--M=2"),
+        *("--batch=4", "--total_kimg=0.08", "--tick=0.008", "--device=cpu"),
+    )
+    whole = spawn(*arguments, f"--outdir={tmp_path / 'whole'}")
+    victim = spawn(*arguments, f"--outdir={tmp_path / 'killed'}")
+    stats = tmp_path / "killed" / "00001-tiny-4-6-ipndm-heun-2-polynomial" / "stats.jsonl"
+    while victim.poll() is None and not (stats.exists() and stats.read_text().count("\n") >= 3):
+        time.sleep(0.005)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    done = torch.load(stats.parent / "training-state.pt", weights_only=True)["done"]
+    assert 0 < done < 20
+    resumed = finish(spawn(*arguments, f"--outdir={tmp_path / 'killed'}", "--resume=auto"))
+    assert resumed == stats.parent
+    same_to(resumed, finish(whole), 0.0)
+    assert [row["step"] for row in read_json_lines(stats)] == list(range(8, 81, 8))
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    """Uneven shares, uneven portions, classes and a stochastic teacher, in float64."""
+    arguments = (
+        *("tests/train_tiny.py", "--dataset_name=tiny-classes", "--sampler_stu=ipndm"),
+        *("--batch=5", "--total_kimg=0.03", "--tick=0.01", "--dtype=float64", "--afs=True"),
+        *("--scale_dir=0.05", "--scale_time=0.2", "--device=cpu"),
+        *("--sampler_tea=restart", '--restart_info={"0": [3, 1, 0.06, 2]}'),
+    )
+    one = spawn(*arguments, f"--outdir={tmp_path / 'one'}")
+    two = spawn(*TORCHRUN, *arguments, f"--outdir={tmp_path / 'two'}", "--batch-gpu=2")
+    same_to(finish(two), finish(one), 1e-9)
+    assert len(list((tmp_path / "two").iterdir())) == 1
+
+
+def test_two_processes_train_the_bundled_model(tmp_path):
+    arguments = (
+        *("train.py", "--dataset_name=cifar10-small", "--num_steps=3", "--batch=3", "--afs=True"),
+        *("--total_kimg=0.006", "--dtype=float64", "--scale_dir=0.01", "--device=cpu"),
+    )
+    one = spawn(*arguments, f"--outdir={tmp_path / 'one'}")
+    two = spawn(*TORCHRUN, *arguments, f"--outdir={tmp_path / 'two'}")
+    folder = finish(two)
+    same_to(folder, finish(one), 1e-9)
+    assert folder.name == "00001-cifar10-small-3-3-amed-heun-1-polynomial-afs"
+    (row,) = read_json_lines(folder / "stats.jsonl")
+    untrained = AMEDPredictor(0.01, seed=0).state_dict()
+    trained = safetensors.torch.load_file(folder / "predictor.safetensors")
+    assert row["step"] == 6 and row["nonfinite"] == [0] and min(row["loss"]) > 0
+    assert (untrained["fc_r.weight"] - trained["fc_r.weight"]).abs().max() > 1e-3
+
+
+# Nonsense
+
+OUTSIDE = '--restart_info={"0": [3, 2, 0.06, 100]}'
+REFUSED = [
+    (
+        ["--dataset_name=cifar11"],
+        1,
+        f"error: unknown dataset 'cifar11'; known: {', '.join(cards())}",
+    ),
+    (["--M=0"], 1, "error: M = 0 inserts no node for the teacher"),
+    (
+        ["--schedule_type=polynomial"],
+        1,
+        "error: schedule 'polynomial' needs an exponent rho > 0, got None; pass --schedule_rho",
+    ),
+    (["--schedule_type=time_uniform"], 1, "error: schedule 'time_uniform' needs an exponent"),
+    (["--schedule_type=discrete", "--schedule_rho=1"], 1, "error: schedule 'discrete' needs a mod"),
+    (
+        ["--sampler_stu=dpmpp", "--max_order=4"],
+        1,
+        "error: DPM-Solver++ has orders 1 to 3, got max_order = 4",
+    ),
+    (["--sampler_tea=dpmpp", "--max_order=4"], 1, "error: DPM-Solver++ has orders 1 to 3"),
+    (
+        ["--sampler_stu=dpmpp", "--thresholding=True", "--predict_x0=False"],
+        1,
+        "error: dynamic thresholding acts on data predictions",
+    ),
+    (["--num_steps=2", "--afs=True"], 1, "error: --afs spends the first of 1 interval(s)"),
+    (["--guidance_type=cfg"], 1, "error: --guidance_type/--guidance_rate were given, but cifar10"),
+    (["--guidance_rate=7.5"], 1, "error: --guidance_type/--guidance_rate were given, but cifar10"),
+    (["--prompt_path=train.py"], 1, "error: --prompt_path was given, but cifar10-small takes no"),
+    (
+        ["--sampler_tea=restart", "--restart_info=often"],
+        1,
+        "error: restart_info 'often' is neither a file nor of the form",
+    ),
+    (
+        ["--sampler_tea=restart", '--restart_info={"0": [3, 2, 0.06]}'],
+        1,
+        'error: restart_info interval "0" is [3, 2, 0.06]; write the four numbers',
+    ),
+    (
+        ["--sampler_tea=restart", OUTSIDE],
+        1,
+        "error: restart interval 0 [3, 2, 0.06, 100] lies outside the grid: t_max = 100 is above",
+    ),
+    ([OUTSIDE], 1, "error: --restart_info was given, but the teacher is heun; add --sampler_tea="),
+    (["--resume=7"], 1, "error: no run 7 in "),
+    (["--resume=nowhere"], 1, "error: nowhere/run.json cannot be read"),
+    (["--device=abacus"], 1, "error: device 'abacus' is unknown"),
+    (["--max_order=5"], 2, "Error: Invalid value for '--max_order': 5 is not in the range 1<=x<=4"),
+    (["--num_steps=1"], 2, "Error: Invalid value for '--num_steps'"),
+    (["--batch=0"], 2, "Error: Invalid value for '--batch'"),
+    (["--total_kimg=0"], 2, "Error: Invalid value for '--total_kimg'"),
+    (["--scale_dir=1"], 2, "Error: Invalid value for '--scale_dir'"),
+    (["--sampler_stu=heun"], 2, "Error: Invalid value for '--sampler_stu'"),
+    (["--sampler_tea=amed"], 2, "Error: Invalid value for '--sampler_tea'"),
+    (["--restart_target=states"], 2, "Error: Invalid value for '--restart_target'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED]
+)
+def test_nonsense_is_refused_in_one_sentence(
+    arguments, code, message, tmp_path, monkeypatch, capsys
+):
+    outdir = tmp_path / "exps"
+    fixed = ["train.py", "--dataset_name=cifar10-small", f"--outdir={outdir}", "--device=cpu"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", [*fixed, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(train.main)
+    out, err = capsys.readouterr()
+    assert ended.value.code == code and out == ""
+    assert err.splitlines()[-1].startswith(message), err
+    assert code == 2 or len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_of_the_real_script_has_no_traceback(tmp_path):
+    process = spawn("train.py", "--dataset_name=cifar11", f"--outdir={tmp_path / 'exps'}")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and out == "" and not (tmp_path / "exps").exists()
+    assert err.startswith("error: unknown dataset 'cifar11'; known: ") and err.count("\n") == 1
+
+
+# Folders
+
+
+def test_runs_that_start_together_take_different_numbers(tmp_path):
+    together, each = 8, 10
+    barrier = threading.Barrier(together)
+
+    def work(who: int) -> list[str]:
+        barrier.wait()
+        return [create_run(tmp_path, f"run{who}-{n}").name for n in range(each)]
+
+    with ThreadPoolExecutor(together) as pool:
+        names = [name for part in pool.map(work, range(together)) for name in part]
+    numbers = sorted(int(name[:5]) for name in names)
+    assert numbers == list(range(1, together * each + 1))
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
+
+
+def _claim(root: Path, who: int) -> None:
+    for n in range(10):
+        create_run(root, f"process{who}-{n}")
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_processes_that_start_together_take_different_numbers(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_claim, args=(tmp_path, who)) for who in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert sorted(int(path.name[:5]) for path in tmp_path.iterdir()) == list(range(1, 41))
+
+
+@pytest.mark.parametrize("there", ["00001", "00001-first"])
+def test_a_number_taken_in_the_meantime_is_left_alone(tmp_path, monkeypatch, there):
+    """Another process claims the number, or claims and names it, after we looked."""
+    (tmp_path / there).mkdir()
+    looks = []
+
+    def stale(root):
+        looks.append(root)
+        return {} if len(looks) == 1 else list_runs(root)
+
+    monkeypatch.setattr(amed.experiments, "list_runs", stale)
+    assert create_run(tmp_path, "second").name == "00002-second" and len(looks) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [there, "00002-second"]
+
+
+def test_numbers_go_on_after_the_largest(tmp_path):
+    for name in ("00007-old", "notes", "12-short", "100000-many"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "00009-file").touch()
+    assert sorted(list_runs(tmp_path)) == [7, 100000]
+    assert create_run(tmp_path, "new").name == "100001-new"
+    assert create_run(tmp_path / "fresh" / "root", "new").name == "00001-new"
+
+
+# Predictors that are none
+
+
+def settings() -> StudentSettings:
+    return StudentSettings("tiny", "amed", 4, 0.002, 80.0, scale_dir=0.01)
+
+
+def test_settings_survive_the_record(tmp_path):
+    full = StudentSettings(
+        *("tiny", "dpmpp", 5, 0.01, 50.0, "ipndm", 3, "time_uniform", 1.5, True, 0.05, 0.3, 2),
+        *(False, False, False, "cfg", 7.5),
+    )
+    record = RunRecord.make("train", full.to_options() | {"lr": 1.0}, {}, {})
+    assert StudentSettings.from_options(RunRecord.from_json(record.to_json()).options) == full
+    for solver in (full.solver(), full.teacher_solver()):
+        assert solver.max_order == 2
+    assert not full.solver().predict_x0 and not full.solver().lower_order_final
+    assert full.run_name(cost=2) == "tiny-5-14-dpmpp-ipndm-3-time_uniform-afs"
+
+
+def write(path: Path, command: str = "train", predictor: AMEDPredictor | None = None, **options):
+    record = RunRecord.make(command, settings().to_options() | options, {}, {})
+    save_predictor(path, predictor or AMEDPredictor(0.01), record)
+    return path
+
+
+def newer(path: Path) -> None:
+    record = json.loads(RunRecord.make("train", settings().to_options(), {}, {}).to_json())
+    record["schema"] = SCHEMA + 1
+    weights = AMEDPredictor(0.01).state_dict()
+    safetensors.torch.save_file(weights, path, metadata={"record": json.dumps(record)})
+
+
+WRONG = {
+    "a missing file": (lambda path: None, "there is no predictor at {path}; train one"),
+    "a text file": (lambda path: path.write_text("hello"), "{path} is not a readable safetensors"),
+    "an empty file": (lambda path: path.touch(), "{path} is not a readable safetensors file"),
+    "a folder without one": (lambda path: path.mkdir(), "there is no predictor at {path}/predict"),
+    "a denoiser": (
+        lambda path: path.write_bytes(cards()["cifar10-small"].bundled.read_bytes()),
+        "{path} carries no run record, so it is no predictor of this toolkit",
+    ),
+    "a record of samples": (
+        lambda path: write(path, "sample"),
+        "{path} was written by sample.py; give a predictor.safetensors of train.py",
+    ),
+    "other heads": (
+        lambda path: write(path, predictor=AMEDPredictor(0.01, 0.2)),
+        "the weights in {path} are not those of a predictor with scale_dir = 0.01 and scale_time",
+    ),
+    "a newer schema": (newer, "{path} has schema"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_no_predictor_is_refused(what, tmp_path):
+    make, message = WRONG[what]
+    path = tmp_path / "file.safetensors"
+    make(path)
+    with pytest.raises(ValueError) as refused:
+        load_predictor(str(path), tmp_path)
+    assert str(refused.value).startswith(message.format(path=path)), refused.value
+
+
+def test_an_unknown_number_lists_the_known_ones(tmp_path):
+    write(create_run(tmp_path, "mine") / "predictor.safetensors")
+    assert load_predictor("1", tmp_path)[1] == settings()
+    with pytest.raises(ValueError) as refused:
+        load_predictor("2", tmp_path)
+    assert str(refused.value).startswith(f"no run 2 in {tmp_path} (there: 1)")
