@@ -17,6 +17,7 @@ from solvers.types import Denoised, Mid
 from tests.solver_problem import (
     MULTISTEP,
     SOLVERS,
+    WITH_GUIDE,
     grid,
     mixture,
     relative_error,
@@ -147,6 +148,30 @@ def test_scales_of_the_direction_and_of_the_network_time():
     assert relative_error(step(1.1, 0.9), truth) < 1e-12
     assert relative_error(step(1.0, 0.9), truth) > 1e-3
     assert relative_error(step(1.1, 1.0), truth) > 1e-5
+
+
+@pytest.mark.parametrize("name", WITH_GUIDE)
+def test_c_scales_the_change_and_nothing_else(name):
+    """``x' = base + c change``; the base is what the rule's linear part leaves unscaled."""
+    solver, ts = WITH_GUIDE[name], grid()
+    state = State(start())
+    for i in range(2):
+        state = advance(solver, Meter(mixture()), state, ts[i], ts[i + 1], FixedRatio(0.4))
+
+    def step(c: float) -> Tensor:
+        guide = lambda node, t_next: Mid(0.4, c, 1.0)  # noqa: E731
+        return advance(solver, Meter(mixture()), state, ts[2], ts[3], guide).x
+
+    t_mid = ts[3] ** 0.4 * ts[2] ** 0.6
+    node = Meter(mixture())(state.x, ts[2])
+    if isinstance(solver, TwoStage):
+        base = state.x
+    else:  # the second half step starts at the inserted node
+        base = solver.predict((*state.history, node), t_mid, solver.max_order)
+        if isinstance(solver, DPMpp) and solver.predict_x0:
+            base = ts[3] / t_mid * base
+    assert relative_error(step(1.3), base + 1.3 * (step(1.0) - base)) < 1e-12
+    assert relative_error(step(0.0), base) < 1e-12
 
 
 @pytest.mark.parametrize("name", SOLVERS)
