@@ -101,7 +101,7 @@ class MixtureDenoiser:
 
 def _like(value: Tensor | float, x: Tensor) -> Tensor:
     """``value`` in the dtype and on the device of ``x``; cast first, as MPS has no float64."""
-    return torch.as_tensor(value).to(x.dtype).to(x.device)
+    return torch.as_tensor(value, dtype=x.dtype).to(x.device)
 
 
 def _feature(x: Tensor, sigma: Tensor) -> Tensor:

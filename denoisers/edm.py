@@ -18,7 +18,7 @@ from solvers.types import Denoised
 
 from .cards import Card
 from .nets import NETWORKS, Network
-from .nets.layers import Conv2d, GroupNorm
+from .nets.layers import Conv2d
 from .weights import fill, read_safetensors
 
 
@@ -55,12 +55,15 @@ class EDMPrecond(nn.Module):
         )
 
     def cast(self, dtype: torch.dtype) -> EDMPrecond:
-        """Run the network in ``dtype``; the (tiny) embedding of sigma stays in float32 at least."""
+        """Run the network in ``dtype``; below float32, embedding and norms keep float32 weights."""
         self.dtype = dtype
-        self.to(torch.promote_types(dtype, torch.float32))
-        for module in self.modules():
-            if isinstance(module, (Conv2d, GroupNorm)):
-                module.to(dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.to(wide)
+        if dtype != wide:
+            for module in self.modules():
+                if isinstance(module, Conv2d):
+                    module.to(dtype=dtype)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     def forward(
@@ -96,8 +99,11 @@ class EDMPrecond(nn.Module):
         def embeddable(labels: Tensor) -> Tensor:
             return labels.to(weight.dtype).to(weight.device)
 
+        inputs = x.to(self.dtype).to(weight.device)
+        if self.dtype != weight.dtype:  # half precision: the layout its kernels are fast in
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         raw, feat = self.model(
-            x.to(self.dtype).to(weight.device),
+            inputs,
             embeddable(noise_labels),
             None if class_labels is None else embeddable(class_labels),
             None if augment_labels is None else embeddable(augment_labels),
@@ -183,7 +189,8 @@ def load_edm(
             f"{file} has sha256 {digest} where its card says {card.sha256}; restore the file"
         )
     tensors, metadata = read_safetensors(file)
-    config, bottleneck = card.config, card.bottleneck
+    config: Mapping[str, Any] = card.config
+    bottleneck: str | None = card.bottleneck
     if "config" in metadata:  # another network of the family knows its own settings
         config, bottleneck = json.loads(metadata["config"]), metadata.get("bottleneck_module")
     found = (config["img_channels"], config["img_resolution"], config["img_resolution"])

@@ -28,7 +28,7 @@ ENTRIES = [
 
 
 def largest(a: Tensor, b: Any) -> float:
-    return float((a.detach() - torch.as_tensor(b)).abs().max())
+    return float((a.detach() - torch.as_tensor(b).detach()).abs().max())
 
 
 def recorded(name: str, golden: Golden, golden_json: Golden) -> tuple[EDMPrecond, Any]:

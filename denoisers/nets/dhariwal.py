@@ -114,4 +114,4 @@ class DhariwalUNet(nn.Module):
             if x.shape[1] != module.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = module(x, emb)
-        return self.out_conv(F.silu(self.out_norm(x))), feat
+        return self.out_conv(self.out_norm(x, silu=True)), feat

@@ -1,9 +1,9 @@
 """Layers shared by the two U-Nets of the EDM family (Karras et al. 2022, arXiv:2206.00364).
 
 Parameter names, and the buffers ``resample_filter`` and ``freqs``, are those of the published
-checkpoints.  The arithmetic is arranged for speed where an identity allows it (a box filter is a
-2x2 mean, a 1x1 convolution commutes with nearest-neighbour upsampling); results agree with the
-plain form to rounding.
+checkpoints.  The arithmetic is arranged for speed where an identity allows it: a box filter is a
+2x2 mean, or nearest-neighbour upsampling; a 1x1 convolution commutes with the latter, and a 3x3
+one merges with it.  Results agree with the plain form to rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .fused import fused_norm
 
 
 class Linear(nn.Module):
@@ -40,8 +42,32 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        before: Tensor | None = None,
+        scale: Tensor | None = None,
+        after: Tensor | None = None,
+        silu: bool = False,
+    ) -> Tensor:
+        """``(1 + scale) norm(x + before) + after``, then SiLU if asked; vectors (B or 1, C)."""
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            gain, offset = self.weight[None], self.bias[None]
+            if scale is not None:
+                gain, offset = gain * (1 + scale), offset * (1 + scale)
+            if after is not None:
+                offset = offset + after
+            return fused_norm(x, before, gain, offset, groups=self.groups, eps=self.eps, silu=silu)
+        before, scale, after = (
+            None if vector is None else vector.to(x.dtype)[..., None, None]
+            for vector in (before, scale, after)
+        )
+        x = x if before is None else x + before
+        x = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        x = x if scale is None else x * (1 + scale)
+        x = x if after is None else x + after
+        return F.silu(x) if silu else x
 
 
 class Conv2d(nn.Module):
@@ -98,9 +124,18 @@ class Conv2d(nn.Module):
         if self.kernel == 1 and self.up and self.box:
             # Equal, at a quarter of the work: every output pixel is a copy.
             return self._resample(F.conv2d(x, self.weight, self.bias), pad)
+        if self.kernel == 3 and self.up and self.box:
+            return F.conv_transpose2d(x, self._doubled(), self.bias, stride=2, padding=1)
         if self.up or self.down:
             x = self._resample(x, pad)
         return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2) if self.kernel else x
+
+    def _doubled(self) -> Tensor:
+        """The 4x4 kernel that does nearest-neighbour upsampling and the 3x3 convolution at once."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = self.weight.to(wide).flip(2, 3).transpose(0, 1)
+        rows = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
+        return (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))).to(self.weight.dtype)
 
 
 class PositionalEmbedding(nn.Module):
@@ -183,20 +218,21 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         skip = x if self.skip is None else self.skip(x)
-        x = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(emb).to(x.dtype)[..., None, None]
+        x = self.conv0(self.norm0(x, silu=True))
+        params = self.affine(emb)
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
+            x = self.norm1(x, scale=scale, after=shift, silu=True)
         else:
-            x = F.silu(self.norm1(x + params))
+            x = self.norm1(x, before=params, silu=True)
         x = self.conv1(F.dropout(x, self.dropout, self.training))
-        x = (x + skip) * self.skip_scale
+        x = x.add_(skip).mul_(self.skip_scale)
         if self.heads:
-            x = (self.proj(self._attention(self.norm2(x))) + x) * self.skip_scale
+            x = self.proj(self.attend(self.norm2(x))).add_(x).mul_(self.skip_scale)
         return x
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
+        """Self-attention over pixels, (B, C, H, W) -> the same, before the projection."""
         batch, channels, height, width = x.shape
         # Published channel order is (head, channel, q/k/v); reordering the small weight makes
         # q, k and v plain slices of the result instead of strided copies.

@@ -192,9 +192,9 @@ class SongUNet(nn.Module):
             if name.endswith("aux_up"):
                 image = module(image)
             elif name.endswith("aux_norm"):
-                hidden = module(x)
+                hidden = module(x, silu=True)
             elif name.endswith("aux_conv"):
-                new = module(F.silu(hidden))
+                new = module(hidden)
                 image = new if image is None else image + new
             else:
                 if x.shape[1] != module.in_channels:
