@@ -17,12 +17,14 @@ import amed.trainer
 import train
 from amed.experiments import load_predictor
 from amed.job import prepare
-from amed.trainer import Data
+from amed.settings import StudentSettings
+from amed.trainer import Data, Loop
 from runtime import cli
 from runtime.dist import World
 from runtime.log import read_json_lines
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
+from teachers.build import build_teacher
 from tests.train_tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -182,6 +184,24 @@ def test_a_sample_is_known_by_its_number_alone():
     sampled = SeedNoise([7]).normal("latent", model.card.shape, torch.float64)
     assert not torch.equal(80 * sampled[0], x[0])  # never a latent that a sampler starts from
     assert float(x.std()) == pytest.approx(80, rel=0.2)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_every_trajectory_is_drawn_once(monkeypatch, size):
+    """Over updates, ranks and portions: 0, 1, 2, ..."""
+    drawn: list[int] = []
+    model = tiny_model("tiny")
+    data = Data(model.bind, model.card.shape, 0, 0, 80.0, torch.float64, CPU)
+    real = Data.draw
+    monkeypatch.setattr(Data, "draw", lambda self, n: (drawn.extend(n), real(self, n))[1])
+    student = StudentSettings("tiny", "amed", 3, 0.002, 80.0)
+    teacher = build_teacher("heun", student.teacher_solver(), *student.teacher_grid())
+    loop = Loop(total=18, batch=5, micro=2, tick=100, snap=0, lr=1e-3)
+    assert loop.iterations == 4  # no trajectory less than asked for
+    for it in range(loop.iterations):
+        for rank in range(size):
+            amed.trainer._micros(data, teacher, loop, World(rank, size, CPU), it)
+        assert sorted(drawn) == list(range(5 * (it + 1)))
 
 
 # Interrupted runs

@@ -1,0 +1,163 @@
+"""Time of the trainer over the time of the network calls it makes.
+
+One update of `amed.trainer.train`, from drawing the noise to the saved state, against the bare
+U-Net called as often on inputs that are ready in its dtype: forward alone for the teacher and for
+the nodes of the student's grid, forward and backward to the input for the inserted nodes.  Every
+round times raw calls, the trainer, raw calls, so a change of the machine's speed meets both sides;
+a row gives medians over the rounds.
+
+    python benchmarks/training.py                            batch 64 in bfloat16
+    python benchmarks/training.py --threads 1 --clock cpu    on a machine that others use too
+
+Exit code 1 if a ratio is above the limit (1.15).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
+
+from amed.predictor import AMEDPredictor  # noqa: E402
+from amed.settings import StudentSettings  # noqa: E402
+from amed.step import Student  # noqa: E402
+from amed.trainer import Data, Loop, train  # noqa: E402
+from benchmarks.sampling import CLOCKS, Stopwatch, raw_forward  # noqa: E402
+from denoisers.edm import EDMModel  # noqa: E402
+from denoisers.registry import DTYPES, load_model  # noqa: E402
+from runtime.dist import World  # noqa: E402
+from runtime.record import RunRecord  # noqa: E402
+from solvers.types import Denoised, Denoiser  # noqa: E402
+from teachers.build import build_teacher  # noqa: E402
+
+LIMIT = 1.15
+#: Student, teacher and M: five evaluations a sample, as published.
+ROWS = (("amed", "heun", 1), ("ipndm", "ipndm", 2))
+
+
+@dataclass(eq=False)
+class Counter:
+    """Counts the calls of a denoiser by whether a gradient flows back to their input."""
+
+    inner: Denoiser
+    cost: int = 1
+    forwards: int = 0
+    backwards: int = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        if x.requires_grad or sigma.requires_grad:
+            self.backwards += 1
+        else:
+            self.forwards += 1
+        return self.inner(x, sigma)
+
+
+def raw_backward(model: EDMModel, batch: int, device: torch.device) -> Callable[[], object]:
+    """The bare U-Net, forward and back to images and noise levels."""
+    network, size = model.net.model, model.card.resolution
+    images = torch.randn(batch, model.card.channels, size, size).to(device, model.net.dtype)
+    levels = torch.zeros(batch, device=device)
+    images.requires_grad_(), levels.requires_grad_()
+    ones = torch.ones_like(images)
+
+    def call() -> None:
+        torch.autograd.grad(network(images, levels)[0], (images, levels), ones)
+
+    return call
+
+
+def trainer(
+    model: EDMModel, row: tuple[str, str, int], batch: int, device: torch.device
+) -> Callable[[Denoiser], None]:
+    """One update of a new run in a folder of its own, through the given denoiser."""
+    name, tea, inserted = row
+    card = model.card
+    settings = StudentSettings(
+        *(card.name, name, 4, card.sigma_min, card.sigma_max, tea, inserted),
+        afs=True,
+        scale_dir=0.01,
+        scale_time=0.2,
+    )
+    teacher = build_teacher(tea, settings.teacher_solver(), *settings.teacher_grid())
+    student = Student(settings.solver(), settings.grid(), settings.afs)
+    record = RunRecord.make("train", settings.to_options(), {}, {})
+    loop = Loop(total=batch, batch=batch, micro=batch, tick=batch, snap=0, lr=5e-3)
+
+    def update(denoiser: Denoiser) -> None:
+        data = Data(lambda _: denoiser, card.shape, 0, 0, card.sigma_max, torch.float32, device)
+        predictor = AMEDPredictor(0.01, 0.2, seed=0).to(device)
+        out, err = contextlib.redirect_stdout(StringIO()), contextlib.redirect_stderr(StringIO())
+        with tempfile.TemporaryDirectory() as folder, out, err:
+            world = World(0, 1, device)
+            train(predictor, student, teacher, data, loop, world, Path(folder), record)
+
+    return update
+
+
+Row = tuple[str, str, int, int, float, float, float, float]
+
+
+def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Iterator[Row]:
+    """Student, teacher, calls without and with backward, their seconds, the trainer's, ratio."""
+    forward, backward = (raw(model, batch, watch.device) for raw in (raw_forward, raw_backward))
+
+    def raw() -> tuple[float, float]:
+        with torch.no_grad():
+            first = watch(forward)
+        return first, watch(backward)
+
+    raw()  # the first call prepares kernels
+    for row in ROWS:
+        update, denoiser = trainer(model, row, batch, watch.device), model.bind()
+        counter = Counter(denoiser)
+        update(counter)
+        f, b = counter.forwards, counter.backwards
+        raws, updates, ratios = [], [], []
+        for _ in range(rounds):
+            before, taken, after = raw(), watch(lambda: update(denoiser)), raw()  # noqa: B023
+            raws += [before, after]
+            updates.append(taken)
+            calls = sum(f * one + b * both for one, both in (before, after)) / 2
+            ratios.append(taken / calls)
+        one, both = (statistics.median(column) for column in zip(*raws, strict=True))
+        median = statistics.median
+        yield row[0], row[1], f, b, one, both, median(updates), median(ratios)
+
+
+@click.command(help=__doc__)
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: torch's own choice.")
+@click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall", show_default=True)
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+def main(batch: int, rounds: int, threads: int | None, clock: str, dtype: str, device: str) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = load_model("cifar10-small", device=device, dtype=dtype)
+    assert isinstance(model, EDMModel)
+    watch, worst = Stopwatch(CLOCKS[clock], torch.device(device)), 0.0
+    click.echo("| student | teacher | forward | and backward | s | s | update, s | ratio |")
+    click.echo("|---|---|---|---|---|---|---|---|")
+    for *cells, one, both, taken, ratio in measure(model, batch, rounds, watch):
+        worst = max(worst, ratio)
+        text = " | ".join(str(cell) for cell in cells)
+        click.echo(f"| {text} | {one:.4f} | {both:.4f} | {taken:.3f} | {ratio:.3f} |")
+    click.echo(f"largest ratio {worst:.3f}, limit {LIMIT}")
+    sys.exit(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    main()
