@@ -121,7 +121,9 @@ def test_an_interval_to_zero_lands_on_the_denoised_state(name):
     trajectory = integrate(solver, denoiser, start(), ts, FixedRatio(0.4))
     assert torch.equal(trajectory.x[-1], denoiser(trajectory.x[-2], ts[-2]).x0)
     assert trajectory.x.shape == (5, BATCH, *SHAPE) and torch.equal(trajectory.t, ts)
-    last = advance(solver, Meter(denoiser), State(start(0.1)), ts[-2], ts[-1], FixedRatio(0.4))
+    before = advance(solver, Meter(denoiser), State(start()), ts[0], ts[1], FixedRatio(0.4))
+    last = advance(solver, Meter(denoiser), before, ts[1], ts[-1], FixedRatio(0.4))
+    assert before.substeps == 2
     assert last.history == () and last.substeps == 0
 
 

@@ -202,6 +202,16 @@ def test_threshold_by_hand():
     assert float(ours.abs().max()) <= 1.0
 
 
+def test_a_thresholded_step_by_hand():
+    x, t, t_next = start(), grid()[1], grid()[2]
+    solver = make_solver("dpmpp", max_order=1, thresholding=True)
+    ours = advance(solver, Meter(mixture()), State(x), t, t_next).x
+    x0 = mixture()(x, t).x0
+    assert float((threshold(x0) - x0).abs().max()) > 0.1
+    by_hand = t_next / t * x + (1 - t_next / t) * threshold(x0)
+    assert relative_error(ours, by_hand) < 1e-12
+
+
 def test_settings_that_no_method_has():
     cases = [
         (lambda: make_solver("rk45"), "unknown solver 'rk45'; choose one of euler, heun, dpm"),
