@@ -86,11 +86,11 @@ def main(dry_run: bool, device: str | None, resume: str | None, **options: Any) 
     torch.backends.cudnn.benchmark = options["bench"]
     with world(device) as here:
         job = prepare(options, here)
+        if job.note:
+            _say(job.note, here.is_main, err=True)
         if dry_run:
             _say(job.record.to_json(), here.is_main)
             return
-        if job.note:
-            _say(job.note, here.is_main, err=True)
         folder = Path(here.broadcast_object(_folder(job, options, resume) if here.is_main else ""))
         if finished(folder, job.loop):
             _say(f"already trained: {folder}", here.is_main, err=True)

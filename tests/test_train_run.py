@@ -294,6 +294,8 @@ def test_a_restart_teacher_that_is_a_heun_teacher_says_so(command):
     assert "let t_max of --restart_info exceed 2.52" in flow.err
     assert shifted(flow.folder, command().folder) == 0.0
     assert "note:" not in command(*RESTART).err
+    dry = command("--sampler_tea=restart", "--dry-run")
+    assert dry.err == flow.err.splitlines(keepends=True)[0] and RunRecord.from_json(dry.out)
     trajectory = command("--sampler_tea=restart", "--restart_target=trajectory")
     assert "note:" not in trajectory.err
     assert shifted(flow.folder, trajectory.folder) > 1e-6
