@@ -45,6 +45,17 @@ def test_low_rank_covariances(rank1: int, rank2: int) -> None:
     assert abs(frechet_distance(mu, f1 @ f1.T, mu, f2 @ f2.T) - expected) < 1e-8
 
 
+def test_covariances_that_only_just_pass_for_regular() -> None:
+    """One direction short of full rank, rounding may leave a tiny positive variance there."""
+    mu = np.zeros(12)
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        f1, f2 = 10 * rng.standard_normal((12, 11)), 10 * rng.standard_normal((12, 12))
+        singular = np.linalg.svd(f1.T @ f2, compute_uv=False)
+        expected = np.sum(f1**2) + np.sum(f2**2) - 2 * np.sum(singular)
+        assert abs(frechet_distance(mu, f1 @ f1.T, mu, f2 @ f2.T) - expected) < 1e-8, seed
+
+
 @pytest.mark.parametrize("rank", [None, 5])
 def test_zero_on_itself_and_nearly_so_beside_it(rank: int | None) -> None:
     rng = np.random.default_rng(1)
