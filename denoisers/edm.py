@@ -21,6 +21,8 @@ from .nets import NETWORKS, Network
 from .nets.layers import Conv2d
 from .weights import fill, read_safetensors
 
+MICRO_BATCH = 64  #: samples at a time on a CPU: more only leaves the cache
+
 
 class EDMPrecond(nn.Module):
     """``D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)``; parameters are under ``model.``.
@@ -124,9 +126,17 @@ class EDMDenoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
         """Denoise ``x`` (B, C, H, W) at ``sigma``, 0-d or (B, 1, 1, 1); ``x0`` has its dtype."""
-        if self.labels is not None and len(self.labels) != len(x):
-            raise ValueError(f"{len(self.labels)} labels are bound but the batch has {len(x)}")
-        return self.net(x, sigma, self.labels)
+        labels = self.labels
+        if labels is not None and len(labels) != len(x):
+            raise ValueError(f"{len(labels)} labels are bound but the batch has {len(x)}")
+        if x.device.type != "cpu" or len(x) <= MICRO_BATCH:
+            return self.net(x, sigma, labels)
+        outs = []
+        for i in range(0, len(x), MICRO_BATCH):
+            part = slice(i, i + MICRO_BATCH)
+            level = sigma[part] if sigma.ndim and len(sigma) > 1 else sigma
+            outs.append(self.net(x[part], level, None if labels is None else labels[part]))
+        return Denoised(torch.cat([o.x0 for o in outs]), torch.cat([o.feat for o in outs]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from denoisers import edm
 from denoisers.edm import EDMModel, build, load_edm
 from denoisers.registry import cards, load_model
 from runtime.errors import UserError
@@ -132,6 +133,21 @@ def test_samples_do_not_see_their_neighbours(dtype: str, tolerance: float) -> No
         assert largest(alone.x0, whole.x0[i : i + 1]) < tolerance
     spoiled = torch.cat([x[:1], torch.full_like(x[1:], 1e4)])
     assert largest(denoiser(spoiled, sigma).x0[:1], whole.x0[:1]) < tolerance
+
+
+def test_micro_batches_keep_order_labels_and_noise_levels(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = load_tiny(tiny, torch.float64).bind(torch.tensor([0, 1, 2, 3, 0]))
+    x, levels = torch.randn(5, 3, 8, 8).double(), torch.linspace(0.1, 3, 5).reshape(-1, 1, 1, 1)
+    for sigma in (levels, levels[:1], levels[0, 0, 0, 0]):
+        whole = denoiser(x, sigma)
+        monkeypatch.setattr(edm, "MICRO_BATCH", 2)
+        split = denoiser(x, sigma)
+        monkeypatch.undo()
+        assert whole.feat is not None and split.feat is not None
+        assert largest(split.x0, whole.x0) < 1e-12
+        assert largest(split.feat, whole.feat) < 1e-12
 
 
 def test_gradients_flow_but_not_to_the_weights(tiny: Path) -> None:

@@ -71,16 +71,21 @@ class _FusedNorm(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         vectors = []  # gradients in shift, gain and offset
         for part in _parts(x):
-            unit = _rows(x[part]).sub_(centre[part]).mul_(rstd[part])  # the normalised input
-            slope, scale = _rows(grad[part]), _factor(gain, part)
+            rows, slope, scale = _rows(x[part]), _rows(grad[part]), _factor(gain, part)
+            mid, inverse = centre[part], rstd[part]
             if ctx.silu:
-                value = torch.addcmul(_factor(offset, part), unit, scale)
+                factor = inverse * scale
+                constant = torch.addcmul(_factor(offset, part), mid, factor, value=-1)
+                value = torch.addcmul(constant, rows, factor)
                 slope = torch.ops.aten.silu_backward(slope, value)
-            d_offset, d_gain = slope.sum(1, keepdim=True), (slope * unit).sum(1, keepdim=True)
-            # The part of the slope that only moves a group's mean or deviation has no effect.
-            mean = _group_mean(d_offset * scale, ctx.groups) / unit.shape[1]
-            along = _group_mean(d_gain * scale, ctx.groups) / unit.shape[1]
-            slope.mul_(scale).sub_(mean).sub_(unit.mul_(along)).mul_(rstd[part])
+            d_offset = slope.sum(1, keepdim=True)
+            d_gain = ((slope * rows).sum(1, keepdim=True) - mid * d_offset) * inverse
+            # What only moves a group's mean or deviation has no effect:
+            # dx = inverse (scale slope - mean - along unit), unit = inverse (rows - mid).
+            mean = _group_mean(d_offset * scale, ctx.groups) / rows.shape[1]
+            along = _group_mean(d_gain * scale, ctx.groups) / rows.shape[1] * inverse**2
+            torch.addcmul(along * mid - mean * inverse, slope, scale * inverse, out=slope)
+            slope.addcmul_(rows, along, value=-1)
             vectors.append((slope.sum(1), d_gain[:, 0], d_offset[:, 0]))
             _write(dx[part], slope)
         return dx, *(torch.cat(v) for v in zip(*vectors, strict=True)), None, None, None

@@ -241,8 +241,17 @@ class UNetBlock(nn.Module):
         tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         qkv = F.linear(tokens, weight.reshape(3 * channels, channels), bias)
         q, k, v = qkv.view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out = _attention(q, k, v).transpose(1, 2)
         return out.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of (B, heads, N, c) tensors."""
+    if q.device.type == "cpu" and q.shape[2] <= 256:
+        # Twice as fast as the fused kernel without matrix hardware, and small enough to hold.
+        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(1 / math.sqrt(q.shape[-1]))
+        return torch.matmul(scores.softmax(-1), v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def channel_mean(x: Tensor) -> Tensor:
