@@ -74,6 +74,7 @@ def prepare(options: dict[str, Any], world: World) -> Job:
         restart_info=info,
         restart_target=options["restart_target"],
         s_noise=options["S_noise"],
+        histories=settings.solver().max_order > 1,
     )
     student = Student(settings.solver(), settings.grid(), settings.afs)
     predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, seed=options["seed"])

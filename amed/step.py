@@ -73,7 +73,7 @@ def train_batch(
             error.backward()
             loss += error.item()
             mids += recorder.sums
-            after.append(micro._replace(head=next_head(student.solver, out, micro.supervision, n)))
+            after.append(micro._replace(head=next_head(student, micro, out, n, predictor)))
         micros = after
         nonfinite = _reduce_gradients(predictor, reduce)
         optimizer.step()
@@ -98,19 +98,33 @@ def student_interval(student: Student, micro: Micro, n: int, guide: Guide) -> St
     )
 
 
-def next_head(solver: Solver, out: State, supervision: Supervision, n: int) -> State:
-    """Where interval ``n + 1`` starts, free of the gradient graph.
+def next_head(student: Student, micro: Micro, out: State, n: int, guide: Guide) -> State:
+    """Where interval ``n + 1`` starts after ``out``, free of the gradient graph.
 
     A solver without history starts from the teacher.  One with history keeps the nodes it
-    evaluated, and goes on from its own state where the teacher's states form one walk; where they
-    do not (Restart's flow targets) it goes on from the visited state.
+    evaluated, and goes on from its own state where the teacher's states form one walk.  Where they
+    do not (Restart's flow targets) it goes on from the visited state, and if a jump lies between,
+    with the history it would have had, had it come down the path of that state.
     """
+    supervision = micro.supervision
     if n + 1 >= len(supervision.start):
         return State(out.x.detach())
-    if solver.max_order == 1:
+    if student.solver.max_order == 1:
         return State(supervision.start[n + 1])
+    origin = supervision.origins[n + 1] if supervision.origins else None
+    if origin is not None:
+        out = _walk_down(student, micro, origin, n + 1, guide)
     x = out.x.detach() if supervision.chained else supervision.start[n + 1]
     return State(x, tuple(_detach(node) for node in out.history), out.substeps)
+
+
+@torch.no_grad()
+def _walk_down(student: Student, micro: Micro, x: Tensor, intervals: int, guide: Guide) -> State:
+    """The student's walk from sigma_max over the first ``intervals``."""
+    state = State(x)
+    for n in range(intervals):
+        state = student_interval(student, micro._replace(head=state), n, guide)
+    return state
 
 
 def _detach(node: Node) -> Node:

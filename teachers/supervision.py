@@ -17,7 +17,7 @@ from torch import Tensor
 from restart.plan import Plan, run_plan
 from solvers.driver import Meter, integrate
 from solvers.oracle import dopri5
-from solvers.types import Denoised, Denoiser, Solver
+from solvers.types import Denoised, Denoiser, Solver, Trajectory
 
 #: Draws noise by name for every sample of the batch: (B, C, H, W).
 Normal = Callable[[tuple], Tensor]
@@ -32,6 +32,11 @@ class Supervision(NamedTuple):
     #: follow from its own states; otherwise every interval starts from the teacher's state.
     chained: bool
     nfe: int  #: network evaluations that the teacher spent
+    #: Per interval, the state at sigma_max whose ODE path runs through the start, where that path
+    #: is another than the previous interval's, else None; empty where no path ever changes.  A
+    #: student with history has to have come down this path, or its old slopes belong to noise
+    #: that a jump has replaced.
+    origins: tuple[Tensor | None, ...] = ()
 
 
 class Teacher(Protocol):
@@ -94,6 +99,7 @@ class RestartTeacher:
     fine: Tensor  #: ((M + 1)(N - 1) + 1,) noise levels
     stride: int  #: M + 1
     flow: bool = True
+    origins: bool = False  #: whether flow targets say where their path begins, for histories
     stochastic: bool = True
 
     def visit(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Tensor:
@@ -103,17 +109,31 @@ class RestartTeacher:
     def supervise(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
         if not self.flow:
             return _chain(self, denoiser, x, normal)
-        walk = run_plan(self.plan, denoiser, x, normal)
-        last, nfe, targets = self._last_visits(walk.t), walk.nfe, []
+        meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
+        spent = meter.nfe
+        walk = run_plan(self.plan, meter, x, normal)
+        last = self._last_visits(walk.t)
+        targets, origins = [], []
         for n, head in enumerate(last[:-1]):
+            origins.append(self._origin(meter, walk, last, n))
             span = self.fine[n * self.stride : (n + 1) * self.stride + 1]
             if torch.equal(walk.t[head : head + len(span)], span):
                 targets.append(walk.x[head + self.stride])  # Restart walked these nodes itself
-                continue
-            flow = integrate(self.solver, denoiser, walk.x[head], span)
-            targets.append(flow.x[-1])
-            nfe += flow.nfe
-        return Supervision(walk.x[last[:-1]], torch.stack(targets), False, nfe)
+            else:
+                targets.append(integrate(self.solver, meter, walk.x[head], span).x[-1])
+        starts = walk.x[last[:-1]]
+        nfe = meter.nfe - spent
+        return Supervision(starts, torch.stack(targets), False, nfe, tuple(origins))
+
+    def _origin(self, meter: Meter, walk: Trajectory, last: list[int], n: int) -> Tensor | None:
+        """The ODE solved upwards from the start of interval ``n``, if a jump lies before it."""
+        if not self.origins or n == 0:
+            return None
+        since = walk.t[last[n - 1] : last[n] + 1]
+        if bool((since[1:] < since[:-1]).all()):
+            return None
+        upwards = self.fine[: n * self.stride + 1].flip(0)
+        return integrate(self.solver, meter, walk.x[last[n]], upwards).x[-1]
 
     def _last_visits(self, times: Tensor) -> list[int]:
         return [int(torch.nonzero(times == t)[-1]) for t in self.fine[:: self.stride]]

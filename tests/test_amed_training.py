@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,7 +26,8 @@ from amed.step import (
     train_batch,
 )
 from denoisers.analytic import MixtureDenoiser
-from solvers.driver import Meter, State
+from solvers.driver import Meter, State, integrate
+from solvers.registry import make_solver
 from teachers.build import build_teacher
 from teachers.supervision import GridTeacher, Supervision, Teacher
 from tests.training_problems import Recorder, largest, mixture, normals, starts
@@ -162,7 +165,7 @@ def test_recorded_student_states_network_times_and_nfe(run):
         seen = torch.stack([sigma.flatten()[0] for sigma in spy.sigmas])
         assert largest(seen, torch.tensor(step["student_sigmas"], dtype=torch.float64)) < 1e-10
         assert largest(out.x, ours.recorded(f"step{n}|student")) < 1e-10
-        head = next_head(ours.student.solver, out, ours.supervision, n)
+        head = next_head(ours.student, micro, out, n, ours.predictor)
         micro = micro._replace(head=head)
 
 
@@ -324,7 +327,8 @@ def test_where_the_next_interval_starts(name, chained):
     out = student_interval(student_of(settings), micro, 0, predictor)
     assert out.x.requires_grad
     given = supervision(chained)
-    head = next_head(settings.solver(), out, given, 0)
+    micro = micro._replace(supervision=given)
+    head = next_head(student_of(settings), micro, out, 0, predictor)
     if name not in HISTORY:
         assert torch.equal(head.x, given.start[1]) and head.history == () and head.substeps == 0
         return
@@ -340,7 +344,9 @@ def test_where_the_next_interval_starts(name, chained):
 
 def test_after_the_last_interval_there_is_only_a_state():
     out = State(torch.ones(1, 2, 4, 4, requires_grad=True) * 2, substeps=6)
-    head = next_head(settings_of("ipndm").solver(), out, supervision(True), 2)
+    settings = settings_of("ipndm")
+    micro = micro_of(settings, [0])._replace(supervision=supervision(True))
+    head = next_head(student_of(settings), micro, out, 2, predictor_of(settings))
     assert torch.equal(head.x, out.x) and head.history == () and not head.x.requires_grad
 
 
@@ -386,8 +392,34 @@ def test_a_multistep_student_uses_its_history():
     student, micro = student_of(settings), micro_of(settings, range(2))
     predictor = predictor_of(settings)
     out = student_interval(student, micro, 0, predictor)
-    head = next_head(student.solver, out, micro.supervision, 0)
+    head = next_head(student, micro, out, 0, predictor)
     with_history = student_interval(student, micro._replace(head=head), 1, predictor)
     without = student_interval(student, micro._replace(head=State(head.x)), 1, predictor)
     assert largest(without.x, with_history.x) > 1e-3
     assert [len(s.history) for s in (out, with_history)] == [2, 3]
+
+
+def test_after_a_jump_the_history_is_that_of_the_visited_states_own_path():
+    """Old slopes hold the noise that a jump replaced: the student comes down the new path."""
+    settings = settings_of("ipndm", num_steps=4, sampler_tea="restart", M=15)
+    fine, stride = settings.teacher_grid()
+    ts = fine[::stride].tolist()
+    info = json.dumps({"0": [3, 1, ts[2], 3 * ts[2]]})
+    build = partial(build_teacher, "restart", None, fine, stride, restart_info=info)
+    meter, x, normal = Meter(mixture()), starts([0, 1]), normals([0, 1])
+    given = build(histories=True).supervise(meter, x, normal)
+    assert [o is None for o in given.origins] == [True, True, False]
+    origin = given.origins[2]
+    down = integrate(make_solver("heun"), mixture(), origin, fine[: 2 * stride + 1]).x[-1]
+    assert largest(down, given.start[2]) < 0.02  # the ODE up and down again
+    assert largest(x, origin) > 0.2  # another latent than the one that the walk began with
+    student, predictor = student_of(settings), predictor_of(settings)
+    micro = Micro.begin(meter, given)
+    out = student_interval(student, micro, 0, predictor)
+    micro = micro._replace(head=next_head(student, micro, out, 0, predictor))
+    out = student_interval(student, micro, 1, predictor)
+    head = next_head(student, micro, out, 1, predictor)
+    assert torch.equal(head.x, given.start[2]) and head.substeps == 4
+    own = integrate(student.solver, mixture(), origin, student.ts[:3], predictor, student.afs).x[1]
+    assert torch.equal(head.history[-2].x, own)  # the node at t_1 of the student's walk
+    assert build(histories=False).supervise(meter, x, normal).origins == (None, None, None)
