@@ -31,7 +31,9 @@ Examples:
     "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
 )
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma")
-@click.option("--num", type=click.IntRange(4), default=2000, help="images per row: seeds 0..num-1")
+@click.option(  # torchrun takes --num for an abbreviation of its own option
+    "--num_images", "--num", "num", type=click.IntRange(4), default=2000, help="images per row"
+)
 @click.option("--blocks", type=click.IntRange(2), default=4, help="disjoint seed blocks")
 @click.option(
     "--select", default="64,256", metavar="LIST", help="images per candidate, Restart's choice"

@@ -31,7 +31,7 @@ recipe_default() { # budget 5 only
     predictors=""
     small_students 4 --batch=32 --total_kimg=0.512 --tick=0.128
     run compare.py --dataset_name=cifar10-small --predictors="$predictors" --budgets=5 \
-        --num="$IMAGES" --select=32,128 --dtype="$DTYPE" --outdir=samples/report-default
+        --num_images="$IMAGES" --select=32,128 --dtype="$DTYPE" --outdir=samples/report-default
     note "the report: samples/report-default/table.md and grid.png"
 }
 
@@ -41,7 +41,7 @@ recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
         small_students "$num_steps" --batch=128 --total_kimg=10
     done
     run compare.py --dataset_name=cifar10-small --predictors="$predictors" \
-        --budgets=3,5,7,9 --num=50000 --dtype="$DTYPE" --outdir=samples/report-full
+        --budgets=3,5,7,9 --num_images=50000 --dtype="$DTYPE" --outdir=samples/report-full
     note "the report: samples/report-full/table.md and grid.png"
 }
 
@@ -87,7 +87,7 @@ published() { # DATASET REFERENCE IMAGES: both students, 50,000 images each, FID
     note "needs the reader of published EDM checkpoints; without it train.py says what is missing"
     student_amed "$1" heun 4 1 --batch=128 --total_kimg=10
     run -c "$FETCH" "$url" data/fid-refs
-    run fid.py ref --detector=inception --data="data/fid-refs/$2.npz" --num="$3" \
+    run fid.py ref --detector=inception --data="data/fid-refs/$2.npz" --num_images="$3" \
         --dest="data/fid-refs/$2-inception.npz"
     evaluate "$2"
     student_plugin "$1" ipndm 4 2 --batch=128 --total_kimg=10

@@ -75,6 +75,8 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--thresholding", type=bool, help="dpmpp: dynamic thresholding  [default: False]")
 @click.option(
     "--r",
+    "--dpm_r",  # torchrun takes --r for an abbreviation of its own options
+    "r",
     type=click.FloatRange(0, 1, min_open=True),
     help="dpm: where the inserted node lies  [default: 0.5]",
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = ["default", "full", "cifar10", "ffhq", "imagenet64", "lsun_bedroom_ldm", "ms_coco"]
@@ -289,3 +290,16 @@ def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
         "error: python3.0 was not found: install Python 3.10 or newer, or set PYTHON to its path\n",
     )
     assert not (elsewhere / ".venv").exists()
+
+
+def test_every_option_can_be_given_through_torchrun() -> None:
+    """torchrun refuses what abbreviates two options of its own, even behind a script's name."""
+    theirs = [o for action in get_args_parser()._actions for o in action.option_strings]
+    mains = [
+        importlib.import_module(script).main for script in ("train", "sample", "fid", "compare")
+    ]
+    for main in mains:
+        for command in main.commands.values() if isinstance(main, click.Group) else [main]:
+            for option in command.params:
+                passes = [o for o in option.opts if not any(t.startswith(o) for t in theirs)]
+                assert passes, f"{command.name}: {option.opts}"
