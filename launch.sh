@@ -26,13 +26,11 @@ PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newe
 # ---------------------------------------------------------------- recipes
 
 recipe_default() { # budget 5 only
-    note "kept short: 512 trajectories per student, $IMAGES images a row, 5 NFE only;"
+    note "kept short: 256 trajectories per student, $IMAGES images a row, 5 NFE only;"
     note "published lengths, 50,000 images and 3 to 9 NFE: ./launch.sh full"
     predictors=""
-    small_students 4 --batch=32 --total_kimg=0.512 --tick=0.128
-    run compare.py --dataset_name=cifar10-small --predictors="$predictors" --budgets=5 \
-        --num_images="$IMAGES" --select=32,128 --dtype="$DTYPE" --outdir=samples/report-default
-    note "the report: samples/report-default/table.md and grid.png"
+    small_students 4 --batch=16 --total_kimg=0.256 --tick=0.064
+    small_report default --budgets=5 --num_images="$IMAGES" --select=32,128
 }
 
 recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
@@ -40,25 +38,28 @@ recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
     for num_steps in 3 4 5 6; do
         small_students "$num_steps" --batch=128 --total_kimg=10
     done
-    run compare.py --dataset_name=cifar10-small --predictors="$predictors" \
-        --budgets=3,5,7,9 --num_images=50000 --dtype="$DTYPE" --outdir=samples/report-full
-    note "the report: samples/report-full/table.md and grid.png"
+    small_report full --budgets=3,5,7,9 --num_images=50000
 }
 
-# Restarts around 0.59: above the last noise level that the students' intervals start from, where
-# a flow target of Restart differs from Heun's. It costs about what Heun with M = 4 does.
-RESTART='{"0": [3, 2, 0.59, 1.92]}'
-
-small_students() { # NUM_STEPS FLAG...: both students under each of their teachers, Heun at the
-    # evaluations of Restart; appends the runs' folders to $predictors
+small_students() { # NUM_STEPS FLAG...: both students of the bundled model under each of their
+    # teachers, Heun at about Restart's evaluations; appends the runs' folders to $predictors.
+    # The grid is uniform in log-SNR, on which this model's classic solvers are at their best.
     local num_steps=$1
     shift
-    set -- --dtype="$DTYPE" "$@"
-    keep student_amed cifar10-small heun "$num_steps" 4 "$@"
-    keep student_amed cifar10-small restart "$num_steps" 1 --restart_info="$RESTART" "$@"
+    set -- --schedule_type=logsnr --dtype="$DTYPE" "$@"
+    keep student_amed cifar10-small heun "$num_steps" 3 "$@"
+    keep student_amed cifar10-small restart "$num_steps" 1 "$@"
     keep student_plugin cifar10-small ipndm "$num_steps" 2 "$@"
     keep student_plugin cifar10-small heun "$num_steps" 4 "$@"
-    keep student_plugin cifar10-small restart "$num_steps" 2 --restart_info="$RESTART" "$@"
+    keep student_plugin cifar10-small restart "$num_steps" 1 "$@"
+}
+
+small_report() { # NAME FLAG...: the comparison of the students in $predictors
+    local folder="samples/report-$1"
+    shift
+    run compare.py --dataset_name=cifar10-small --predictors="$predictors" \
+        --schedule_type=logsnr --dtype="$DTYPE" --outdir="$folder" "$@"
+    note "the report: $folder/table.md, $folder/grid.png, $folder/fid-nfe.png"
 }
 
 keep() { # COMMAND...: run it and append the run's folder to $predictors
@@ -68,14 +69,12 @@ keep() { # COMMAND...: run it and append the run's folder to $predictors
 
 student_amed() { # DATASET TEACHER NUM_STEPS M FLAG...: AMED-Solver as published
     train --dataset_name="$1" --sampler_stu=amed --sampler_tea="$2" --num_steps="$3" --M="$4" \
-        --afs=True --scale_dir=0.01 --scale_time=0 \
-        --schedule_type=time_uniform --schedule_rho=1 "${@:5}"
+        --afs=True --scale_dir=0.01 --scale_time=0 "${@:5}"
 }
 
 student_plugin() { # DATASET TEACHER NUM_STEPS M FLAG...: the AMED plugin on iPNDM as published
     train --dataset_name="$1" --sampler_stu=ipndm --sampler_tea="$2" --num_steps="$3" --M="$4" \
-        --afs=True --scale_dir=0.01 --scale_time=0.2 \
-        --schedule_type=polynomial --schedule_rho=7 --max_order=4 "${@:5}"
+        --afs=True --scale_dir=0.01 --scale_time=0.2 --max_order=4 "${@:5}"
 }
 
 recipe_cifar10() { published cifar10 cifar10-32x32 50000; }
@@ -85,12 +84,14 @@ recipe_imagenet64() { published imagenet64 imagenet-64x64 1281167; }
 published() { # DATASET REFERENCE IMAGES: both students, 50,000 images each, FID
     local url="https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/$2.npz"
     note "needs the reader of published EDM checkpoints; without it train.py says what is missing"
-    student_amed "$1" heun 4 1 --batch=128 --total_kimg=10
+    student_amed "$1" heun 4 1 --schedule_type=time_uniform --schedule_rho=1 \
+        --batch=128 --total_kimg=10
     run -c "$FETCH" "$url" data/fid-refs
     run fid.py ref --detector=inception --data="data/fid-refs/$2.npz" --num_images="$3" \
         --dest="data/fid-refs/$2-inception.npz"
     evaluate "$2"
-    student_plugin "$1" ipndm 4 2 --batch=128 --total_kimg=10
+    student_plugin "$1" ipndm 4 2 --schedule_type=polynomial --schedule_rho=7 \
+        --batch=128 --total_kimg=10
     evaluate "$2"
 }
 
