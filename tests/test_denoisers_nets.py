@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoisers.edm import EDMPrecond
-from denoisers.nets import NETWORKS
+from denoisers.nets import NETWORKS, SongUNet
 from denoisers.nets.layers import Conv2d, UNetBlock
 
 Golden = Callable[[str], Any]
@@ -154,3 +154,55 @@ def test_unknown_settings_are_refused() -> None:
         EDMPrecond(8, 1, model_type="VGG", **TINY)
     with pytest.raises(ValueError, match="bottleneck is '9x9_block0'; known: 8x8_conv, "):
         EDMPrecond(8, 1, model_type="DhariwalUNet", bottleneck="9x9_block0", **TINY)
+
+
+def song(**kwargs: Any) -> SongUNet:
+    torch.manual_seed(0)
+    net = SongUNet(8, 3, 3, **TINY, **kwargs).double().requires_grad_(False).eval()
+    for parameter in net.parameters():
+        parameter.normal_(0, 0.3)
+    return net
+
+
+def test_song_embedding_adds_scaled_classes_and_augmentations() -> None:
+    """No recorded network is conditional: the published sum, written out."""
+    net = song(label_dim=5, augment_dim=2)
+    noise = torch.tensor([0.3, -1.2], dtype=torch.float64)
+    classes, augment = torch.eye(5, dtype=torch.float64)[[4, 1]], torch.randn(2, 2).double()
+    angle = noise[:, None] * 1e-4 ** (torch.arange(4).double() / 3)
+    assert net.map_label is not None and net.map_augment is not None
+    total = torch.cat([angle.sin(), angle.cos()], 1)
+    total = total + 5**0.5 * net.map_label.weight[:, [4, 1]].T + net.map_label.bias
+    total = total + augment @ net.map_augment.weight.T
+    hidden = F.silu(total @ net.map_layer0.weight.T + net.map_layer0.bias)
+    expected = F.silu(hidden @ net.map_layer1.weight.T + net.map_layer1.bias)
+    assert largest(net.embed(noise, classes, augment), expected) < 1e-12
+
+
+@pytest.mark.parametrize("encoder_type", ["skip", "residual"])
+def test_second_pyramid_of_the_encoder(encoder_type: str) -> None:
+    """NCSN++: the input, shrunk, joins each coarser level (a sum, or a sum over sqrt 2)."""
+    net = song(encoder_type=encoder_type, resample_filter=(1, 3, 3, 1), embedding_type="fourier")
+    x, emb = torch.randn(2, 3, 8, 8).double(), torch.randn(2, 32).double()
+    skips, _ = net._encode(x, emb)
+    down = net.enc["4x4_down"](skips[1], emb)
+    if encoder_type == "skip":
+        expected = down + net.enc["4x4_aux_skip"](net.enc["4x4_aux_down"](x))
+    else:
+        expected = (down + net.enc["4x4_aux_residual"](x)) / 2**0.5
+    assert len(skips) == 4
+    assert largest(skips[2], expected) < 1e-12
+    assert largest(skips[3], net.enc["4x4_block0"](expected, emb)) < 1e-12
+
+
+def test_skip_decoder_sums_an_image_per_level() -> None:
+    """The output is the finest image plus the coarser one at twice its size."""
+    net = song(decoder_type="skip")
+    x, noise = torch.randn(2, 3, 8, 8).double(), torch.zeros(2).double()
+    both, _ = net(x, noise)
+    seen: dict[str, Tensor] = {}
+    for name in ("4x4_aux_conv", "8x8_aux_conv"):
+        net.dec[name].register_forward_hook(lambda _m, _i, out, n=name: seen.update({n: out}))
+    net(x, noise)
+    coarse = seen["4x4_aux_conv"].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert largest(both, coarse + seen["8x8_aux_conv"]) < 1e-12
