@@ -193,7 +193,12 @@ def test_every_trajectory_is_drawn_once(monkeypatch, size):
     model = tiny_model("tiny")
     data = Data(model.bind, model.card.shape, 0, 0, 80.0, torch.float64, CPU)
     real = Data.draw
-    monkeypatch.setattr(Data, "draw", lambda self, n: (drawn.extend(n), real(self, n))[1])
+
+    def noted(numbers):
+        drawn.extend(numbers)
+        return numbers
+
+    monkeypatch.setattr(Data, "draw", lambda self, n: real(self, noted(n)))
     student = StudentSettings("tiny", "amed", 3, 0.002, 80.0)
     teacher = build_teacher("heun", student.teacher_solver(), *student.teacher_grid())
     loop = Loop(total=18, batch=5, micro=2, tick=100, snap=0, lr=1e-3)
