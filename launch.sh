@@ -43,22 +43,26 @@ recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
 
 small_students() { # NUM_STEPS FLAG...: both students of the bundled model under each of their
     # teachers, Heun at about Restart's evaluations; appends the runs' folders to $predictors.
-    # The grid is uniform in log-SNR, on which this model's classic solvers are at their best.
+    # Each is on the grid that its own solver is published with. Restart's intervals reach a noise
+    # level that one of the student's intervals starts from; elsewhere its targets would be Heun's.
     local num_steps=$1
     shift
-    set -- --schedule_type=logsnr --dtype="$DTYPE" "$@"
-    keep student_amed cifar10-small heun "$num_steps" 3 "$@"
-    keep student_amed cifar10-small restart "$num_steps" 1 "$@"
+    set -- --dtype="$DTYPE" "$@"
+    keep student_amed cifar10-small heun "$num_steps" 3 --schedule_type=logsnr "$@"
+    keep student_amed cifar10-small restart "$num_steps" 1 --schedule_type=logsnr \
+        --restart_info='{"0": [3, 2, 0.06, 0.30]}' "$@"
+    set -- --schedule_type=polynomial --schedule_rho=7 "$@"
     keep student_plugin cifar10-small ipndm "$num_steps" 2 "$@"
-    keep student_plugin cifar10-small heun "$num_steps" 4 "$@"
-    keep student_plugin cifar10-small restart "$num_steps" 1 "$@"
+    keep student_plugin cifar10-small heun "$num_steps" 5 "$@"
+    keep student_plugin cifar10-small restart "$num_steps" 2 \
+        --restart_info='{"0": [3, 2, 0.30, 1.09]}' "$@"
 }
 
 small_report() { # NAME FLAG...: the comparison of the students in $predictors
     local folder="samples/report-$1"
     shift
     run compare.py --dataset_name=cifar10-small --predictors="$predictors" \
-        --schedule_type=logsnr --dtype="$DTYPE" --outdir="$folder" "$@"
+        --dtype="$DTYPE" --outdir="$folder" "$@"
     note "the report: $folder/table.md, $folder/grid.png, $folder/fid-nfe.png"
 }
 
