@@ -101,10 +101,10 @@ def student_interval(student: Student, micro: Micro, n: int, guide: Guide) -> St
 def next_head(student: Student, micro: Micro, out: State, n: int, guide: Guide) -> State:
     """Where interval ``n + 1`` starts after ``out``, free of the gradient graph.
 
-    A solver without history starts from the teacher.  One with history keeps the nodes it
-    evaluated, and goes on from its own state where the teacher's states form one walk.  Where they
-    do not (Restart's flow targets) it goes on from the visited state, and if a jump lies between,
-    with the history it would have had, had it come down the path of that state.
+    A solver without history starts from the teacher.  One with history keeps the nodes that it
+    evaluated and goes on from its own state.  Where a jump lies before the interval (Restart's
+    flow targets), it starts from the visited state instead, with the history that it would have
+    had, had it come down the path of that state.
     """
     supervision = micro.supervision
     if n + 1 >= len(supervision.start):
@@ -112,10 +112,10 @@ def next_head(student: Student, micro: Micro, out: State, n: int, guide: Guide) 
     if student.solver.max_order == 1:
         return State(supervision.start[n + 1])
     origin = supervision.origins[n + 1] if supervision.origins else None
-    if origin is not None:
-        out = _walk_down(student, micro, origin, n + 1, guide)
-    x = out.x.detach() if supervision.chained else supervision.start[n + 1]
-    return State(x, tuple(_detach(node) for node in out.history), out.substeps)
+    if origin is None:
+        return _detached(out)
+    again = _walk_down(student, micro, origin, n + 1, guide)
+    return again._replace(x=supervision.start[n + 1])
 
 
 @torch.no_grad()
@@ -127,9 +127,17 @@ def _walk_down(student: Student, micro: Micro, x: Tensor, intervals: int, guide:
     return state
 
 
-def _detach(node: Node) -> Node:
-    feat = None if node.feat is None else node.feat.detach()
-    return Node(node.t.detach(), node.x.detach(), node.x0.detach(), feat)
+def _detached(state: State) -> State:
+    nodes = (
+        Node(
+            node.t.detach(),
+            node.x.detach(),
+            node.x0.detach(),
+            None if node.feat is None else node.feat.detach(),
+        )
+        for node in state.history
+    )
+    return State(state.x.detach(), tuple(nodes), state.substeps)
 
 
 def _reduce_gradients(predictor: nn.Module, reduce: Callable[[Tensor], object]) -> int:

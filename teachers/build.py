@@ -22,12 +22,12 @@ def build_teacher(
     restart_info: str | None = None,
     restart_target: str = "flow",
     s_noise: float = 1.0,
-    histories: bool = False,
+    histories: bool = True,
 ) -> Teacher:
     """The teacher ``name`` on the refined grid ``fine`` whose every ``stride``-th node is a target.
 
     ``solver`` walks the grid for the classic teachers; Restart walks with Heun, as published.
-    ``histories`` says that the student has one: Restart's flow targets then carry their origins.
+    ``histories=False`` (for a student without) spares Restart's flow targets their origins.
     Raises ValueError for an unknown name or a bad restart specification.
     """
     if name not in TEACHERS:

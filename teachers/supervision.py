@@ -28,14 +28,11 @@ class Supervision(NamedTuple):
 
     start: Tensor  #: (N - 1, B, C, H, W), the teacher's state at the head of each interval
     target: Tensor  #: (N - 1, B, C, H, W), where the interval should end
-    #: Whether target n is start n + 1: then it is one walk, which a student with history may
-    #: follow from its own states; otherwise every interval starts from the teacher's state.
-    chained: bool
     nfe: int  #: network evaluations that the teacher spent
-    #: Per interval, the state at sigma_max whose ODE path runs through the start, where that path
-    #: is another than the previous interval's, else None; empty where no path ever changes.  A
-    #: student with history has to have come down this path, or its old slopes belong to noise
-    #: that a jump has replaced.
+    #: Per interval None where the targets so far form one walk, which a student with history may
+    #: follow from its own states; where a jump begins another, the state at sigma_max whose ODE
+    #: path runs through the start.  Such a student has to have come down that path, or its old
+    #: slopes belong to noise that the jump has replaced.  Empty means None everywhere.
     origins: tuple[Tensor | None, ...] = ()
 
 
@@ -123,7 +120,7 @@ class RestartTeacher:
                 targets.append(integrate(self.solver, meter, walk.x[head], span).x[-1])
         starts = walk.x[last[:-1]]
         nfe = meter.nfe - spent
-        return Supervision(starts, torch.stack(targets), False, nfe, tuple(origins))
+        return Supervision(starts, torch.stack(targets), nfe, tuple(origins))
 
     def _origin(self, meter: Meter, walk: Trajectory, last: list[int], n: int) -> Tensor | None:
         """The ODE solved upwards from the start of interval ``n``, if a jump lies before it."""
@@ -150,7 +147,7 @@ def _chain(teacher: Teacher, denoiser: Denoiser | Meter, x: Tensor, normal: Norm
     meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
     spent = meter.nfe
     states = teacher.visit(meter, x, normal)
-    return Supervision(states[:-1], states[1:], True, meter.nfe - spent)
+    return Supervision(states[:-1], states[1:], meter.nfe - spent)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def student_of(settings: StudentSettings) -> Student:
 def teacher_of(settings: StudentSettings, flow: bool) -> Teacher:
     fine, stride = settings.teacher_grid()
     if flow:
-        return build_teacher("restart", None, fine, stride, restart_info=RESTART, histories=True)
+        return build_teacher("restart", None, fine, stride, restart_info=RESTART)
     return build_teacher("heun", settings.teacher_solver(), fine, stride)
 
 

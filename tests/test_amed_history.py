@@ -33,26 +33,25 @@ from tests.student_problems import (
 from tests.training_problems import largest, mixture, normals, starts
 
 
-def supervision(chained: bool) -> Supervision:
+def supervision() -> Supervision:
     states = torch.arange(4 * 32, dtype=torch.float64).reshape(4, 1, 2, 4, 4)
-    return Supervision(states[:-1], states[1:], chained, 0)
+    return Supervision(states[:-1], states[1:], 0)
 
 
-@pytest.mark.parametrize("chained", [True, False])
 @pytest.mark.parametrize("name", STUDENTS)
-def test_where_the_next_interval_starts(name, chained):
+def test_where_the_next_interval_starts(name):
     settings = settings_of(name)
     micro = micro_of(settings, [0])
     predictor = predictor_of(settings)
     out = student_interval(student_of(settings), micro, 0, predictor)
     assert out.x.requires_grad
-    given = supervision(chained)
+    given = supervision()
     micro = micro._replace(supervision=given)
     head = next_head(student_of(settings), micro, out, 0, predictor)
     if name not in HISTORY:
         assert torch.equal(head.x, given.start[1]) and head.history == () and head.substeps == 0
         return
-    assert torch.equal(head.x, out.x if chained else given.start[1])
+    assert torch.equal(head.x, out.x)
     assert len(head.history) == 2 and head.substeps == 2
     for node, before in zip(head.history, out.history, strict=True):
         assert torch.equal(node.d, before.d) and torch.equal(node.t, before.t)
@@ -65,7 +64,7 @@ def test_where_the_next_interval_starts(name, chained):
 def test_after_the_last_interval_there_is_only_a_state():
     out = State(torch.ones(1, 2, 4, 4, requires_grad=True) * 2, substeps=6)
     settings = settings_of("ipndm")
-    micro = micro_of(settings, [0])._replace(supervision=supervision(True))
+    micro = micro_of(settings, [0])._replace(supervision=supervision())
     head = next_head(student_of(settings), micro, out, 2, predictor_of(settings))
     assert torch.equal(head.x, out.x) and head.history == () and not head.x.requires_grad
 

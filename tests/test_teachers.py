@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_a_classic_teacher_is_its_refined_walk_at_the_students_times(name, grid,
     walk = integrate(make_solver(name), denoiser, x, torch.tensor(fine, dtype=torch.float64)).x
     got = teacher_of(name, settings).supervise(denoiser, x, normals(range(2)))
     assert torch.equal(got.start, walk[at[:-1]]) and torch.equal(got.target, walk[at[1:]])
-    assert got.chained and torch.equal(got.target[:-1], got.start[1:])
+    assert torch.equal(got.target[:-1], got.start[1:]) and not got.origins
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -109,7 +110,7 @@ def test_dopri5_teacher_solves_the_gaussian_ode():
     settings = settings_of()
     x = starts(range(3))
     got = teacher_of("dopri5", settings).supervise(denoiser, x, normals(range(3)))
-    assert got.chained and not teacher_of("dopri5", settings).stochastic
+    assert not got.origins and not teacher_of("dopri5", settings).stochastic
     heun = teacher_of("heun", settings).supervise(denoiser, x, normals(range(3)))
     for n, t in enumerate(settings.grid()[1:]):
         exact = denoiser.solution(x, 80.0, t)
@@ -177,7 +178,7 @@ def test_trajectory_targets_are_the_last_visits(info, s_noise):
     fine, student = teacher.fine.tolist(), settings.grid().tolist()
     last = plain_restart(denoiser, x, fine, teacher.fine[::3].tolist(), info, seeds, s_noise)
     got = teacher.supervise(denoiser, x, normals(seeds))
-    assert got.chained and teacher.stochastic
+    assert not got.origins and teacher.stochastic
     assert torch.equal(got.target[:-1], got.start[1:]) and torch.equal(got.start[0], x)
     for n, t in enumerate(student[1:]):
         truth = last[min(last, key=lambda node: abs(node - t))]
@@ -203,7 +204,6 @@ def test_flow_targets_are_fine_walks_from_the_visited_states(info):
     x, fine = starts(seeds), teacher.fine.tolist()
     last = plain_restart(denoiser, x, fine, fine[::3], info, seeds)
     got = teacher.supervise(denoiser, x, normals(seeds))
-    assert not got.chained
     visits = teacher.visit(denoiser, x, normals(seeds))
     for n in range(3):
         state = last[fine[3 * n]]
@@ -225,8 +225,13 @@ def test_flow_targets_are_fine_walks_from_the_visited_states(info):
 def test_what_restart_walked_itself_is_not_walked_again(info, walked_anew):
     teacher, _ = restart_of(info)
     spy = Recorder(mixture())
-    got = teacher.supervise(spy, starts([0]), normals([0]))
+    got = replace(teacher, origins=False).supervise(spy, starts([0]), normals([0]))
     assert got.nfe == len(spy.sigmas) == plan_nfe(teacher.plan) + walked_anew * 2 * teacher.stride
+    spy.sigmas.clear()
+    again = teacher.supervise(spy, starts([0]), normals([0]))
+    climbed = sum(n for n, origin in enumerate(again.origins) if origin is not None)
+    assert again.nfe == len(spy.sigmas) == got.nfe + climbed * 2 * teacher.stride
+    assert torch.equal(again.target, got.target)
 
 
 def test_a_flow_target_is_deterministic_given_the_visited_state():
