@@ -18,7 +18,8 @@ Sets up .venv on first use and runs a recipe:
   test              ruff, mypy and the tests
   help              this text
 
-  --gpus N          N processes, one per GPU (on a machine without GPUs: N processes on its CPU)
+  --gpus N          N processes, one per GPU (on a machine without GPUs: N processes on its CPU);
+                    1 if left out, save that default and full use every core of such a machine
   --dry-run         print the commands and touch nothing
 
 PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newer)."
@@ -43,19 +44,19 @@ recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
 
 small_students() { # NUM_STEPS FLAG...: both students of the bundled model under each of their
     # teachers, Heun at about Restart's evaluations; appends the runs' folders to $predictors.
-    # Each is on the grid that its own solver is published with. Restart's intervals reach a noise
-    # level that one of the student's intervals starts from; elsewhere its targets would be Heun's.
+    # Each is on the grid that its own solver is published with. Flow targets need a restart that
+    # reaches a noise level which an interval starts from: the log-SNR grid has one, the other not.
     local num_steps=$1
     shift
+    GPUS=${GPUS:-$SMALL_PROCESSES}
     set -- --dtype="$DTYPE" "$@"
     keep student_amed cifar10-small heun "$num_steps" 3 --schedule_type=logsnr "$@"
     keep student_amed cifar10-small restart "$num_steps" 1 --schedule_type=logsnr \
-        --restart_info='{"0": [3, 2, 0.06, 0.30]}' "$@"
+        --restart_target=flow "$@"
     set -- --schedule_type=polynomial --schedule_rho=7 "$@"
     keep student_plugin cifar10-small ipndm "$num_steps" 2 "$@"
-    keep student_plugin cifar10-small heun "$num_steps" 5 "$@"
-    keep student_plugin cifar10-small restart "$num_steps" 2 \
-        --restart_info='{"0": [3, 2, 0.30, 1.09]}' "$@"
+    keep student_plugin cifar10-small heun "$num_steps" 4 "$@"
+    keep student_plugin cifar10-small restart "$num_steps" 2 --restart_target=trajectory "$@"
 }
 
 small_report() { # NAME FLAG...: the comparison of the students in $predictors
@@ -142,10 +143,14 @@ recipe_test() {
 RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco test help"
 VENV_PYTHON=.venv/bin/python
 IMAGES=2000 # a row of the default report
-# The bundled network is as good in bfloat16 and twice as fast, where the processor has it.
+# The bundled network is twice as fast in bfloat16 where the processor has it; the change of an
+# image is far below what a solver of few steps gets wrong.
 DTYPE=float32
 if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then DTYPE=bfloat16; fi
 CORES=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# A process per core makes more of a CPU than threads do with a network this small.
+SMALL_PROCESSES=1
+if ! command -v nvidia-smi >/dev/null; then SMALL_PROCESSES=$((CORES < 8 ? CORES : 8)); fi
 # Python that fetches a file once: arguments URL and FOLDER.
 FETCH='import sys
 from runtime.errors import UserError
@@ -184,8 +189,10 @@ call() { # show the command, then run it unless this is a dry run
 }
 
 run() { # SCRIPT FLAG...: in one process, or in one per GPU
-    if [ "$GPUS" -gt 1 ] && [ "$1" != -c ]; then
-        call "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"
+    if [ "${GPUS:-1}" -gt 1 ] && [ "$1" != -c ]; then
+        local threads=${OMP_NUM_THREADS:-$((CORES > GPUS ? CORES / GPUS : 1))}
+        OMP_NUM_THREADS=$threads call "$VENV_PYTHON" -m torch.distributed.run --standalone \
+            --nproc_per_node="$GPUS" "$@"
     else
         call "$VENV_PYTHON" "$@"
     fi
@@ -224,11 +231,11 @@ setup() { # EXTRAS ("" or "[dev]"): make .venv once; fast when nothing has chang
 
 # ---------------------------------------------------------------- command line
 
-RECIPE="" GPUS=1 DRY_RUN=0 NOTES=2
+RECIPE="" GPUS="" DRY_RUN=0 NOTES=2
 while [ $# -gt 0 ]; do
     case $1 in
-        --gpus) GPUS=${2:-} && shift ;;
-        --gpus=*) GPUS=${1#--gpus=} ;;
+        --gpus) GPUS=${2:-none} && shift ;;
+        --gpus=*) GPUS=${1#--gpus=} && GPUS=${GPUS:-none} ;;
         -n | --dry-run) DRY_RUN=1 NOTES=1 ;;
         -h | --help) RECIPE=help ;;
         -*) fail 2 "unknown option '$1': there are --gpus N and --dry-run" ;;
@@ -241,7 +248,7 @@ while [ $# -gt 0 ]; do
 done
 RECIPE=${RECIPE:-default}
 case $GPUS in
-    "" | *[!0-9]* | 0*) fail 2 "--gpus '$GPUS' is no number of processes: give 1 or more" ;;
+    *[!0-9]* | 0*) fail 2 "--gpus '$GPUS' is no number of processes: give 1 or more" ;;
 esac
 case " $RECIPES " in
     *" $RECIPE "*) ;;
@@ -253,9 +260,6 @@ if [ "$RECIPE" = help ]; then
 fi
 
 export PYTHONUNBUFFERED=1
-if [ "$GPUS" -gt 1 ]; then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > GPUS ? CORES / GPUS : 1))}
-fi
 setup "$([ "$RECIPE" != test ] || echo "[dev]")"
 "recipe_$RECIPE"
 [ "$DRY_RUN" = 1 ] || note "$RECIPE took $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -199,7 +199,7 @@ def test_several_gpus_go_through_torchrun(option: list[str]) -> None:
         (["--gpu=2"], "unknown option '--gpu=2': there are --gpus N and --dry-run"),
         (["--gpus", "two"], "--gpus 'two' is no number of processes: give 1 or more"),
         (["--gpus=0"], "--gpus '0' is no number of processes: give 1 or more"),
-        (["--gpus"], "--gpus '' is no number of processes: give 1 or more"),
+        (["--gpus"], "--gpus 'none' is no number of processes: give 1 or more"),
         (["test", "full"], "one recipe at a time, but there are 'test' and 'full'"),
     ],
 )
