@@ -173,6 +173,21 @@ def test_no_recipe_is_the_default_one() -> None:
     assert commands() == commands("default")
 
 
+def test_small_recipes_use_every_core_of_a_machine_without_gpus(tmp_path: Path) -> None:
+    def first(**environment: str) -> str:
+        done = launch("--dry-run", **environment)
+        return next(line for line in done.stdout.splitlines() if " train.py " in line)
+
+    cores = f"echo {3 if os.cpu_count() != 3 else 2}"
+    (tmp_path / "getconf").write_text(f"#!/bin/sh\n{cores}\n")
+    (tmp_path / "getconf").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert f"--nproc_per_node={cores.split()[1]} train.py" in first(PATH=path)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert "nproc" not in first(PATH=path)
+
+
 def test_tests_are_lint_format_types_and_pytest() -> None:
     found = [" ".join(command[1:]) for command in commands("test")]
     assert found[:3] == ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
@@ -229,7 +244,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 PYTHON = """#!/usr/bin/env bash
-case "$*" in
+case "$(echo "$*" | sed 's/^-m torch.*--nproc_per_node=[0-9]* //')" in
     -V) echo "Python 3.9.6" ;;
     "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     -c*version_info*) exit "${OLD:-0}" ;;
