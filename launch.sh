@@ -142,7 +142,7 @@ recipe_test() {
 
 RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco test help"
 VENV_PYTHON=.venv/bin/python
-IMAGES=2000 # a row of the default report
+IMAGES=1500 # a row of the default report: the most that leaves two cores a margin to 20 minutes
 # The bundled network is twice as fast in bfloat16 where the processor has it; the change of an
 # image is far below what a solver of few steps gets wrong.
 DTYPE=float32
