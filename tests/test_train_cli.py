@@ -183,8 +183,9 @@ def test_nonsense_is_refused_in_one_sentence(
 ):
     outdir = tmp_path / "exps"
     fixed = ["train.py", "--dataset_name=cifar10-small", f"--outdir={outdir}", "--device=cpu"]
+    short = ["--batch=1", "--total_kimg=0.001"]  # were it not refused, it would soon be over
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", [*fixed, *arguments])
+    monkeypatch.setattr("sys.argv", [*fixed, *short, *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.run(train.main)
     out, err = capsys.readouterr()
