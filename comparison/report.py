@@ -98,18 +98,19 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """FID against NFE, a line per method, ceilings as levels; log scale."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no global state, no display
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, colors = figure.add_subplot(), colormaps["tab20"]
     for index, (label, group) in enumerate(_lines(rows).items()):
         nfe, fid = [r["nfe_planned"] for r in group], [r["fid"] for r in group]
         spread = [r["fid_block_spread"] for r in group]
         style = {"learned": "o-", "restart": "s--", "classic": "^:"}[group[0]["group"]]
         axes.errorbar(
-            nfe, fid, spread, fmt=style, color=f"C{index % 10}", capsize=3, lw=1, label=label
+            nfe, fid, spread, fmt=style, color=colors(index % 20), capsize=3, lw=1, label=label
         )
     for row, dashes in zip(
         (r for r in rows if r["budget"] is None), ("--", ":", "-."), strict=False
