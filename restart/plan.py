@@ -73,7 +73,7 @@ def run_plan(
     ``nfe`` counts the whole plan.  Raises ValueError for a plan with a gap.
     """
     check_plan(plan)
-    meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
+    meter = Meter.of(denoiser)
     spent = meter.nfe
     ts = [torch.tensor([_start(plan[0])], dtype=torch.float64)]
     xs = [x[None]]

@@ -18,6 +18,11 @@ class Meter:
         self.denoiser = denoiser
         self.nfe = 0
 
+    @classmethod
+    def of(cls, denoiser: Denoiser | Meter) -> Meter:
+        """``denoiser`` behind a meter: the one it came with, which counts on, or a new one."""
+        return denoiser if isinstance(denoiser, Meter) else cls(denoiser)
+
     def __call__(self, x: Tensor, t: Tensor, network_time: Tensor | None = None) -> Node:
         """Evaluate at state ``x`` (B, C, H, W) and level ``t``; the network sees network_time."""
         self.nfe += self.denoiser.cost
@@ -104,7 +109,7 @@ def integrate(
     ``ts`` decreases and may end with 0.  ``afs`` replaces the first evaluation by the analytic
     node.  Returns every state, the start included.
     """
-    meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
+    meter = Meter.of(denoiser)
     spent = meter.nfe
     total = substeps_total(solver, len(ts) - 1, guide)
     state, xs = State(x), [x]

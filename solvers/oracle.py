@@ -21,7 +21,7 @@ def dopri5(
     """
     if float(ts[-1]) <= 0:
         raise ValueError("dopri5 works in log sigma and cannot reach sigma = 0; end the grid above")
-    meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
+    meter = Meter.of(denoiser)
     spent = meter.nfe
     sign = -1.0  # torchdiffeq wants a monotone time; s = -ln sigma increases
 

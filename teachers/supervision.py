@@ -106,7 +106,7 @@ class RestartTeacher:
     def supervise(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
         if not self.flow:
             return _chain(self, denoiser, x, normal)
-        meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
+        meter = Meter.of(denoiser)
         spent = meter.nfe
         walk = run_plan(self.plan, meter, x, normal)
         last = self._last_visits(walk.t)
@@ -144,7 +144,7 @@ class RestartTeacher:
 
 
 def _chain(teacher: Teacher, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
-    meter = denoiser if isinstance(denoiser, Meter) else Meter(denoiser)
+    meter = Meter.of(denoiser)
     spent = meter.nfe
     states = teacher.visit(meter, x, normal)
     return Supervision(states[:-1], states[1:], meter.nfe - spent)
