@@ -26,7 +26,7 @@ Examples:
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.option("--dataset_name", default="cifar10-small", help=f"model: {', '.join(cards())}")
-@click.option("--model_path", metavar="FILE", help="other weights (.safetensors) of the same model")
+@cli.model_options
 @click.option(
     "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
 )

@@ -39,10 +39,11 @@ POSITIVE = click.FloatRange(0, min_open=True)
     metavar="NAME",
     help=f"model: {', '.join(cards())}  [default: the predictor's, else {DEFAULT_DATASET}]",
 )
-@click.option("--model_path", metavar="FILE", help="other weights (.safetensors) of the same model")
+@cli.model_options
 @cli.seeds_option("0-63")
 @cli.batch_option(64)
 @click.option("--class", "label", type=int, help="class of every image  [default: by seed]")
+@cli.prompt_options
 @click.option("--outdir", metavar="DIR", help="[default: samples/<dataset>/<sampler>_nfe<NFE>]")
 @click.option("--subdirs", is_flag=True, help="a folder for every 1000 seeds")
 @click.option(
@@ -96,9 +97,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--main_solver", type=click.Choice(CLASSIC), help="[default: heun]")
 @click.option("--restart_solver", type=click.Choice(CLASSIC), help="[default: heun]")
 # Guidance
-@click.option(
-    "--guidance_rate", type=click.FloatRange(0), help="[default: the predictor's, or none]"
-)
+@cli.guidance_options
 def main(dry_run: bool, device: str | None, predictor_path: str | None, **flags: Any) -> None:
     """Sample images, one PNG per seed, with a record of how they were made.
 

@@ -35,8 +35,8 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 # General
 @click.option("--dataset_name", required=True, metavar="NAME", help=f"model: {', '.join(cards())}")
-@click.option("--model_path", type=click.Path(exists=True), help="own weights of the same family")
-@click.option("--prompt_path", type=click.Path(exists=True), help="captions, for text models")
+@cli.model_options
+@cli.prompt_options
 @click.option("--outdir", type=click.Path(file_okay=False), default="exps", help="parent folder")
 @click.option("--total_kimg", type=click.FloatRange(0, min_open=True), default=10.0)
 @click.option("--batch", type=click.IntRange(1), default=128, help="trajectories per update")
@@ -68,8 +68,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--lower_order_final", type=bool, default=True, help="dpmpp: taper the order")
 @click.option("--thresholding", type=bool, default=False, help="dpmpp: dynamic thresholding")
 # Guidance
-@click.option("--guidance_type", type=click.Choice(["cg", "cfg", "uncond"]))
-@click.option("--guidance_rate", type=click.FloatRange(0))
+@cli.guidance_options
 # Restart as a teacher
 @click.option("--restart_info", metavar="JSON", help="intervals  [default: the model's own]")
 @click.option("--restart_target", type=click.Choice(["flow", "trajectory"]), default="flow")

@@ -18,7 +18,10 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import Student
 from amed.trainer import Data, Loop, Report
-from denoisers.registry import Model, load_model
+from denoisers.cards import Card
+from denoisers.conditions import Conditions
+from denoisers.prior import start
+from denoisers.registry import Model, ModelSource
 from restart.intervals import parse_restart_info
 from runtime.dist import World
 from runtime.errors import UserError
@@ -36,7 +39,7 @@ class Job:
     """A training run, resolved."""
 
     #: Options that may differ between the start of a run and its continuation.
-    IGNORED: ClassVar[tuple[str, ...]] = ("outdir", "batch_gpu", "bench", "desc")
+    IGNORED: ClassVar[tuple[str, ...]] = ("outdir", "batch_gpu", "bench", "desc", "cache_dir")
 
     predictor: AMEDPredictor
     student: Student
@@ -55,15 +58,11 @@ def prepare(options: dict[str, Any], world: World) -> Job:
     Raises UserError or ValueError, in one sentence, for options that make no sense together.
     """
     _check(options, world)
-    model = load_model(
-        options["dataset_name"],
-        device=world.device,
-        dtype=options["dtype"],
-        model_path=options["model_path"],
-    )
-    card = model.card
+    source = ModelSource.from_options(options)
+    card = source.card()
+    conditions = _conditions(options, card)
     settings = _settings(options, card.sigma_min, card.sigma_max)
-    fine, stride = settings.teacher_grid()
+    fine, stride = settings.teacher_grid(**card.time_maps)
     restart = settings.sampler_tea == "restart"
     info = _restart_info(options, card.restart_info) if restart else None
     teacher = build_teacher(
@@ -76,11 +75,13 @@ def prepare(options: dict[str, Any], world: World) -> Job:
         s_noise=options["S_noise"],
         histories=settings.solver().max_order > 1,
     )
-    student = Student(settings.solver(), settings.grid(), settings.afs)
+    student = Student(settings.solver(), settings.grid(**card.time_maps), settings.afs)
     predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, seed=options["seed"])
-    data = _data(model, options, world)
-    cost = model.bind(_labels(model, [0])).cost
+    model = source.load(options["dtype"], world)
+    data = _data(model, conditions, options, world)
+    cost = card.cost(settings.guidance_rate)
     resolved = {**options, **settings.to_options(), "restart_info": info}
+    resolved |= {"prompts": conditions.describe()}
     record = RunRecord.make(
         "train",
         resolved,
@@ -101,7 +102,7 @@ def prepare(options: dict[str, Any], world: World) -> Job:
         _loop(options, world),
         record,
         name,
-        _preview(model, student, data),
+        _preview(model, conditions, student, data),
         _note(teacher, student),
     )
 
@@ -130,15 +131,6 @@ def _settings(options: dict[str, Any], sigma_min: float, sigma_max: float) -> St
 
 
 def _check(options: dict[str, Any], world: World) -> None:
-    if options["prompt_path"]:
-        raise UserError(
-            f"--prompt_path was given, but {options['dataset_name']} takes no text; leave it out"
-        )
-    if options["guidance_type"] or options["guidance_rate"] is not None:
-        raise UserError(
-            f"--guidance_type/--guidance_rate were given, but {options['dataset_name']} has no "
-            "guidance; leave them out"
-        )
     if options["restart_info"] and options["sampler_tea"] != "restart":
         raise UserError(
             f"--restart_info was given, but the teacher is {options['sampler_tea']}; "
@@ -149,6 +141,17 @@ def _check(options: dict[str, Any], world: World) -> None:
             f"--batch={options['batch']} leaves some of {world.size} processes without work; "
             f"give --batch {world.size} or more"
         )
+
+
+def _conditions(options: dict[str, Any], card: Card) -> Conditions:
+    conditions = Conditions.of(
+        options["prompt"],
+        options["prompt_path"],
+        guidance_rate=options["guidance_rate"],
+        guidance_type=options["guidance_type"],
+    )
+    conditions.check(card)
+    return conditions
 
 
 def _restart_info(options: dict[str, Any], default: Mapping[str, Sequence[float]]) -> str:
@@ -168,13 +171,11 @@ def _note(teacher: Teacher, student: Student) -> str | None:
     )
 
 
-def _data(model: Model, options: dict[str, Any], world: World) -> Data:
+def _data(model: Model, conditions: Conditions, options: dict[str, Any], world: World) -> Data:
     return Data(
-        bind=model.bind,
-        shape=model.card.shape,
-        label_dim=model.card.label_dim,
+        bind=lambda noise, stream: conditions.bind(model, noise, world.device, stream),
+        card=model.card,
         seed=options["seed"],
-        sigma_max=model.card.sigma_max,
         dtype=torch.float64 if options["dtype"] == "float64" else torch.float32,
         device=world.device,
     )
@@ -193,20 +194,16 @@ def _loop(options: dict[str, Any], world: World) -> Loop:
     )
 
 
-def _labels(model: Model, seeds: list[int]) -> Tensor | None:
-    classes = model.card.label_dim
-    return SeedNoise(seeds).integers("class", classes) if classes else None
-
-
-def _preview(model: Model, student: Student, data: Data) -> Report:
+def _preview(model: Model, conditions: Conditions, student: Student, data: Data) -> Report:
     """The student's samples of a few fixed seeds, for TensorBoard."""
     seeds = list(PREVIEW_SEEDS)
 
     @torch.no_grad()
     def preview(predictor: AMEDPredictor) -> Tensor:
-        noise = SeedNoise(seeds).normal("latent", data.shape, data.dtype, data.device)
-        denoiser = model.bind(_labels(model, seeds))
-        x = noise * student.ts[0]
-        return integrate(student.solver, denoiser, x, student.ts, predictor, student.afs).x[-1]
+        noise = SeedNoise(seeds)
+        x = start(model.card, noise, student.ts[0], data.dtype, data.device)
+        denoiser = conditions.bind(model, noise, data.device, ("preview",))
+        ts, afs = student.ts, student.afs
+        return model.decode(integrate(student.solver, denoiser, x, ts, predictor, afs).x[-1])
 
     return preview

@@ -14,6 +14,9 @@ from amed.experiments import PREDICTOR, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.sinks import Sinks
 from amed.step import IntervalResult, Micro, Student, train_batch
+from denoisers.cards import Card
+from denoisers.conditions import Stream
+from denoisers.prior import start
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -36,11 +39,9 @@ class Data:
     noise bears names of its own, so no latent is ever one that a sampler will start from.
     """
 
-    bind: Callable[[Tensor | None], Denoiser]  #: labels (B,) or None -> denoiser
-    shape: tuple[int, int, int]
-    label_dim: int
+    bind: Callable[[SeedNoise, Stream], Denoiser]  #: the denoiser of these samples
+    card: Card
     seed: int
-    sigma_max: float
     dtype: torch.dtype
     device: torch.device
 
@@ -49,15 +50,17 @@ class Data:
     ) -> tuple[Meter, Tensor, Callable[[tuple], Tensor]]:
         """Meter, start states (B, C, H, W) at sigma_max, and the samples' named noise."""
         noise = SeedNoise(numbers)
-        labels = (
-            noise.integers((stream, self.seed, "class"), self.label_dim) if self.label_dim else None
-        )
+
+        def named(name: Name) -> tuple[str | int, ...]:
+            return (stream, self.seed, *((name,) if isinstance(name, str) else name))
 
         def normal(name: Name) -> Tensor:
-            full = (stream, self.seed, *((name,) if isinstance(name, str) else name))
-            return noise.normal(full, self.shape, self.dtype, self.device)
+            return noise.normal(named(name), self.card.shape, self.dtype, self.device)
 
-        return Meter(self.bind(labels)), normal("latent") * self.sigma_max, normal
+        first = start(
+            self.card, noise, self.card.sigma_max, self.dtype, self.device, named("latent")
+        )
+        return Meter(self.bind(noise, (stream, self.seed))), first, normal
 
 
 @dataclass(frozen=True)

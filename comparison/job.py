@@ -20,7 +20,7 @@ from comparison.rows import (
     load_students,
     restart_row,
 )
-from denoisers.registry import load_model
+from denoisers.registry import ModelSource
 from metrics.detectors import Detector, load_reference
 from runtime.dist import World
 from runtime.errors import UserError
@@ -65,12 +65,7 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
             f"--num {num} does not fall into {blocks} equal blocks of two or more images; "
             f"give --num {max(2, round(num / blocks)) * blocks}"
         )
-    model = load_model(
-        options["dataset_name"],
-        device=world.device,
-        dtype=options["dtype"],
-        model_path=options["model_path"],
-    )
+    model = ModelSource.from_options(options).load(options["dtype"], world)
     specs = [s for s in options["predictors"].split(",") if s]
     students = load_students(specs, model.card, "exps", world.device)
     unused = [s.name for s in students if s.settings.nfe() not in budgets]

@@ -70,7 +70,7 @@ class Harness:
                 device=self.world.device,
                 dtype=self.dtype,
             ):
-                pixels = to_uint8(made.x)  # waits for the device
+                pixels = to_uint8(made.images)  # waits for the device
                 seconds += time.perf_counter() - begin
                 nfe = made.nfe
                 stats.update(self.detector(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
@@ -91,7 +91,7 @@ class Harness:
             device=self.world.device,
             dtype=self.dtype,
         )
-        return np.concatenate([to_uint8(b.x) for b in made])
+        return np.concatenate([to_uint8(b.images) for b in made])
 
 
 def measure(

@@ -126,9 +126,7 @@ def learned_rows(budget: int, students: Iterable[Learned], card: Card) -> list[R
     for s in students:
         if s.settings.nfe() != budget:
             continue
-        sampler = build_learned(
-            SamplerOptions(), s.predictor, s.settings, s.record, s.name, card.name
-        )
+        sampler = build_learned(SamplerOptions(), s.predictor, s.settings, s.record, s.name, card)
         kind = s.settings.sampler_stu
         own = _with_afs(CLASSIC[OWN_SOLVER[kind]][0], s.settings.afs)
         detail = f"{s.teacher}; {s.length}"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from .noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
 
 HERE = Path(__file__).resolve().parent
 
@@ -27,7 +31,15 @@ class Card:
     url: str | None  #: where the file is published; None if bundled
     sha256: str | None  #: of the file; None until it is known
     config: Mapping[str, Any]  #: constructor settings, as published
-    restart_info: Mapping[str, list[float]]  #: default plan of the Restart teacher
+    #: default plan of the Restart teacher; empty where none is known
+    restart_info: Mapping[str, list[float]] = field(default_factory=dict)
+    guidance: str | None = None  #: cg (classifier), cfg (classifier-free), uncond (none) or None
+    text: bool = False  #: conditioned on a prompt
+    #: a second file, with ``file``, ``url`` and ``sha256``: classifier or first stage
+    companion: Mapping[str, str | None] | None = None
+    noise_schedule: Mapping[str, Any] | None = None  #: of a model with its own time
+    image_resolution: int | None = None  #: after decoding, where samples are latents
+    pfgmpp: int | None = None  #: dimensions D that PFGM++ adds to the data's
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -35,9 +47,34 @@ class Card:
         return self.channels, self.resolution, self.resolution
 
     @property
+    def schedule(self) -> NoiseSchedule | None:
+        """The model's own time, or None for a model that only knows sigma."""
+        if self.noise_schedule is None:
+            return None
+        settings = dict(self.noise_schedule)
+        return SCHEDULES[settings.pop("kind")](**settings)
+
+    @property
+    def time_maps(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """``sigma`` and ``sigma_inv``, as the ``discrete`` grid takes them; none without a time."""
+        own = self.schedule
+        return {} if own is None else {"sigma": own.sigma, "sigma_inv": own.sigma_inv}
+
+    def cost(self, guidance_rate: float | None = None) -> int:
+        """Network evaluations of one call: guidance without a classifier needs two."""
+        return 2 if self.guidance == "cfg" and guidance_rate not in (None, 0.0, 1.0) else 1
+
+    @property
     def bundled(self) -> Path | None:
         """Path of the weights that come with this package, or None."""
         return None if self.url else HERE / "bundled" / self.file
+
+
+#: Kinds of ``noise_schedule``; the other entries are the arguments.
+SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear_vp": LinearVP,
+    "discrete_vp": DiscreteVP.from_betas,
+}
 
 
 def cards() -> dict[str, Card]:

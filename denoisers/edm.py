@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from runtime.files import sha256_file
 from solvers.types import Denoised
 
 from .cards import Card
+from .files import Files
 from .nets import NETWORKS, Network
 from .nets.layers import Conv2d
 from .weights import fill, read_safetensors
@@ -147,7 +147,16 @@ class EDMModel:
     sha256: str  #: of the weights that were loaded
     net: EDMPrecond
 
-    def bind(self, labels: Tensor | None = None, guidance_rate: float | None = None) -> EDMDenoiser:
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples of these models are images."""
+        return x
+
+    def bind(
+        self,
+        labels: Tensor | None = None,
+        guidance_rate: float | None = None,
+        prompts: Sequence[str] | None = None,
+    ) -> EDMDenoiser:
         """Fix the classes, (B,) int64 or None (none: unconditional).
 
         Raises UserError for labels out of range, labels of an unconditional model, or guidance.
@@ -156,6 +165,8 @@ class EDMModel:
             raise UserError(
                 f"'{self.card.name}' has no guidance, but the rate is {guidance_rate}; leave it out"
             )
+        if prompts is not None:
+            raise UserError(f"'{self.card.name}' takes no text; leave the prompts out")
         if labels is None:
             return EDMDenoiser(self.net, None)
         classes = self.card.label_dim
@@ -177,24 +188,11 @@ def build(config: Mapping[str, Any], bottleneck: str | None = None) -> EDMPrecon
     return PRECONDITIONINGS[name](bottleneck=bottleneck, **settings)
 
 
-def load_edm(
-    card: Card,
-    path: Path | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    cache_dir: Path | None = None,
-) -> EDMModel:
-    """Load ``path``, or the bundled weights of ``card``; see :func:`registry.load_model`."""
-    file = path or card.bundled
-    if file is None:
-        raise UserError(
-            f"the weights of '{card.name}' are published as a pickle ({card.url}), which cannot be "
-            f"read yet; give the same weights as a .safetensors file with --model_path"
-        )
-    if not file.is_file():
-        raise UserError(f"no weights at {file}; check --model_path")
+def load_edm(card: Card, files: Files, device: torch.device, dtype: torch.dtype) -> EDMModel:
+    """Load ``files.main``; see :func:`registry.load_model`."""
+    file = files.main
     digest = sha256_file(file)
-    if path is None and digest != card.sha256:
+    if file == card.bundled and digest != card.sha256:
         raise UserError(
             f"{file} has sha256 {digest} where its card says {card.sha256}; restore the file"
         )

@@ -75,6 +75,52 @@ def device_option(function: F) -> F:
     )
 
 
+def model_options(function: F) -> F:
+    """Where the weights of ``--dataset_name`` come from, if not from where its card says."""
+    for option in (
+        click.option(
+            "--cache_dir", "--cache-dir", "cache_dir", metavar="DIR",
+            help="for downloads  [default: $AMED_CACHE or ~/.cache/amed-toolkit]",
+        ),
+        click.option(
+            "--companion_path", metavar="FILE", help="own classifier (adm) or first stage (ldm)"
+        ),
+        click.option(
+            "--model_family", metavar="NAME", help="of --model_path  [default: seen from the file]"
+        ),
+        click.option(
+            "--model_path", metavar="PATH",
+            help="own weights of the same model, or of one with a name of your own",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def prompt_options(function: F) -> F:
+    """Conditions of text models."""
+    function = click.option(
+        "--prompt_path", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+        help="prompts: a CSV with a column 'text', or a line each; seed i takes row i",
+    )(function)  # fmt: skip
+    text = "of every image, for text models"
+    return click.option("--prompt", metavar="TEXT", help=text)(function)
+
+
+def guidance_options(function: F) -> F:
+    """Strength of the condition."""
+    function = click.option(
+        "--guidance_rate",
+        type=click.FloatRange(0),
+        help="1 is none  [default: the predictor's, or none]",
+    )(function)
+    return click.option(
+        "--guidance_type",
+        type=click.Choice(["cg", "cfg", "uncond"]),
+        help="classifier, classifier-free, none: must be the model's",
+    )(function)
+
+
 def seeds_option(default: str) -> Callable[[F], F]:
     """``--seeds``: text for :func:`runtime.seeds.parse_seeds`."""
     return click.option(

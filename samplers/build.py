@@ -60,10 +60,10 @@ def build(options: SamplerOptions, card: Card) -> Sampler:
     low = card.sigma_min if options.sigma_min is None else options.sigma_min
     high = card.sigma_max if options.sigma_max is None else options.sigma_max
     if name == "edm":
-        return _edm(options, low, high)
+        return _edm(options, card, low, high)
     if name == "restart":
         return _restart(options, card, low, high)
-    return _classic(options, low, high)
+    return _classic(options, card, low, high)
 
 
 def build_learned(
@@ -72,7 +72,7 @@ def build_learned(
     student: StudentSettings,
     record: RunRecord,
     name: str,
-    dataset_name: str | None = None,
+    card: Card,
 ) -> Sampler:
     """The sampler of a trained predictor; ``name`` is that of its folder or file.
 
@@ -84,9 +84,9 @@ def build_learned(
             f"--sampler {options.sampler} and --predictor_path {name} are two samplers: give one"
         )
     check_taken(options, LEARNED_TAKES, "a predictor, which brings its own solver and grid")
-    if dataset_name not in (None, student.dataset_name):
+    if card.name != student.dataset_name:
         raise UserError(
-            f"predictor {name} was trained for {student.dataset_name!r}, not for {dataset_name!r}: "
+            f"predictor {name} was trained for {student.dataset_name!r}, not for {card.name!r}: "
             "leave --dataset_name out, or train one for it"
         )
     rate = student.guidance_rate if options.guidance_rate is None else options.guidance_rate
@@ -97,8 +97,9 @@ def build_learned(
         **student.to_options(),
     }
     settings.pop("guidance_rate")
-    plan = (Solve(student.solver(), student.grid(), predictor, student.afs),)
-    return Sampler(_label(student, name), plan, settings, guidance_cost(rate), rate)
+    grid = student.grid(**card.time_maps)
+    plan = (Solve(student.solver(), grid, predictor, student.afs),)
+    return Sampler(_label(student, name), plan, settings, card.cost(rate), rate)
 
 
 def _label(student: StudentSettings, name: str) -> str:
@@ -108,12 +109,7 @@ def _label(student: StudentSettings, name: str) -> str:
     return "-".join(part for part in (student.sampler_stu, short, snapshot) if part)
 
 
-def guidance_cost(rate: float | None) -> int:
-    """Evaluations per network call: guidance needs the unconditional prediction as well."""
-    return 1 if rate in (None, 0.0, 1.0) else 2
-
-
-def _classic(options: SamplerOptions, low: float, high: float) -> Sampler:
+def _classic(options: SamplerOptions, card: Card, low: float, high: float) -> Sampler:
     name = str(options.sampler)
     solver = make_solver(
         name,
@@ -133,14 +129,15 @@ def _classic(options: SamplerOptions, low: float, high: float) -> Sampler:
                 f"--afs makes the first of {num_steps - 1} interval(s) analytic: "
                 "give --num_steps 3 or more"
             )
-        return (Solve(solver, get_grid(schedule, num_steps, low, high, rho), None, afs),)
+        grid = get_grid(schedule, num_steps, low, high, rho, **card.time_maps)
+        return (Solve(solver, grid, None, afs),)
 
-    num_steps, plan = _length(options, make)
+    num_steps, plan = _length(options, card, make)
     settings = {"num_steps": num_steps, "afs": afs, "schedule_type": schedule}
     settings |= {"schedule_rho": rho, "sigma_min": low, "sigma_max": high}
     settings |= _solver_settings(name, solver, options)
     order = str(solver.max_order) if "max_order" in TAKES[name] else ""
-    return _sampler(options, f"{name}{order}{'-afs' if afs else ''}", plan, settings)
+    return _sampler(options, card, f"{name}{order}{'-afs' if afs else ''}", plan, settings)
 
 
 def _solver_settings(name: str, solver: Solver, options: SamplerOptions) -> dict[str, Any]:
@@ -151,15 +148,15 @@ def _solver_settings(name: str, solver: Solver, options: SamplerOptions) -> dict
     return settings
 
 
-def _edm(options: SamplerOptions, low: float, high: float) -> Sampler:
+def _edm(options: SamplerOptions, card: Card, low: float, high: float) -> Sampler:
     rho = 7.0 if options.schedule_rho is None else options.schedule_rho
     noise = _noise(options)
     num_steps, plan = _length(
-        options, lambda n: edm_plan(published_grid(n, low, high, rho), **noise)
+        options, card, lambda n: edm_plan(published_grid(n, low, high, rho), **noise)
     )
     label = f"edm-churn{noise['S_churn']:g}" if noise["S_churn"] else "edm"
     settings = {"num_steps": num_steps, "schedule_rho": rho, "sigma_min": low, "sigma_max": high}
-    return _sampler(options, label, plan, settings | _finite(noise))
+    return _sampler(options, card, label, plan, settings | _finite(noise))
 
 
 def _restart(options: SamplerOptions, card: Card, low: float, high: float) -> Sampler:
@@ -174,7 +171,7 @@ def _restart(options: SamplerOptions, card: Card, low: float, high: float) -> Sa
         known = configuration(options.restart_config)
         plan = known.plan(low, high, rho, *walkers)
         settings |= {"restart_config": known.name, "num_steps": known.n_main}
-        return _sampler(options, f"restart-{known.name}", plan, settings)
+        return _sampler(options, card, f"restart-{known.name}", plan, settings)
     stated, intervals = parse_restart_line(_restart_info(options, card))
     gamma = options.restart_gamma or 0.0
     noise = _noise(options)
@@ -183,9 +180,9 @@ def _restart(options: SamplerOptions, card: Card, low: float, high: float) -> Sa
         grid = published_grid(num_steps, low, high, rho)
         return restart_plan(grid, intervals, *walkers, restart_gamma=gamma, rho=rho, **noise)
 
-    num_steps, plan = _length(options, make, stated)
+    num_steps, plan = _length(options, card, make, stated)
     settings |= {"num_steps": num_steps, "restart_info": _info(intervals), "restart_gamma": gamma}
-    return _sampler(options, "restart", plan, settings | _finite(noise))
+    return _sampler(options, card, "restart", plan, settings | _finite(noise))
 
 
 def _walker(name: str) -> Solver:
@@ -210,7 +207,7 @@ def _info(intervals: tuple[Interval, ...]) -> dict[str, list[float]]:
 
 
 def _length(
-    options: SamplerOptions, make: Callable[[int], Plan], stated: int | None = None
+    options: SamplerOptions, card: Card, make: Callable[[int], Plan], stated: int | None = None
 ) -> tuple[int, Plan]:
     """The number of main nodes, given or found from the budget, and the plan it makes."""
     if options.nfe is None:
@@ -222,14 +219,17 @@ def _length(
             )
         num_steps = asked or stated or DEFAULT_STEPS[str(options.sampler)]
         return num_steps, make(num_steps)
-    return _fit(options, make, range(2, options.nfe + 3) if stated is None else (stated,))
+    return _fit(options, card, make, range(2, options.nfe + 3) if stated is None else (stated,))
 
 
 def _fit(
-    options: SamplerOptions, make: Callable[[int], Plan], lengths: range | tuple[int, ...]
+    options: SamplerOptions,
+    card: Card,
+    make: Callable[[int], Plan],
+    lengths: range | tuple[int, ...],
 ) -> tuple[int, Plan]:
     """The length whose plan spends exactly the budget; NFE grows with the length."""
-    cost = guidance_cost(options.guidance_rate)
+    cost = card.cost(options.guidance_rate)
     found: list[int] = []
     problem: ValueError | None = None
     for num_steps in lengths:
@@ -249,10 +249,12 @@ def _fit(
     raise UserError(f"no walk of {options.sampler} spends exactly {options.nfe} NFE: give {near}")
 
 
-def _sampler(options: SamplerOptions, label: str, plan: Plan, settings: dict[str, Any]) -> Sampler:
+def _sampler(
+    options: SamplerOptions, card: Card, label: str, plan: Plan, settings: dict[str, Any]
+) -> Sampler:
+    rate = options.guidance_rate
     settings = {"sampler": options.sampler, **settings}
-    cost = guidance_cost(options.guidance_rate)
-    return Sampler(label, plan, settings, cost, options.guidance_rate)
+    return Sampler(label, plan, settings, card.cost(rate), rate)
 
 
 class _Noise(TypedDict):

@@ -90,7 +90,7 @@ class Folder:
         if self.inters and batch.trajectory is not None:
             for i, seed in enumerate(batch.seeds):
                 save_png(self.strip(seed), film_strip(batch.trajectory.x[:, i : i + 1]))
-        for seed, pixels in zip(batch.seeds, to_uint8(batch.x), strict=True):
+        for seed, pixels in zip(batch.seeds, to_uint8(batch.images), strict=True):
             save_png(self.image(seed), pixels)
 
     def save_grid(self, seeds: Sequence[int]) -> Path:

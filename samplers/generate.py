@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from denoisers.cards import Card
+from denoisers.conditions import Conditions
+from denoisers.prior import start
 from denoisers.registry import Model
 from restart.plan import run_plan
 from runtime.errors import UserError
@@ -24,7 +26,8 @@ class Batch(NamedTuple):
     seeds: tuple[int, ...]
     x: Tensor  #: (B, C, H, W), the final states
     nfe: int  #: metered network evaluations per image
-    trajectory: Trajectory | None  #: every state, where it was asked for
+    images: Tensor  #: ``x`` decoded: (B, 3, H, W) in [-1, 1]
+    trajectory: Trajectory | None  #: every state, decoded, where it was asked for
 
 
 def generate(
@@ -35,39 +38,26 @@ def generate(
     batch: int,
     device: str | torch.device,
     dtype: torch.dtype = torch.float32,
-    labels: int | None = None,
+    conditions: Conditions | None = None,
     keep_trajectory: bool = False,
 ) -> Iterator[Batch]:
     """Yield the images of ``seeds`` in their order, at most ``batch`` at a time.
 
-    ``dtype`` is that of the state.  ``labels`` is the class of every image; a conditional model
-    without one draws a class per seed.  All random numbers belong to the seed, so an image
-    depends neither on the batch nor on the process that makes it: share the seeds out with
-    ``World.shard``.  Raises UserError for a batch below 1 or a class the model does not have, and
-    RuntimeError where the network was not called as often as planned.
+    ``dtype`` is that of the state.  The guidance rate is the sampler's.  All random numbers belong
+    to the seed, so an image depends neither on the batch nor on the process that makes it: share
+    the seeds out with ``World.shard``.  Raises UserError for a batch below 1 or a condition that
+    the model does not take, and RuntimeError where the network was not called as often as planned.
     """
     if batch < 1:
         raise UserError(f"a batch of {batch} images makes nothing: give --batch 1 or more")
-    check_class(model.card, labels)
+    given = replace(conditions or Conditions(), guidance_rate=sampler.guidance_rate)
+    given.check(model.card, seeds)
     device = torch.device(device)
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
     return (
-        _batch(sampler, model, tuple(chunk), device, dtype, labels, keep_trajectory)
+        _batch(sampler, model, tuple(chunk), device, dtype, given, keep_trajectory)
         for chunk in chunks
     )
-
-
-def check_class(card: Card, label: int | None) -> None:
-    """Raise UserError for a class that the model of ``card`` does not have."""
-    if label is None:
-        return
-    if not card.label_dim:
-        raise UserError(f"{card.name!r} is unconditional: leave --class {label} out")
-    if not 0 <= label < card.label_dim:
-        raise UserError(
-            f"--class {label} is not one of the {card.label_dim} classes of {card.name!r}: "
-            f"give 0 to {card.label_dim - 1}"
-        )
 
 
 @torch.inference_mode()
@@ -77,21 +67,22 @@ def _batch(
     seeds: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
-    label: int | None,
+    conditions: Conditions,
     keep: bool,
 ) -> Batch:
     noise = SeedNoise(seeds)
-    denoiser = _bind(sampler, model, noise, label, device)
-    meter = Meter(denoiser)
+    meter = Meter(_bind(sampler, model, noise, conditions, device))
 
     def normal(name: str | tuple) -> Tensor:
         return noise.normal(name, model.card.shape, dtype, device)
 
-    x = normal("latent") * sampler.start
+    x = start(model.card, noise, sampler.start, dtype, device)
     trajectory = None
     if keep:
         trajectory = run_plan(sampler.plan, meter, x, normal)
         x = trajectory.x[-1]
+        states = [model.decode(state) for state in trajectory.x]
+        trajectory = trajectory._replace(x=torch.stack(states))
     else:
         for part in sampler.plan:  # part by part, so that a long plan does not keep every state
             x = run_plan((part,), meter, x, normal).x[-1]
@@ -100,19 +91,17 @@ def _batch(
             f"{sampler.label} spent {meter.nfe} NFE where its plan says {sampler.nfe}: "
             "the plan's formula and the driver disagree"
         )
-    return Batch(seeds, x, meter.nfe, trajectory)
+    return Batch(seeds, x, meter.nfe, model.decode(x), trajectory)
 
 
 def _bind(
-    sampler: Sampler, model: Model, noise: SeedNoise, label: int | None, device: torch.device
+    sampler: Sampler,
+    model: Model,
+    noise: SeedNoise,
+    conditions: Conditions,
+    device: torch.device,
 ) -> Denoiser:
-    classes = model.card.label_dim
-    labels = None
-    if classes and label is None:
-        labels = noise.integers("class", classes).to(device)
-    elif label is not None:
-        labels = torch.full((len(noise.seeds),), label, device=device)
-    denoiser = model.bind(labels, sampler.guidance_rate)
+    denoiser = conditions.bind(model, noise, device)
     if denoiser.cost != sampler.cost:
         raise UserError(
             f"a call of {model.card.name!r} costs {denoiser.cost} evaluations but the plan counts "

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from amed.experiments import PREDICTOR, find_run, load_predictor
-from denoisers.cards import Card, cards
-from denoisers.registry import Model, load_model
+from denoisers.cards import Card
+from denoisers.conditions import Conditions
+from denoisers.registry import ModelSource
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import sha256_file
@@ -20,7 +21,7 @@ from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
 from samplers.build import build, build_learned
 from samplers.folder import Folder
-from samplers.generate import check_class, generate
+from samplers.generate import generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -35,12 +36,24 @@ class Setup:
     batch: int = 64  #: over all processes
     dataset_name: str | None = None
     model_path: str | None = None
+    model_family: str | None = None
+    companion_path: str | None = None
+    cache_dir: str | None = None
     label: int | None = None  #: the class of every image
+    prompt: str | None = None
+    prompt_path: str | None = None
+    guidance_type: str | None = None
     dtype: str = "float32"  #: of the network; the state is float64 for float64, else float32
     outdir: str | None = None
     subdirs: bool = False
     grid: bool = False
     return_inters: bool = False
+
+    def source(self, name: str) -> ModelSource:
+        """Where the model called ``name`` comes from."""
+        return ModelSource(
+            name, self.model_path, self.model_family, self.companion_path, self.cache_dir
+        )
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -56,6 +69,7 @@ class Job:
     setup: Setup
     seeds: list[int]
     folder: Folder
+    conditions: Conditions
 
     def record(self, weights_sha256: str | None, world: World) -> RunRecord:
         """The record of this run; its metered NFE is null until the work is done."""
@@ -63,8 +77,12 @@ class Job:
         options: dict[str, Any] = {
             "dataset_name": self.card.name,
             "model_path": setup.model_path,
+            "model_family": setup.model_family,
+            "companion_path": setup.companion_path,
             "seeds": setup.seeds,
             "class": setup.label,
+            "prompt": setup.prompt,
+            "prompts": self.conditions.describe(),
             "dtype": setup.dtype,
             "subdirs": setup.subdirs,
             "batch": setup.batch,
@@ -81,7 +99,10 @@ class Job:
 
     def known_sha256(self) -> str | None:
         """Hash of the weights as far as it is known without loading or fetching them."""
-        return sha256_file(self.setup.model_path) if self.setup.model_path else self.card.sha256
+        path = self.setup.model_path
+        if path is None:
+            return self.card.sha256
+        return sha256_file(path) if Path(path).is_file() else None
 
 
 @dataclass(frozen=True)
@@ -110,26 +131,32 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
     seeds = parse_seeds(setup.seeds)
     if world.device.type == "mps" and setup.dtype == "float64":
         raise UserError("device 'mps' has no float64: use --dtype float32, or --device cpu")
-    if setup.model_path and not Path(setup.model_path).is_file():
+    if setup.model_path and not Path(setup.model_path).exists():
         raise UserError(f"no weights at {setup.model_path}: check --model_path")
     if predictor_path is None and options.sampler is None:
         raise UserError("nothing says how to sample: give --predictor_path or --sampler")
     if predictor_path is not None:
-        sampler = _learned(options, predictor_path, setup, world)
-        name = str(sampler.settings["dataset_name"])
-        card = _card(name)
+        card, sampler = _learned(options, predictor_path, setup, world)
     else:
-        card = _card(setup.dataset_name or DEFAULT_DATASET)
+        card = setup.source(setup.dataset_name or DEFAULT_DATASET).card()
         sampler = build(options, card)
-    check_class(card, setup.label)
+    conditions = Conditions.of(
+        setup.prompt,
+        setup.prompt_path,
+        setup.label,
+        sampler.guidance_rate,
+        setup.guidance_type,
+    )
+    conditions.check(card, seeds)
     path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
-    return Job(sampler, card, setup, seeds, Folder(Path(path), setup.subdirs, setup.return_inters))
+    folder = Folder(Path(path), setup.subdirs, setup.return_inters)
+    return Job(sampler, card, setup, seeds, folder, conditions)
 
 
 def run(job: Job, world: World) -> Summary:
     """Make the images that the folder lacks, on all processes, and complete its record."""
     setup, folder = job.setup, job.folder
-    model = _load(job, world)
+    model = setup.source(job.card.name).load(setup.dtype, world)
     record, missing = world.broadcast_object(
         folder.open(job.record(model.sha256, world), job.seeds) if world.is_main else None
     ) or (None, [])
@@ -143,7 +170,7 @@ def run(job: Job, world: World) -> Summary:
             batch=-(-setup.batch // world.size),
             device=world.device,
             dtype=setup.state_dtype,
-            labels=setup.label,
+            conditions=job.conditions,
             keep_trajectory=setup.return_inters,
         ):
             folder.save(batch)
@@ -164,13 +191,15 @@ def run(job: Job, world: World) -> Summary:
     return Summary(folder.path, int(made), found, job.sampler.nfe, seconds, tuple(pictures))
 
 
-def _learned(options: SamplerOptions, spec: str, setup: Setup, world: World) -> Sampler:
+def _learned(
+    options: SamplerOptions, spec: str, setup: Setup, world: World
+) -> tuple[Card, Sampler]:
     root = Path("exps")
     predictor, student, record = load_predictor(spec, root)
     predictor = predictor.to(dtype=setup.state_dtype).to(world.device)
-    return build_learned(
-        options, predictor, student, record, _name(find_run(spec, root)), setup.dataset_name
-    )
+    card = setup.source(setup.dataset_name or student.dataset_name).card()
+    name = _name(find_run(spec, root))
+    return card, build_learned(options, predictor, student, record, name, card)
 
 
 def _name(path: Path) -> str:
@@ -179,25 +208,3 @@ def _name(path: Path) -> str:
     if path.name == PREDICTOR:
         path = path.parent
     return path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
-
-
-def _card(name: str) -> Card:
-    known = cards()
-    if name not in known:
-        raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(known)}")
-    return known[name]
-
-
-def _load(job: Job, world: World) -> Model:
-    """The model on every process; rank 0 goes first, as it may have to fetch the weights."""
-    if not world.is_main:
-        world.barrier()
-    model = load_model(
-        job.card.name,
-        device=world.device,
-        dtype=job.setup.dtype,
-        model_path=job.setup.model_path,
-    )
-    if world.is_main:
-        world.barrier()
-    return model

@@ -35,6 +35,7 @@ def make_card(label_dim: int = 0) -> Card:
         sha256="0" * 64,
         config={},
         restart_info=RESTART,
+        guidance="cfg",
     )
 
 
@@ -59,10 +60,12 @@ class GaussianModel:
     sha256: str = "0" * 64
     calls: list[int] = field(default_factory=list)
 
-    def bind(self, labels: Tensor | None = None, guidance_rate: float | None = None) -> Denoiser:
-        guided = guidance_rate not in (None, 0.0, 1.0)
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def bind(self, labels=None, guidance_rate=None, prompts=None) -> Denoiser:
         mean, var = (torch.tensor(value, dtype=torch.float64) for value in (MEAN, VAR))
-        return Counted(GaussianDenoiser(mean, var), 2 if guided else 1, self.calls)
+        return Counted(GaussianDenoiser(mean, var), self.card.cost(guidance_rate), self.calls)
 
 
 @dataclass(eq=False)
@@ -72,7 +75,10 @@ class MixtureModel:
     card: Card = field(default_factory=make_card)
     sha256: str = "1" * 64
 
-    def bind(self, labels: Tensor | None = None, guidance_rate: float | None = None) -> Denoiser:
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def bind(self, labels=None, guidance_rate=None, prompts=None) -> Denoiser:
         means = torch.linspace(-1, 1, 2 * 3 * 16, dtype=torch.float64).reshape(2, *SHAPE)
         return MixtureDenoiser(means, 0.2)
 
@@ -84,7 +90,10 @@ class ClassModel:
     card: Card = field(default_factory=lambda: make_card(label_dim=4))
     sha256: str = "2" * 64
 
-    def bind(self, labels: Tensor | None = None, guidance_rate: float | None = None) -> Denoiser:
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def bind(self, labels=None, guidance_rate=None, prompts=None) -> Denoiser:
         assert labels is not None and labels.dtype == torch.int64
         return GaussianDenoiser(labels.reshape(-1, 1, 1, 1) / 4, 1e-12)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from amed.settings import StudentSettings
 from amed.step import Student
 from amed.trainer import Data, Loop, train
 from denoisers.analytic import MixtureDenoiser
+from denoisers.cards import cards
 from runtime.dist import World
 from runtime.log import read_json_lines
 from runtime.record import RunRecord
@@ -25,6 +26,7 @@ from solvers.registry import make_solver
 from teachers.build import build_teacher
 from tests.training_problems import SHAPE, mixture, starts
 
+CARD = replace(cards()["cifar10-small"], name="tiny", channels=SHAPE[0], resolution=SHAPE[1])
 PIXELS = SHAPE[0] * SHAPE[1] * SHAPE[2]
 CPU = torch.device("cpu")
 
@@ -50,7 +52,7 @@ def train_on(denoiser: MixtureDenoiser, folder: Path, total: int, batch: int, **
         AMEDPredictor(0.01, 0.0, seed=0).double(),
         student,
         teacher,
-        Data(lambda labels: denoiser, SHAPE, 0, 0, 80.0, torch.float64, CPU),
+        Data(lambda noise, stream: denoiser, CARD, 0, torch.float64, CPU),
         Loop(total=total, batch=batch, micro=batch, tick=total // 4, snap=0, lr=5e-3),
         World(0, 1, CPU),
         folder,

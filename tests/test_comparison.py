@@ -38,7 +38,10 @@ class MixtureModel:
     card = CARD
     sha256 = "0" * 64
 
-    def bind(self, labels=None, guidance_rate=None) -> Denoiser:
+    def decode(self, x):
+        return x
+
+    def bind(self, labels=None, guidance_rate=None, prompts=None) -> Denoiser:
         means = 0.5 * torch.randn(4, *CARD.shape, generator=torch.Generator().manual_seed(0))
         return MixtureDenoiser(means, 0.1)
 

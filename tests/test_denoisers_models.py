@@ -15,6 +15,7 @@ from torch import Tensor
 
 from denoisers import edm
 from denoisers.edm import EDMModel, build, load_edm
+from denoisers.files import Files
 from denoisers.registry import cards, load_model
 from runtime.errors import UserError
 from runtime.files import sha256_file
@@ -57,7 +58,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_tiny(path: Path, dtype: torch.dtype = torch.float32) -> EDMModel:
-    return load_edm(TINY_CARD, path, CPU, dtype)
+    return load_edm(TINY_CARD, Files(path), CPU, dtype)
 
 
 def largest(a: Tensor, b: Tensor) -> float:
@@ -193,15 +194,24 @@ def test_unknown_names_list_the_known_ones() -> None:
         load_model("cifar10-small", device="cpu", dtype="int8")
 
 
-def test_published_pickles_say_what_is_missing() -> None:
-    with pytest.raises(UserError, match=r"'cifar10' are published as a pickle .*--model_path"):
-        load_model("cifar10", device="cpu")
+def test_weights_that_cannot_be_fetched_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(UserError) as caught:
+        load_model("cifar10", device="cpu", cache_dir=tmp_path)
+    card = cards()["cifar10"]
+    assert all(str(part) in str(caught.value) for part in (card.file, card.url, tmp_path))
 
 
 def test_altered_bundled_weights_are_refused() -> None:
     card = dataclasses.replace(cards()["cifar10-small"], sha256="0" * 64)
+    assert card.bundled is not None
     with pytest.raises(UserError, match="has sha256 a3eeb3a4.* where its card says 0000"):
-        load_edm(card, None, CPU, torch.float32)
+        load_edm(card, Files(card.bundled), CPU, torch.float32)
 
 
 def test_other_weights_of_the_family_load_by_path(tiny: Path, recorded: Any) -> None:

@@ -20,6 +20,7 @@ import sample
 import samplers.job
 from amed.experiments import save_predictor
 from denoisers.cards import cards
+from denoisers.registry import ModelSource
 from runtime import cli
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
@@ -47,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """The script in an empty folder, with a closed form in the place of the network."""
     monkeypatch.chdir(tmp_path)
     model = GaussianModel(cards()[SMALL])
-    monkeypatch.setattr(samplers.job, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(ModelSource, "load", lambda *_: model)
 
     def call(*arguments: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
@@ -180,8 +181,8 @@ def test_class_is_taken_or_drawn_by_seed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = make_card(label_dim=4)
-    monkeypatch.setattr(samplers.job, "cards", lambda: {"tiny": card})
-    monkeypatch.setattr(samplers.job, "load_model", lambda *_, **__: ClassModel(card))
+    monkeypatch.setattr(ModelSource, "card", lambda _: card)
+    monkeypatch.setattr(ModelSource, "load", lambda *_: ClassModel(card))
     common = ("--dataset_name=tiny", "--sampler=euler", "--num_steps=20", "--seeds=0-6")
     monkeypatch.setattr(
         samplers.folder, "to_uint8", lambda x: to_uint8(x.repeat(1, 2, 1, 1)[:, :3])
@@ -227,7 +228,7 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a dry run loads no model")
 
-    monkeypatch.setattr(samplers.job, "load_model", never)
+    monkeypatch.setattr(ModelSource, "load", never)
     done = run("-n", "--sampler=restart", "--nfe=43", "--seeds=0-49999")
     assert done.code == 0, done.err
     record = RunRecord.from_json(done.out)
@@ -255,7 +256,7 @@ def test_the_help_shows_examples_and_defaults(run: Run) -> None:
         (("--sampler=euler", "--num_steps=1"), 2, "1 is not in the range x>=2"),
         (("--sampler=heun", "--nfe=5"), 1, "exactly 5 NFE: give 4 or 6"),
         (("--sampler=euler", "--batch=0"), 2, "0 is not in the range x>=1"),
-        (("--sampler=euler", "--dataset_name=mnist"), 1, "unknown dataset 'mnist': choose one of"),
+        (("--sampler=euler", "--dataset_name=mnist"), 1, "unknown dataset 'mnist'; known: "),
         (("--sampler=euler", "--class=0"), 1, "unconditional: leave --class 0 out"),
         (("--sampler=euler", "--model_path=no.safetensors"), 1, "no weights at no.safetensors"),
         (("--sampler=euler", "--device=tpu9"), 1, "device 'tpu9'"),

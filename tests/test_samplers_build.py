@@ -190,7 +190,7 @@ def test_nonsense_is_one_sentence(options: dict, sentence: str) -> None:
 @pytest.mark.parametrize(("afs", "nfe"), [(False, 4), (True, 3)])
 def test_a_predictor_brings_its_own_walk(afs: bool, nfe: int) -> None:
     predictor, student, record = trained(num_steps=3, afs=afs)
-    built = build_learned(SamplerOptions(), predictor, student, record, "00007-tiny-3")
+    built = build_learned(SamplerOptions(), predictor, student, record, "00007-tiny-3", make_card())
     (walk,) = built.plan
     assert isinstance(walk, Solve) and walk.guide is predictor
     assert torch.equal(walk.ts, student.grid()) and walk.afs == afs
@@ -198,11 +198,11 @@ def test_a_predictor_brings_its_own_walk(afs: bool, nfe: int) -> None:
     assert built.label == "amed-00007"
     text = json.dumps(built.describe())
     other = trained(num_steps=3, afs=afs)[0]
-    same = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3")
+    same = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3", make_card())
     assert json.dumps(same.describe()) == text  # equal weights, equal record
     with torch.no_grad():
         other.fc_r.bias.add_(1e-3)
-    changed = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3")
+    changed = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3", make_card())
     assert json.dumps(changed.describe()) != text
 
 
@@ -218,13 +218,14 @@ def test_a_predictor_brings_its_own_walk(afs: bool, nfe: int) -> None:
 def test_a_predictor_is_not_to_be_contradicted(
     options: dict, dataset: str | None, sentence: str
 ) -> None:
+    card = dataclasses.replace(make_card(), name=dataset or "tiny")
     with pytest.raises(UserError, match=sentence):
-        build_learned(SamplerOptions(**options), *trained(), name="1", dataset_name=dataset)
+        build_learned(SamplerOptions(**options), *trained(), name="1", card=card)
 
 
 def test_a_snapshot_has_a_label_of_its_own() -> None:
     labels = [
-        build_learned(SamplerOptions(), *trained(), name=name).label
+        build_learned(SamplerOptions(), *trained(), name=name, card=make_card()).label
         for name in ("00012-tiny", "00012-tiny/predictor-000100", "mine")
     ]
     assert labels == ["amed-00012", "amed-00012-predictor-000100", "amed-mine"]

@@ -27,7 +27,7 @@ def batch(seeds: tuple[int, ...], times: int = 3) -> Batch:
     generator = torch.Generator().manual_seed(seeds[0])
     x = torch.randn(times, len(seeds), 3, 4, 4, generator=generator)
     t = torch.linspace(2, 0, times)
-    return Batch(seeds, x[-1], 5, Trajectory(t, x, 5))
+    return Batch(seeds, x[-1], 5, x[-1], Trajectory(t, x, 5))
 
 
 def pixels(path: Path) -> np.ndarray:

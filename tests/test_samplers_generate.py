@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from denoisers.conditions import Conditions
 from denoisers.registry import Model, load_model
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
@@ -51,7 +52,7 @@ def sampler(name: str, **options: object) -> Sampler:
 
 def learned() -> Sampler:
     predictor, student, record = trained(sampler_stu="ipndm", afs=True)
-    return build_learned(SamplerOptions(), predictor.double(), student, record, "mine")
+    return build_learned(SamplerOptions(), predictor.double(), student, record, "mine", make_card())
 
 
 def samplers() -> dict[str, Sampler]:
@@ -201,16 +202,24 @@ def test_classes_belong_to_seeds_or_are_given() -> None:
         found, _ = images(chosen, model, batch)
         means = found.mean(dim=(1, 2, 3))
         assert (means - drawn / 4).abs().max() < 0.01
-    given, _ = images(chosen, model, 3, labels=2)
+    given, _ = images(chosen, model, 3, conditions=Conditions(label=2))
     assert (given - 0.5).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
     ("model", "options", "sentence"),
     [
-        (MixtureModel, {"labels": 0}, "'tiny' is unconditional: leave --class 0 out"),
-        (ClassModel, {"labels": 4}, "--class 4 is not one of the 4 classes of 'tiny': give 0 to 3"),
-        (ClassModel, {"labels": -1}, "--class -1 is not one of the 4 classes"),
+        (
+            MixtureModel,
+            {"conditions": Conditions(0)},
+            "'tiny' is unconditional: leave --class 0 out",
+        ),
+        (
+            ClassModel,
+            {"conditions": Conditions(4)},
+            "--class 4 is not one of the 4 classes of 'tiny': give 0 to 3",
+        ),
+        (ClassModel, {"conditions": Conditions(-1)}, "--class -1 is not one of the 4 classes"),
         (MixtureModel, {"batch": 0}, "a batch of 0 images makes nothing"),
     ],
 )

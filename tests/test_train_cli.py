@@ -142,9 +142,9 @@ REFUSED = [
         "error: dynamic thresholding acts on data predictions",
     ),
     (["--num_steps=2", "--afs=True"], 1, "error: --afs spends the first of 1 interval(s)"),
-    (["--guidance_type=cfg"], 1, "error: --guidance_type/--guidance_rate were given, but cifar10"),
-    (["--guidance_rate=7.5"], 1, "error: --guidance_type/--guidance_rate were given, but cifar10"),
-    (["--prompt_path=train.py"], 1, "error: --prompt_path was given, but cifar10-small takes no"),
+    (["--guidance_type=cfg"], 1, "error: 'cifar10-small' has no guidance, not 'cfg'"),
+    (["--guidance_rate=7.5"], 1, "error: 'cifar10-small' has no guidance: leave --guidance_rate"),
+    (["--prompt_path=train.py"], 1, "error: 'cifar10-small' takes no text: leave --prompt and"),
     (
         ["--sampler_tea=restart", "--restart_info=often"],
         1,

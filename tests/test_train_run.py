@@ -19,13 +19,14 @@ from amed.experiments import load_predictor
 from amed.job import prepare
 from amed.settings import StudentSettings
 from amed.trainer import Data, Loop
+from denoisers.conditions import Conditions
 from runtime import cli
 from runtime.dist import World
 from runtime.log import read_json_lines
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from teachers.build import build_teacher
-from tests.train_tiny import tiny_model
+from tests.train_tiny import TinySource, tiny_model
 
 CPU = torch.device("cpu")
 #: Five updates, a report after each.
@@ -50,7 +51,7 @@ class Result:
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
     """``command("--seed=1", ...)`` runs train.py in this process; its outdir is tmp_path/exps."""
-    monkeypatch.setattr(amed.job, "load_model", tiny_model)
+    monkeypatch.setattr(amed.job, "ModelSource", TinySource)
 
     def run(*arguments: str, dataset: str = "tiny") -> Result:
         fixed = (f"--dataset_name={dataset}", f"--outdir={tmp_path / 'exps'}")
@@ -167,11 +168,11 @@ def test_a_sample_is_known_by_its_number_alone():
     bound: list[list[int]] = []
     model = tiny_model("tiny-classes")
 
-    def bind(labels):
-        bound.append(labels.tolist())
-        return model.bind(labels)
+    def bind(noise, stream):
+        bound.append(noise.integers((*stream, "class"), 3).tolist())
+        return Conditions().bind(model, noise, CPU, stream)
 
-    data = Data(bind, model.card.shape, 3, 5, 80.0, torch.float64, CPU)
+    data = Data(bind, model.card, 5, torch.float64, CPU)
     _, x, normal = data.draw([7, 3, 11])
     for i, number in enumerate([7, 3, 11]):
         _, alone, own = data.draw([number])
@@ -179,7 +180,7 @@ def test_a_sample_is_known_by_its_number_alone():
         assert torch.equal(own(("restart", 0, 1))[0], normal(("restart", 0, 1))[i])
     assert len({label for labels in bound for label in labels}) > 1
     assert not torch.equal(data.draw([7], "variance")[1][0], x[0])
-    other = Data(bind, model.card.shape, 3, 6, 80.0, torch.float64, CPU)
+    other = Data(bind, model.card, 6, torch.float64, CPU)
     assert not torch.equal(other.draw([7])[1][0], x[0])
     sampled = SeedNoise([7]).normal("latent", model.card.shape, torch.float64)
     assert not torch.equal(80 * sampled[0], x[0])  # never a latent that a sampler starts from
@@ -191,7 +192,7 @@ def test_every_trajectory_is_drawn_once(monkeypatch, size):
     """Over updates, ranks and portions: 0, 1, 2, ..."""
     drawn: list[int] = []
     model = tiny_model("tiny")
-    data = Data(model.bind, model.card.shape, 0, 0, 80.0, torch.float64, CPU)
+    data = Data(lambda noise, stream: model.bind(), model.card, 0, torch.float64, CPU)
     real = Data.draw
 
     def noted(numbers):

@@ -13,7 +13,9 @@ import amed.job
 import train
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import Card, cards
+from denoisers.registry import ModelSource
 from runtime import cli
+from runtime.dist import World
 from solvers.types import Denoiser
 
 CLASSES = 3
@@ -26,7 +28,10 @@ class TinyModel:
     card: Card
     sha256: str = "0" * 64
 
-    def bind(self, labels: Tensor | None = None, guidance_rate: float | None = None) -> Denoiser:
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def bind(self, labels=None, guidance_rate=None, prompts=None) -> Denoiser:
         generator = torch.Generator().manual_seed(1)
         means = 0.5 * torch.randn(4, *self.card.shape, generator=generator, dtype=torch.float64)
         if labels is None:
@@ -50,13 +55,23 @@ class ByClass:
         return every[0]._replace(x0=x0)
 
 
-def tiny_model(name: str, **options: Any) -> TinyModel:
-    """Stands in for `load_model`: a name that ends in "-classes" is conditional."""
+def tiny_model(name: str) -> TinyModel:
+    """A name that ends in "-classes" is conditional."""
     card = dataclasses.replace(cards()["cifar10-small"], name=name, resolution=4)
     classes = CLASSES if name.endswith("-classes") else 0
     return TinyModel(dataclasses.replace(card, label_dim=classes))
 
 
+class TinySource(ModelSource):
+    """Stands in for `ModelSource`."""
+
+    def card(self) -> Card:
+        return tiny_model(self.dataset_name).card
+
+    def load(self, dtype: str | None, world: World) -> TinyModel:
+        return tiny_model(self.dataset_name)
+
+
 if __name__ == "__main__":
-    amed.job.load_model = tiny_model
+    amed.job.ModelSource = TinySource
     cli.run(train.main)

@@ -241,11 +241,11 @@ class UNetBlock(nn.Module):
         tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         qkv = F.linear(tokens, weight.reshape(3 * channels, channels), bias)
         q, k, v = qkv.view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = _attention(q, k, v).transpose(1, 2)
+        out = attention(q, k, v).transpose(1, 2)
         return out.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of (B, heads, N, c) tensors."""
     if q.device.type == "cpu" and q.shape[2] <= 256:
         # Twice as fast as the fused kernel without matrix hardware, and small enough to hold.

@@ -1,0 +1,128 @@
+"""What the images of a run are conditioned on, as a function of their seeds alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from runtime.errors import UserError
+from runtime.noise import SeedNoise
+from solvers.types import Denoiser
+
+from .cards import Card
+from .text import read_prompts
+
+if TYPE_CHECKING:
+    from .registry import Model
+
+Stream = tuple[str | int, ...]  #: goes before the names of a stream of draws
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Class, prompts and guidance.
+
+    A model with classes draws one per seed unless ``label`` fixes it.  With one prompt every
+    image takes it; of several, the image of seed i takes number i when sampling, and a drawn one
+    when training.  Without a prompt a text model gets the empty one.
+    """
+
+    label: int | None = None
+    prompts: tuple[str, ...] = ()
+    guidance_rate: float | None = None
+    guidance_type: str | None = None  #: only checked: a model has one kind at most
+
+    @classmethod
+    def of(
+        cls,
+        prompt: str | None,
+        prompt_path: str | None,
+        label: int | None = None,
+        guidance_rate: float | None = None,
+        guidance_type: str | None = None,
+    ) -> Conditions:
+        """From options; UserError for two sources of prompts or a file that holds none."""
+        if prompt is not None and prompt_path is not None:
+            raise UserError(
+                f"--prompt {prompt!r} and --prompt_path {prompt_path} both say what to show: "
+                "give one of them"
+            )
+        prompts = read_prompts(prompt_path) if prompt_path else (prompt,) if prompt else ()
+        return cls(label, prompts, guidance_rate, guidance_type)
+
+    def check(self, card: Card, seeds: Sequence[int] = ()) -> None:
+        """Raise UserError for a condition that the model of ``card`` does not take."""
+        check_class(card, self.label)
+        if self.prompts and not card.text:
+            raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
+        if len(self.prompts) > 1 and seeds and max(seeds) >= len(self.prompts):
+            raise UserError(
+                f"seed {max(seeds)} has no prompt: --prompt_path has {len(self.prompts)} rows, and "
+                "the image of seed i takes row i (from 0); give smaller --seeds"
+            )
+        if self.guidance_type not in (None, card.guidance):
+            has = f"--guidance_type {card.guidance}" if card.guidance else "no guidance"
+            raise UserError(
+                f"{card.name!r} has {has}, not {self.guidance_type!r}: leave --guidance_type out"
+            )
+        if self.guidance_rate is not None and card.guidance not in ("cg", "cfg"):
+            raise UserError(
+                f"{card.name!r} has no guidance: leave --guidance_rate {self.guidance_rate:g} out"
+            )
+
+    def describe(self) -> dict[str, int | str] | None:
+        """For a record: how many prompts, and a hash of them."""
+        if not self.prompts:
+            return None
+        digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
+        return {"count": len(self.prompts), "sha256": digest}
+
+    def bind(
+        self, model: Model, noise: SeedNoise, device: torch.device, stream: Stream = ()
+    ) -> Denoiser:
+        """The denoiser of the images of ``noise.seeds``.
+
+        ``stream`` marks training: it goes before the names of the draws, and prompts are drawn.
+        """
+        return model.bind(
+            self._labels(model.card, noise, device, stream),
+            self.guidance_rate,
+            self._prompts(model.card, noise, stream),
+        )
+
+    def _labels(
+        self, card: Card, noise: SeedNoise, device: torch.device, stream: Stream
+    ) -> Tensor | None:
+        if not card.label_dim:
+            return None
+        if self.label is not None:
+            return torch.full((len(noise.seeds),), self.label, device=device)
+        return noise.integers((*stream, "class") if stream else "class", card.label_dim).to(device)
+
+    def _prompts(self, card: Card, noise: SeedNoise, stream: Stream) -> tuple[str, ...] | None:
+        if not card.text:
+            return None
+        if len(self.prompts) < 2:
+            return (self.prompts or ("",)) * len(noise.seeds)
+        rows: Sequence[int] = noise.seeds
+        if stream:
+            rows = noise.integers((*stream, "prompt"), len(self.prompts)).tolist()
+        return tuple(self.prompts[row] for row in rows)
+
+
+def check_class(card: Card, label: int | None) -> None:
+    """Raise UserError for a class that the model of ``card`` does not have."""
+    if label is None:
+        return
+    if not card.label_dim:
+        raise UserError(f"{card.name!r} is unconditional: leave --class {label} out")
+    if not 0 <= label < card.label_dim:
+        raise UserError(
+            f"--class {label} is not one of the {card.label_dim} classes of {card.name!r}: "
+            f"give 0 to {card.label_dim - 1}"
+        )
