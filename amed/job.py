@@ -144,14 +144,8 @@ def _check(options: dict[str, Any], world: World) -> None:
 
 
 def _conditions(options: dict[str, Any], card: Card) -> Conditions:
-    conditions = Conditions.of(
-        options["prompt"],
-        options["prompt_path"],
-        guidance_rate=options["guidance_rate"],
-        guidance_type=options["guidance_type"],
-    )
-    conditions.check(card)
-    return conditions
+    names = ("prompt", "prompt_path", "guidance_rate", "guidance_type")
+    return Conditions.of(card, **{name: options[name] for name in names})
 
 
 def _restart_info(options: dict[str, Any], default: Mapping[str, Sequence[float]]) -> str:

@@ -40,20 +40,25 @@ class Conditions:
     @classmethod
     def of(
         cls,
+        card: Card,
         prompt: str | None,
         prompt_path: str | None,
         label: int | None = None,
         guidance_rate: float | None = None,
         guidance_type: str | None = None,
     ) -> Conditions:
-        """From options; UserError for two sources of prompts or a file that holds none."""
+        """From options; UserError for what the model of ``card`` does not take."""
+        if not card.text and (prompt is not None or prompt_path is not None):
+            raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
         if prompt is not None and prompt_path is not None:
             raise UserError(
                 f"--prompt {prompt!r} and --prompt_path {prompt_path} both say what to show: "
                 "give one of them"
             )
         prompts = read_prompts(prompt_path) if prompt_path else (prompt,) if prompt else ()
-        return cls(label, prompts, guidance_rate, guidance_type)
+        conditions = cls(label, prompts, guidance_rate, guidance_type)
+        conditions.check(card)
+        return conditions
 
     def check(self, card: Card, seeds: Sequence[int] = ()) -> None:
         """Raise UserError for a condition that the model of ``card`` does not take."""

@@ -141,6 +141,7 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
         card = setup.source(setup.dataset_name or DEFAULT_DATASET).card()
         sampler = build(options, card)
     conditions = Conditions.of(
+        card,
         setup.prompt,
         setup.prompt_path,
         setup.label,

@@ -244,7 +244,7 @@ def test_files_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is for samples \(3, 8, 8\) with 5 classes where 'tiny'"):
         attempt(good, TINY | {"label_dim": 5})
     with pytest.raises(UserError, match="no weights at .*nowhere; check --model_path"):
-        load_tiny(tmp_path / "nowhere")
+        load_model("cifar10-small", device="cpu", model_path=tmp_path / "nowhere")
     (tmp_path / "text").write_text("these are no weights at all")
     with pytest.raises(UserError, match="text is not a safetensors file"):
         load_tiny(tmp_path / "text")

@@ -89,7 +89,7 @@ def test_pictures_show_the_samples_in_their_places(tmp_path: Path) -> None:
 def test_grayscale_goes_through_the_files(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "x")
     made = batch((0,))
-    folder.save(made._replace(x=made.x[:, :1]))
+    folder.save(made._replace(images=made.x[:, :1]))
     grid = pixels(folder.save_grid([0]))
     assert np.array_equal(grid, to_uint8(made.x[:, :1])[0, :, :, 0])
 
