@@ -1,0 +1,246 @@
+"""The U-Net of guided diffusion (Dhariwal and Nichol 2021, arXiv:2105.05233) and its classifier.
+
+One class serves the checkpoints of guided diffusion ("ADM"), of consistency models
+(arXiv:2303.01469) and of unconditional latent diffusion (arXiv:2112.10752), under their published
+parameter names; :func:`settings_from` reads most settings off the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import UserError
+
+from .layers import PositionalEmbedding, channel_mean, one_of
+from .openai_blocks import (
+    ATTENTIONS,
+    AttentionBlock,
+    AttentionPool,
+    Block,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    Upsample,
+)
+
+
+class Encoder(nn.Module):
+    """The half that the U-Net and the classifier share: embedding, encoder and middle.
+
+    ``attention_resolutions`` are downsampling factors (1, 2, 4, ...); level i has
+    ``channel_mult[i] * model_channels`` channels; ``resblock_updown`` resamples in residual blocks
+    instead of by single convolutions.  Raises ValueError for an unknown ``attention``.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[float],
+        num_classes: int | None = None,
+        num_heads: int = 4,
+        num_head_channels: int | None = None,
+        dropout: float = 0.0,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        attention: str = "legacy",
+    ) -> None:
+        super().__init__()
+        one_of("attention", attention, ATTENTIONS)
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.num_res_blocks = num_res_blocks
+        self.resblock_updown = resblock_updown
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.dtype = torch.float32  #: of the convolutions between the first and the last
+        emb_channels = 4 * model_channels
+        #: (downsampling, channels) of each level, finest first
+        self.levels = [(1 << i, int(mult * model_channels)) for i, mult in enumerate(channel_mult)]
+        self._res = partial(
+            ResBlock, emb_channels=emb_channels, dropout=dropout, scale_shift=use_scale_shift_norm
+        )
+        self._attend = partial(
+            AttentionBlock,
+            num_heads=num_heads, num_head_channels=num_head_channels, layout=attention,
+        )  # fmt: skip
+        self._attended = tuple(attention_resolutions)
+        self.frequencies = PositionalEmbedding(model_channels)
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
+        )
+        self.label_emb = nn.Embedding(num_classes, emb_channels) if num_classes else None
+        width = self.levels[0][1]
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, width, 3, padding=1))])
+        self.widths = [width]  #: of what each input block hands to the decoder
+        for factor, channels in self.levels:
+            if factor > 1:
+                down = self._res(width, resample="down") if resblock_updown else Downsample(width)
+                self.input_blocks.append(Block(down))
+                self.widths.append(width)
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(self._block(width, channels, factor))
+                width = channels
+                self.widths.append(width)
+        self.middle_block = Block(self._res(width), self._attend(width), self._res(width))
+
+    def _block(self, width: int, channels: int, factor: int) -> Block:
+        """A residual block, with attention where this level has it."""
+        attend = [self._attend(channels)] if factor in self._attended else []
+        return Block(self._res(width, channels), *attend)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Run in ``dtype``; below float32 as published: only the torso's convolutions are narrow.
+
+        Embeddings, normalisations and what comes after the last block stay in float32.
+        """
+        self.dtype = dtype
+        self.to(self.wide)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d) and not name.startswith("out."):
+                module.to(dtype)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of everything around the torso: float32 at least."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def embed(self, times: Tensor, labels: Tensor | None) -> Tensor:
+        """Embedding (B, 4 model_channels) of times (B,) and, with classes, labels (B,) int64."""
+        device = next(self.parameters()).device
+        emb = self.time_embed(self.frequencies(times.to(self.wide).to(device)))
+        if self.label_emb is None or labels is None:
+            return emb
+        return emb + self.label_emb(labels.to(device))
+
+    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The middle's output, and what each input block hands to the decoder."""
+        h = x.to(self.dtype).to(emb.device)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        return self.middle_block(h, emb), skips
+
+
+class UNet(Encoder):
+    """The network that predicts; its bottleneck is ``middle_block``."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        width, skips = self.widths[-1], list(self.widths)
+        self.output_blocks = nn.ModuleList()
+        for factor, channels in reversed(self.levels):
+            for i in range(self.num_res_blocks + 1):
+                block = self._block(width + skips.pop(), channels, factor)
+                width = channels
+                if factor > 1 and i == self.num_res_blocks:
+                    up = (
+                        self._res(width, resample="up") if self.resblock_updown else Upsample(width)
+                    )
+                    block.append(up)
+                self.output_blocks.append(block)
+        self.out = nn.Sequential(
+            GroupNorm(width), nn.SiLU(), nn.Conv2d(width, self.out_channels, 3, padding=1)
+        )
+
+    def forward(
+        self, x: Tensor, times: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Raw output (B, out_channels, H, W) and the bottleneck's channel mean (B, h, w).
+
+        ``x`` (B, C, H, W), ``times`` (B,) and, for a network with classes, ``labels`` (B,) int64
+        may have any dtype and device; the results are on the network's, in float32 at least.
+        """
+        emb = self.embed(times, labels)
+        h, skips = self.encode(x, emb)
+        feat = channel_mean(h)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h.to(emb.dtype)), feat
+
+
+class Classifier(Encoder):
+    """The noisy-image classifier: the encoder half, then attention pooling."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        factor, width = self.levels[-1]
+        side = self.image_size // factor
+        pool = AttentionPool(side, width, self.out_channels, self.num_heads, self.num_head_channels)
+        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), pool)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        """Logits (B, out_channels) of ``x`` (B, C, H, W) at ``times`` (B,)."""
+        emb = self.embed(times, None)
+        return self.out(self.encode(x, emb)[0].to(emb.dtype))
+
+
+def is_openai(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict holds a U-Net or a classifier of this family (no text attention)."""
+    marks = ("time_embed.2.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight")
+    return all(mark in tensors for mark in marks)
+
+
+def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor settings of the network in a state dict, from its names and shapes.
+
+    ``base`` says what these cannot tell: ``image_size``, ``num_heads``, ``num_head_channels``,
+    ``dropout``, whether attention is "legacy" or "new", and, for a single level,
+    ``resblock_updown``.  Raises UserError if an entry is missing or the blocks do not add up.
+    """
+
+    def size(name: str, axis: int = 0) -> int:
+        if name not in tensors or tensors[name].ndim <= axis:
+            raise UserError(f"the weights have no '{name}' as the U-Net of guided diffusion has it")
+        return tensors[name].shape[axis]
+
+    def found(pattern: str) -> int:
+        return sum(re.fullmatch(pattern, name) is not None for name in tensors)
+
+    is_classifier = "out.2.positional_embedding" in tensors
+    if is_classifier:  # no decoder, but it knows the side of its coarsest level
+        side = math.isqrt(size("out.2.positional_embedding", 1) - 1)
+        depth = (base["image_size"] // max(side, 1)).bit_length()
+    else:  # every level but the finest ends in a third or second part that doubles the sides
+        depth = 1 + found(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
+    # the first convolution; then per level its blocks and, but for the last, a downsampling
+    stages = found(r"input_blocks\.\d+\.0\.(in_layers\.2\.|op\.|)weight")
+    if depth < 1 or stages % depth or stages // depth < 2:
+        raise UserError(f"{stages} input blocks cannot be {depth} levels of equally many blocks")
+    stride = stages // depth
+    first = [f"input_blocks.{1 + level * stride}" for level in range(depth)]
+    model_channels = size("time_embed.0.weight", 1)
+    widths = [size(f"{block}.0.out_layers.3.weight") for block in first]
+    own = {
+        "in_channels": size("input_blocks.0.0.weight", 1),
+        "model_channels": model_channels,
+        "out_channels": size("out.2.c_proj.weight" if is_classifier else "out.2.weight"),
+        "num_res_blocks": stride - 1,
+        "attention_resolutions": [
+            1 << level for level in range(depth) if f"{first[level]}.1.qkv.weight" in tensors
+        ],
+        "channel_mult": [width / model_channels for width in widths],
+        "num_classes": size("label_emb.weight") if "label_emb.weight" in tensors else None,
+        "use_scale_shift_norm": size(f"{first[0]}.0.emb_layers.1.weight") == 2 * widths[0],
+    }
+    if depth > 1:
+        own["resblock_updown"] = f"input_blocks.{stride}.0.op.weight" not in tensors
+    if tensors["middle_block.1.qkv.weight"].ndim == 4:
+        own["attention"] = "flash"
+    return {**base, **own}
