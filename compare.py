@@ -57,7 +57,7 @@ def main(dry_run: bool, device: str | None, **options: Any) -> None:
     killed comparison goes on with the rows that are missing.
     """
     with world(device) as here:
-        detector = open_detector(options["detector"], options.pop("detector_path"), here)
+        detector = open_detector(options, here)
         job = prepare(options, here, detector)
         text = job.outline() if dry_run else run(job, here)
         if here.is_main:

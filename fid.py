@@ -10,7 +10,7 @@ Examples:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,19 @@ from metrics.statistics import Statistics
 from runtime import cli
 from runtime.dist import World, world
 from runtime.errors import UserError
-from runtime.files import atomic_write, download
+from runtime.files import atomic_write, cache_folder, download
 from runtime.log import progress
 from runtime.record import RunRecord
 
-CACHE = Path("cache") / "detectors"
 PATH = click.Path(path_type=Path)
 
 
-def open_detector(name: str, path: Path | None, world: World) -> Detector:
-    """The detector ``name``; a published file is fetched into the cache once, by rank 0."""
-    url = detector_entry(name).url
+def open_detector(options: Mapping[str, Any], world: World) -> Detector:
+    """The detector of the options; a published file is fetched into the cache once, by rank 0."""
+    name, path = options["detector"], options["detector_path"]
+    url, folder = detector_entry(name).url, cache_folder(options["cache_dir"])
     if path is None and url is not None:
-        path = world.broadcast_object(download(url, CACHE) if world.is_main else None)
+        path = world.broadcast_object(download(url, folder) if world.is_main else None)
     return load_detector(name, path=path, device=world.device)
 
 
@@ -63,6 +63,7 @@ def common_options(function: Any) -> Any:
     for option in (
         cli.dry_run_option,
         cli.device_option,
+        cli.cache_option,
         cli.batch_option(256),
         click.option("--seed", type=int, default=0, show_default=True, help="draws the N images"),
         # torchrun takes --num for a prefix of its own options, hence the longer name
@@ -95,7 +96,7 @@ def calc(dry_run: bool, **options: Any) -> None:
     if dry_run:
         return click.echo(record.to_json())
     with world(options["device"]) as w:
-        detector = open_detector(options["detector"], options["detector_path"], w)
+        detector = open_detector(options, w)
         reference = load_reference(options["ref"], detector)
         if images.suffix == ".npz":
             if num is not None:
@@ -133,7 +134,7 @@ def ref(dry_run: bool, **options: Any) -> None:
     if dest.suffix != ".npz":
         raise UserError(f"--dest {dest} has to end in .npz, by which statistics are known")
     with world(options["device"]) as w:
-        detector = open_detector(options["detector"], options["detector_path"], w)
+        detector = open_detector(options, w)
         if data.suffix == ".npz":
             if num is None:
                 raise UserError(f"{data} does not say how many images it is of: add --num")

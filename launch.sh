@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Named recipes: ./launch.sh help. Runs from any folder and with the bash 3.2 of macOS.
 set -euo pipefail
+CALLER=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 USAGE="Usage: ./launch.sh [RECIPE] [--gpus N] [--dry-run]
@@ -18,6 +19,9 @@ Sets up .venv on first use and runs a recipe:
   test              ruff, mypy and the tests
   help              this text
 
+  --model_path PATH use these weights instead of the published ones (published recipes only)
+  --try             a few trajectories and images only: does everything work here?
+                    (published recipes only)
   --gpus N          N processes, one per GPU (on a machine without GPUs: N processes on its CPU);
                     1 if left out, save that default and full use every core of such a machine
   --dry-run         print the commands and touch nothing
@@ -82,51 +86,64 @@ student_plugin() { # DATASET TEACHER NUM_STEPS M FLAG...: the AMED plugin on iPN
         --afs=True --scale_dir=0.01 --scale_time=0.2 --max_order=4 "${@:5}"
 }
 
+# Published recipes. Batch and length of the training, and the images to make:
+BATCH="" KIMG="" LAST=""
+
+length() { # BATCH KIMG LAST_SEED: as published, or next to nothing
+    BATCH=$1 KIMG=$2 LAST=$3
+    if [ "$TRY" = 1 ]; then BATCH=4 KIMG=0.008 LAST=7; fi
+}
+
 recipe_cifar10() { published cifar10 cifar10-32x32 50000; }
 recipe_ffhq() { published ffhq ffhq-64x64 70000; }
 recipe_imagenet64() { published imagenet64 imagenet-64x64 1281167; }
 
 published() { # DATASET REFERENCE IMAGES: both students, 50,000 images each, FID
     local url="https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/$2.npz"
-    note "needs the reader of published EDM checkpoints; without it train.py says what is missing"
+    length 128 10 49999
     student_amed "$1" heun 4 1 --schedule_type=time_uniform --schedule_rho=1 \
-        --batch=128 --total_kimg=10
+        --batch=$BATCH --total_kimg=$KIMG
     run -c "$FETCH" "$url" data/fid-refs
     run fid.py ref --detector=inception --data="data/fid-refs/$2.npz" --num_images="$3" \
         --dest="data/fid-refs/$2-inception.npz"
     evaluate "$2"
     student_plugin "$1" ipndm 4 2 --schedule_type=polynomial --schedule_rho=7 \
-        --batch=128 --total_kimg=10
+        --batch=$BATCH --total_kimg=$KIMG
     evaluate "$2"
 }
 
-evaluate() { # REFERENCE: 50,000 images of the predictor in $folder, and their FID
+evaluate() { # REFERENCE: images of the predictor in $folder, and their FID
     local images="samples/$(basename "$folder")"
-    run sample.py --predictor_path="$folder" --seeds=0-49999 --batch=256 --outdir="$images"
+    run sample.py --predictor_path="$folder" --seeds=0-$LAST --batch=256 --outdir="$images"
     run fid.py calc --detector=inception --images="$images" --ref="data/fid-refs/$1-inception.npz"
 }
 
 recipe_lsun_bedroom_ldm() {
-    note "needs the loader of lsun_bedroom_ldm; without it train.py says what is missing"
-    train --dataset_name=lsun_bedroom_ldm --batch=128 --total_kimg=10 \
+    length 128 10 49999
+    train --dataset_name=lsun_bedroom_ldm --batch=$BATCH --total_kimg=$KIMG \
         --sampler_stu=ipndm --sampler_tea=ipndm --num_steps=4 --M=2 --afs=True \
         --scale_dir=0.01 --scale_time=0.2 --schedule_type=discrete --schedule_rho=1 \
         --max_order=4 --guidance_type=uncond
-    run sample.py --predictor_path="$folder" --seeds=0-49999 --batch=64 \
-        --outdir="samples/$(basename "$folder")"
+    statistics 64
 }
 
 recipe_ms_coco() {
     local prompts=data/MS-COCO_val2014_30k_captions.csv
-    note "needs the loader of ms_coco; without it train.py says what is missing"
+    length 32 5 29999
     run -c "$FETCH" "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/$(basename $prompts)" data
-    train --dataset_name=ms_coco --batch=32 --total_kimg=5 \
+    train --dataset_name=ms_coco --batch=$BATCH --total_kimg=$KIMG \
         --sampler_stu=dpmpp --sampler_tea=dpmpp --num_steps=6 --M=2 --afs=False \
         --scale_dir=0.01 --scale_time=0 --schedule_type=discrete --schedule_rho=1 \
         --max_order=2 --predict_x0=True --lower_order_final=True \
         --guidance_type=cfg --guidance_rate=7.5 --prompt_path="$prompts"
-    run sample.py --predictor_path="$folder" --seeds=0-29999 --batch=8 \
-        --outdir="samples/$(basename "$folder")"
+    statistics 8 --prompt_path="$prompts"
+}
+
+statistics() { # BATCH FLAG...: images of the predictor in $folder, and what an FID needs of them
+    local images="samples/$(basename "$folder")"
+    run sample.py --predictor_path="$folder" --seeds=0-$LAST --batch="$1" --outdir="$images" \
+        "${@:2}"
+    run fid.py ref --detector=inception --data="$images" --dest="$images-inception.npz"
 }
 
 recipe_test() {
@@ -189,6 +206,9 @@ call() { # show the command, then run it unless this is a dry run
 }
 
 run() { # SCRIPT FLAG...: in one process, or in one per GPU
+    case "$1 $MODEL_PATH" in
+        "train.py "?* | "sample.py "?*) set -- "$@" "--model_path=$MODEL_PATH" ;;
+    esac
     if [ "${GPUS:-1}" -gt 1 ] && [ "$1" != -c ]; then
         local threads=${OMP_NUM_THREADS:-$((CORES > GPUS ? CORES / GPUS : 1))}
         OMP_NUM_THREADS=$threads call "$VENV_PYTHON" -m torch.distributed.run --standalone \
@@ -231,14 +251,17 @@ setup() { # EXTRAS ("" or "[dev]"): make .venv once; fast when nothing has chang
 
 # ---------------------------------------------------------------- command line
 
-RECIPE="" GPUS="" DRY_RUN=0 NOTES=2
+RECIPE="" GPUS="" DRY_RUN=0 NOTES=2 TRY=0 MODEL_PATH=""
 while [ $# -gt 0 ]; do
     case $1 in
         --gpus) GPUS=${2:-none} && shift ;;
         --gpus=*) GPUS=${1#--gpus=} && GPUS=${GPUS:-none} ;;
+        --model_path) MODEL_PATH=${2:-} && shift ;;
+        --model_path=*) MODEL_PATH=${1#--model_path=} ;;
+        --try) TRY=1 ;;
         -n | --dry-run) DRY_RUN=1 NOTES=1 ;;
         -h | --help) RECIPE=help ;;
-        -*) fail 2 "unknown option '$1': there are --gpus N and --dry-run" ;;
+        -*) fail 2 "unknown option '$1': there are --gpus N, --model_path PATH, --try, --dry-run" ;;
         *)
             [ -z "$RECIPE" ] || fail 2 "one recipe at a time, but there are '$RECIPE' and '$1'"
             RECIPE=$1
@@ -253,6 +276,15 @@ esac
 case " $RECIPES " in
     *" $RECIPE "*) ;;
     *) fail 2 "unknown recipe '$RECIPE': choose one of $RECIPES" ;;
+esac
+case $MODEL_PATH in
+    "" | /* | hub:*) ;;
+    *) MODEL_PATH=$CALLER/$MODEL_PATH ;;
+esac
+case "$RECIPE $TRY$MODEL_PATH" in
+    "default 0" | "full 0" | "test 0" | help*) ;;
+    "default "* | "full "* | "test "*)
+        fail 2 "--try and --model_path mean nothing to '$RECIPE': they are for published recipes" ;;
 esac
 if [ "$RECIPE" = help ]; then
     echo "$USAGE"

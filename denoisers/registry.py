@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import download
+from runtime.files import cache_folder, download
 from solvers.types import Denoiser
 
 from .cards import Card, cards
@@ -57,7 +56,6 @@ class Model(Protocol):
 
 Loader = Callable[[Card, Files, torch.device, torch.dtype], Model]
 FAMILIES: dict[str, Loader] = {"edm": load_edm}
-CACHE = "AMED_CACHE"  #: environment variable: where downloads live
 HUB = "hub:"  #: before the id of a folder on the Hugging Face hub, in a card's ``url``
 
 
@@ -66,9 +64,11 @@ def find_card(
 ) -> Card:
     """The card called ``name``, or one made from one's own file under a name of one's own.
 
-    Raises UserError for a name that is unknown and has no ``model_path``.
+    Raises UserError for a name that is unknown and has no ``model_path``, and for a path to nothing.
     """
     known = cards()
+    if model_path is not None and not str(model_path).startswith(HUB):
+        _own(model_path, "--model_path")
     if name in known:
         return known[name]
     if model_path is None:
@@ -149,8 +149,11 @@ def locate(
     cache_dir: str | Path | None = None,
 ) -> Files:
     """The files of a model: one's own, those that come along, or fetched ones."""
-    folder = Path(cache_dir or os.environ.get(CACHE) or Path.home() / ".cache" / "amed-toolkit")
-    main = _own(model_path, "--model_path") or card.bundled
+    folder = cache_folder(cache_dir)
+    if str(model_path).startswith(HUB):
+        main: Path | None = _fetch(str(model_path), folder, None)
+    else:
+        main = _own(model_path, "--model_path") or card.bundled
     companion = _own(companion_path, "--companion_path")
     if companion is not None and card.companion is None:
         raise UserError(

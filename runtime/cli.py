@@ -75,13 +75,21 @@ def device_option(function: F) -> F:
     )
 
 
+def cache_option(function: F) -> F:
+    """``--cache-dir``: see :func:`runtime.files.cache_folder`."""
+    return click.option(
+        "--cache_dir",
+        "--cache-dir",
+        "cache_dir",
+        metavar="DIR",
+        help="for downloads  [default: $AMED_CACHE or ~/.cache/amed-toolkit]",
+    )(function)
+
+
 def model_options(function: F) -> F:
     """Where the weights of ``--dataset_name`` come from, if not from where its card says."""
     for option in (
-        click.option(
-            "--cache_dir", "--cache-dir", "cache_dir", metavar="DIR",
-            help="for downloads  [default: $AMED_CACHE or ~/.cache/amed-toolkit]",
-        ),
+        cache_option,
         click.option(
             "--companion_path", metavar="FILE", help="own classifier (adm) or first stage (ldm)"
         ),

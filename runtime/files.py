@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from runtime.errors import UserError
 
+CACHE = "AMED_CACHE"  #: environment variable: where downloads live
 CHUNK = 1 << 20  #: bytes read at a time
 TIMEOUT = 60.0  #: seconds without a byte before a download is given up
 
@@ -52,6 +53,11 @@ def sha256_file(path: str | Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """Where downloads live: ``given``, else $AMED_CACHE, else ~/.cache/amed-toolkit."""
+    return Path(given or os.environ.get(CACHE) or Path.home() / ".cache" / "amed-toolkit")
 
 
 def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:

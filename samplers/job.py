@@ -131,8 +131,6 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
     seeds = parse_seeds(setup.seeds)
     if world.device.type == "mps" and setup.dtype == "float64":
         raise UserError("device 'mps' has no float64: use --dtype float32, or --device cpu")
-    if setup.model_path and not Path(setup.model_path).exists():
-        raise UserError(f"no weights at {setup.model_path}: check --model_path")
     if predictor_path is None and options.sampler is None:
         raise UserError("nothing says how to sample: give --predictor_path or --sampler")
     if predictor_path is not None:
