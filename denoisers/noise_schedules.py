@@ -8,6 +8,7 @@ Everything here is float64 on the CPU and works on tensors of any shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,28 @@ class LinearVP:
         return 2 * q / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * q).sqrt())
 
 
+def _linear(first: float, last: float, num_steps: int) -> Tensor:
+    return torch.linspace(first, last, num_steps, dtype=torch.float64)
+
+
+def _scaled_linear(first: float, last: float, num_steps: int) -> Tensor:
+    return _linear(first**0.5, last**0.5, num_steps) ** 2
+
+
+def _cosine(first: float, last: float, num_steps: int) -> Tensor:
+    """Betas of ``abar(t) = cos^2(pi/2 (t + 0.008) / 1.008)``, at most 0.999 (arXiv:2102.09672)."""
+    abar = ((_linear(0, 1, num_steps + 1) + 0.008) / 1.008 * torch.pi / 2).cos() ** 2
+    return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
+#: Rules for the N betas of a model trained at discrete steps, under the names of ``diffusers``.
+BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _cosine,
+}
+
+
 @dataclass(frozen=True, eq=False)
 class DiscreteVP:
     """A model trained at N discrete steps, made continuous: ``ln alpha`` linear between the steps.
@@ -69,10 +92,16 @@ class DiscreteVP:
             raise ValueError("alphas_cumprod must decrease strictly within (0, 1)")
 
     @classmethod
-    def from_betas(cls, first: float, last: float, num_steps: int = 1000) -> DiscreteVP:
-        """``betas = linspace(sqrt(first), sqrt(last), N)^2``: LDM and Stable Diffusion."""
-        roots = torch.linspace(first**0.5, last**0.5, num_steps, dtype=torch.float64)
-        return cls(torch.cumprod(1 - roots**2, 0))
+    def from_betas(
+        cls, first: float, last: float, num_steps: int = 1000, rule: str = "scaled_linear"
+    ) -> DiscreteVP:
+        """Betas from ``first`` to ``last`` by one of the ``BETAS``; ValueError for another rule.
+
+        ``scaled_linear``, which is linear in their roots, is that of LDM and Stable Diffusion.
+        """
+        if rule not in BETAS:
+            raise ValueError(f"unknown rule of betas '{rule}'; known: {', '.join(BETAS)}")
+        return cls(torch.cumprod(1 - BETAS[rule](first, last, num_steps), 0))
 
     def sigma(self, t: Tensor) -> Tensor:
         times, logs = self._steps()
