@@ -7,6 +7,7 @@ parameter names; :func:`settings_from` reads most settings off the weights.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from runtime.errors import UserError
 
-from .layers import PositionalEmbedding, channel_mean, one_of
+from .layers import channel_mean, one_of
 from .openai_blocks import (
     ATTENTIONS,
     AttentionBlock,
@@ -61,6 +62,7 @@ class Encoder(nn.Module):
         one_of("attention", attention, ATTENTIONS)
         self.image_size = image_size
         self.in_channels = in_channels
+        self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
         self.num_res_blocks = num_res_blocks
@@ -78,7 +80,6 @@ class Encoder(nn.Module):
             num_heads=num_heads, num_head_channels=num_head_channels, layout=attention,
         )  # fmt: skip
         self._attended = tuple(attention_resolutions)
-        self.frequencies = PositionalEmbedding(model_channels)
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels),
             nn.SiLU(),
@@ -123,10 +124,20 @@ class Encoder(nn.Module):
     def embed(self, times: Tensor, labels: Tensor | None) -> Tensor:
         """Embedding (B, 4 model_channels) of times (B,) and, with classes, labels (B,) int64."""
         device = next(self.parameters()).device
-        emb = self.time_embed(self.frequencies(times.to(self.wide).to(device)))
+        angles = times.to(self.wide).to(device)[:, None] * self.frequencies(device)
+        emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
         if self.label_emb is None or labels is None:
             return emb
         return emb + self.label_emb(labels.to(device))
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """(model_channels / 2,) from 1 down to almost 1e-4.
+
+        Times reach 1000, so the rounding shows in the sixth digit: this is the published form.
+        """
+        half = self.model_channels // 2
+        steps = torch.arange(half, dtype=self.wide, device=device)
+        return (-math.log(1e4) * steps / half).exp()
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The middle's output, and what each input block hands to the decoder."""
@@ -202,8 +213,12 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
 
     ``base`` says what these cannot tell: ``image_size``, ``num_heads``, ``num_head_channels``,
     ``dropout``, whether attention is "legacy" or "new", and, for a single level,
-    ``resblock_updown``.  Raises UserError if an entry is missing or the blocks do not add up.
+    ``resblock_updown``.  Raises UserError if an entry is missing, the blocks do not add up, or
+    ``base`` has an unknown setting.
     """
+    unknown = sorted(set(base) - set(inspect.signature(Encoder).parameters))
+    if unknown:
+        raise UserError(f"'{unknown[0]}' is no setting of the U-Net of guided diffusion")
 
     def size(name: str, axis: int = 0) -> int:
         if name not in tensors or tensors[name].ndim <= axis:
