@@ -228,9 +228,9 @@ train() { # FLAG...: train, or go on with an equal run; leaves the run's folder 
         awk '{ print | "cat 1>&2"; fflush(); last = $0 } END { print last }')
 }
 
-setup() { # EXTRAS ("" or "[dev]"): make .venv once; fast when nothing has changed
+setup() { # EXTRA ("", dev or diffusion): make .venv once; fast when nothing has changed
     local stamp key python=${PYTHON:-python3}
-    stamp=".venv/installed${1:+-dev}"
+    stamp=".venv/installed${1:+-$1}"
     key=$(cat pyproject.toml constraints.txt | cksum)
     if [ -x "$VENV_PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
         return
@@ -242,10 +242,12 @@ setup() { # EXTRAS ("" or "[dev]"): make .venv once; fast when nothing has chang
             "$python is $("$python" -V 2>&1), but 3.10 or newer is needed: set PYTHON to its path"
         call "$python" -m venv --clear .venv
     fi
-    call "$VENV_PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".$1"
+    call "$VENV_PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".${1:+[$1]}"
     if [ "$DRY_RUN" = 0 ]; then
         echo "$key" >"$stamp"
+        # what an extra brings serves those without it; dev brings all
         if [ -n "$1" ]; then echo "$key" >.venv/installed; fi
+        if [ "$1" = dev ]; then echo "$key" >.venv/installed-diffusion; fi
     fi
 }
 
@@ -292,6 +294,10 @@ if [ "$RECIPE" = help ]; then
 fi
 
 export PYTHONUNBUFFERED=1
-setup "$([ "$RECIPE" != test ] || echo "[dev]")"
+case $RECIPE in
+    test) setup dev ;;
+    lsun_bedroom_ldm | ms_coco) setup diffusion ;;
+    *) setup "" ;;
+esac
 "recipe_$RECIPE"
 [ "$DRY_RUN" = 1 ] || note "$RECIPE took $((SECONDS / 60)) min $((SECONDS % 60)) s"

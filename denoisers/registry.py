@@ -64,7 +64,7 @@ def find_card(
 ) -> Card:
     """The card called ``name``, or one made from one's own file under a name of one's own.
 
-    Raises UserError for a name that is unknown and has no ``model_path``, and for a path to nothing.
+    Raises UserError for an unknown name without a ``model_path``, and for a path to nothing.
     """
     known = cards()
     if model_path is not None and not str(model_path).startswith(HUB):

@@ -15,6 +15,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = "--gpus N, --model_path PATH, --try, --dry-run"
 TRAINING = ["default", "full", "cifar10", "ffhq", "imagenet64", "lsun_bedroom_ldm", "ms_coco"]
 
 
@@ -141,8 +142,18 @@ def test_published_settings_of_pixel_models(dataset: str) -> None:
     ],
 )
 def test_published_settings_of_latent_models(dataset: str, expected: dict[str, str]) -> None:
-    (_, arguments), (sampled, _) = scripts(dataset)
+    (_, arguments), (sampled, _), (last, made) = scripts(dataset)
     assert expected.items() <= flags(arguments).items() and sampled == "sample.py"
+    assert (last, made[0], flags(made)["--detector"]) == ("fid.py", "ref", "inception")
+
+
+@pytest.mark.parametrize("recipe", TRAINING[2:])
+def test_a_try_is_short_and_takes_own_weights(recipe: str) -> None:
+    for script, arguments in scripts(recipe, "--try", "--model_path=/my models/own.pkl"):
+        given = flags(arguments)
+        assert given.get("--total_kimg", "0.008") == "0.008"
+        assert given.get("--seeds", "0-7") == "0-7"
+        assert given.get("--model_path") == (None if script == "fid.py" else "/my models/own.pkl")
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("default", "4"), ("full", "3456")])
@@ -211,7 +222,11 @@ def test_several_gpus_go_through_torchrun(option: list[str]) -> None:
             "unknown recipe 'cifar': choose one of default full cifar10 ffhq imagenet64 "
             "lsun_bedroom_ldm ms_coco test help",
         ),
-        (["--gpu=2"], "unknown option '--gpu=2': there are --gpus N and --dry-run"),
+        (["--gpu=2"], f"unknown option '--gpu=2': there are {OPTIONS}"),
+        (
+            ["full", "--try"],
+            "--try and --model_path mean nothing to 'full': they are for published recipes",
+        ),
         (["--gpus", "two"], "--gpus 'two' is no number of processes: give 1 or more"),
         (["--gpus=0"], "--gpus '0' is no number of processes: give 1 or more"),
         (["--gpus"], "--gpus 'none' is no number of processes: give 1 or more"),
