@@ -1,15 +1,17 @@
-"""The EDM family: preconditioned U-Nets (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+"""The EDM family: its files, and its networks as models (Karras et al. 2022, arXiv:2206.00364)."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from runtime.errors import UserError
 from runtime.files import sha256_file
@@ -17,110 +19,23 @@ from solvers.types import Denoised
 
 from .cards import Card
 from .files import Files
-from .nets import NETWORKS, Network
-from .nets.layers import Conv2d
+from .precond import EDMPrecond, Precond, build
+from .snapshots import find_network, read, read_edm
 from .weights import fill, read_safetensors
 
+__all__ = [
+    "EDMDenoiser", "EDMModel", "EDMPrecond", "build", "describe_edm", "is_edm", "load_edm",
+]  # fmt: skip
+
+LOWEST, HIGHEST = 0.002, 80.0  #: the published noise levels of networks that set no bound
 MICRO_BATCH = 64  #: samples at a time on a CPU: more only leaves the cache
-
-
-class EDMPrecond(nn.Module):
-    """``D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)``; parameters are under ``model.``.
-
-    The network ``F`` has a dtype of its own (see :meth:`cast`).  The arithmetic around it runs on
-    the device of ``x`` in its dtype, in float32 at least.  ``sigma_min`` and ``sigma_max`` are
-    published with the settings and only recorded.
-    """
-
-    def __init__(
-        self,
-        img_resolution: int,
-        img_channels: int,
-        *,
-        label_dim: int = 0,
-        sigma_min: float = 0.0,
-        sigma_max: float = float("inf"),
-        sigma_data: float = 0.5,
-        model_type: str = "DhariwalUNet",
-        **settings: Any,
-    ) -> None:
-        super().__init__()
-        if model_type not in NETWORKS:
-            raise ValueError(f"model_type is '{model_type}'; known: {', '.join(NETWORKS)}")
-        self.label_dim = label_dim
-        self.sigma_min = sigma_min
-        self.sigma_max = sigma_max
-        self.sigma_data = sigma_data
-        self.dtype = torch.float32
-        self.model: Network = NETWORKS[model_type](
-            img_resolution, img_channels, img_channels, label_dim=label_dim, **settings
-        )
-
-    def cast(self, dtype: torch.dtype) -> EDMPrecond:
-        """Run the network in ``dtype``; below float32, embedding and norms keep float32 weights."""
-        self.dtype = dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        self.to(wide)
-        if dtype != wide:
-            for module in self.modules():
-                if isinstance(module, Conv2d):
-                    module.to(dtype=dtype)
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return self
-
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> Denoised:
-        """Denoise ``x`` (B, C, H, W) at ``sigma`` (0-d or (B, 1, 1, 1)); labels one-hot (B, K)."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        state, sigma = x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
-        total = sigma**2 + self.sigma_data**2
-        raw, feat = self.network(
-            state / total.sqrt(), sigma.log().reshape(-1) / 4, class_labels, augment_labels
-        )
-        c_out = sigma * self.sigma_data / total.sqrt()
-        x0 = self.sigma_data**2 / total * state + c_out * raw.to(wide)
-        return Denoised(x0.to(x.dtype), feat)
-
-    def network(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``F`` and the bottleneck's mean, on the device and in the (wide) dtype of ``x``."""
-        weight = self.model.map_layer0.weight
-        if self.label_dim and class_labels is None:
-            class_labels = weight.new_zeros(1, self.label_dim)
-
-        def embeddable(labels: Tensor) -> Tensor:
-            return labels.to(weight.dtype).to(weight.device)
-
-        inputs = x.to(self.dtype).to(weight.device)
-        if self.dtype != weight.dtype:  # half precision: the layout its kernels are fast in
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        raw, feat = self.model(
-            inputs,
-            embeddable(noise_labels),
-            None if class_labels is None else embeddable(class_labels),
-            None if augment_labels is None else embeddable(augment_labels),
-        )
-        return raw.to(x.device), feat.to(x.device).to(x.dtype)
-
-
-PRECONDITIONINGS: dict[str, type[EDMPrecond]] = {"EDMPrecond": EDMPrecond}
 
 
 @dataclass(eq=False)
 class EDMDenoiser:
     """A network with its labels bound in: one evaluation per call."""
 
-    net: EDMPrecond
+    net: Precond
     labels: Tensor | None  #: one-hot (B, K), or None
     cost: int = 1
 
@@ -145,7 +60,7 @@ class EDMModel:
 
     card: Card
     sha256: str  #: of the weights that were loaded
-    net: EDMPrecond
+    net: Precond
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples of these models are images."""
@@ -179,35 +94,136 @@ class EDMModel:
         return EDMDenoiser(self.net, F.one_hot(labels, classes))
 
 
-def build(config: Mapping[str, Any], bottleneck: str | None = None) -> EDMPrecond:
-    """An untrained network from published constructor settings, ``class_name`` among them."""
-    settings = dict(config)
-    name = settings.pop("class_name")
-    if name not in PRECONDITIONINGS:
-        raise ValueError(f"preconditioning '{name}' is not one of {', '.join(PRECONDITIONINGS)}")
-    return PRECONDITIONINGS[name](bottleneck=bottleneck, **settings)
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file of this family holds."""
+
+    tensors: Mapping[str, Tensor]  #: under their published names
+    config: dict[str, Any] | None  #: settings as for ``build``; None where the file has none
+    bottleneck: str | None = None  #: the module that the file names, if any
 
 
 def load_edm(card: Card, files: Files, device: torch.device, dtype: torch.dtype) -> EDMModel:
-    """Load ``files.main``; see :func:`registry.load_model`."""
+    """Load ``files.main``; see :func:`registry.load_model`.
+
+    The file's own settings replace those of ``card``, which has the last word on the noise levels.
+    Raises UserError for a file that cannot be read, is another network than its settings say, or
+    is for other samples than ``card``.
+    """
     file = files.main
     digest = sha256_file(file)
     if file == card.bundled and digest != card.sha256:
         raise UserError(
             f"{file} has sha256 {digest} where its card says {card.sha256}; restore the file"
         )
-    tensors, metadata = read_safetensors(file)
-    config: Mapping[str, Any] = card.config
-    bottleneck: str | None = card.bottleneck
-    if "config" in metadata:  # another network of the family knows its own settings
-        config, bottleneck = json.loads(metadata["config"]), metadata.get("bottleneck_module")
-    found = (config["img_channels"], config["img_resolution"], config["img_resolution"])
-    if found != card.shape or config.get("label_dim", 0) != card.label_dim:
-        raise UserError(
-            f"{file} is for samples {found} with {config.get('label_dim', 0)} classes where "
-            f"'{card.name}' has {card.shape} and {card.label_dim}; choose the dataset it belongs to"
-        )
-    net = build(config, bottleneck)
-    fill(net, tensors, str(file))
+    found = read_checkpoint(file)
+    if found.config is None:
+        net = build(card.config, card.bottleneck)
+    else:
+        net = _network(found, file)
+        _check_fit(net, card, file)
+        card = replace(card, config=found.config, bottleneck=net.model.bottleneck)
+    fill(net, found.tensors, str(file))
     net.eval().requires_grad_(False)
     return EDMModel(card, digest, net.cast(dtype).to(device))
+
+
+def describe_edm(name: str, path: Path) -> Card:
+    """The card of one's own file, from its content alone.
+
+    The bottleneck is the network's last encoder block unless the file names another.  The noise
+    levels are the network's; where it sets no bound they are EDM's 0.002 and 80.  Raises UserError
+    for a file that cannot be read or does not hold the settings of its network.
+    """
+    found = read_checkpoint(path)
+    if found.config is None:
+        raise UserError(
+            f"{path} does not hold the settings of its network; give --dataset_name the name of "
+            "the published model that it belongs to"
+        )
+    with torch.device("meta"):
+        net = _network(found, path)
+    return Card(
+        name=name,
+        family="edm",
+        resolution=net.img_resolution,
+        channels=net.img_channels,
+        label_dim=net.label_dim,
+        sigma_min=net.sigma_min or LOWEST,
+        sigma_max=net.sigma_max if math.isfinite(net.sigma_max) else HIGHEST,
+        bottleneck=net.model.bottleneck,
+        file=path.name,
+        url=None,
+        sha256=sha256_file(path),
+        config=found.config,
+        pfgmpp=net.D,
+    )
+
+
+def is_edm(path: Path) -> bool:
+    """Whether a file holds a network of this family; one that cannot be read safely is refused."""
+    if _is_pickle(path):
+        content = read(path)
+        try:
+            find_network(content, str(path))
+        except UserError:
+            return False
+        return True
+    try:
+        return "class_name" in (read_checkpoint(path).config or {})
+    except UserError:
+        return False
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read safetensors, or a published pickle or training state as data.
+
+    Raises UserError for another kind of file, and for a pickle that holds no such network.
+    """
+    if not _is_pickle(path):
+        tensors, metadata = read_safetensors(path)
+        return Checkpoint(tensors, _settings(metadata, path), metadata.get("bottleneck_module"))
+    found = read_edm(path)
+    config = dict(found.config)
+    if "D" in found.attributes:  # PFGM++ sets it on the network; it is none of its settings
+        config["D"] = found.attributes["D"]
+    return Checkpoint(found.tensors, config)
+
+
+def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    if "config" not in metadata:
+        return None
+    try:
+        return dict(json.loads(metadata["config"]))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has settings that cannot be read ({error})") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """By the first bytes: a pickle with a protocol, or the archive that ``torch.save`` makes."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+
+
+def _network(found: Checkpoint, path: Path) -> Precond:
+    """Untrained, from the settings of a file, which may be anything."""
+    try:
+        return build(found.config or {}, found.bottleneck)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has settings that make no network: {error}") from error
+
+
+def _check_fit(net: Precond, card: Card, path: Path) -> None:
+    """Raise UserError unless ``net`` makes the samples that ``card`` promises."""
+
+    def samples(shape: tuple[int, ...], classes: int, dimensions: int | None) -> str:
+        added = "" if dimensions is None else f" and the D = {dimensions} of PFGM++"
+        return f"{shape} with {classes} classes{added}"
+
+    own = samples((net.img_channels, *[net.img_resolution] * 2), net.label_dim, net.D)
+    asked = samples(card.shape, card.label_dim, card.pfgmpp)
+    if own != asked:
+        raise UserError(
+            f"{path} is for samples {own} where '{card.name}' has {asked}; "
+            "choose the dataset it belongs to"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,5 +20,32 @@ def start(
     device: torch.device | str,
     name: Name = "latent",
 ) -> Tensor:
-    """States (B, *card.shape) at level ``sigma``: Gaussian."""
-    return noise.normal(name, card.shape, dtype, device) * sigma
+    """States (B, *card.shape) at level ``sigma``, which is so high that they hold no image."""
+    return unit_noise(card, noise, name, dtype, device) * sigma
+
+
+def unit_noise(
+    card: Card,
+    noise: SeedNoise,
+    name: Name,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """What the model's forward process adds to an image at ``sigma = 1``, (B, *card.shape).
+
+    Gaussian, except under PFGM++ (arXiv:2302.04265, appendix B): there the data, of
+    ``n`` dimensions, has ``D`` more, in which it sits at distance ``r = sigma sqrt(D)``, and the
+    field of a point charge gives a uniform direction in R^n and the norm ``r sqrt(b / (1 - b))``,
+    ``b ~ Beta(n/2, D/2)``.  That is Student's t distribution with ``D`` degrees of freedom, and
+    Gaussian for ``D`` to infinity.  The norm is the draw ``(*name, "norm")``.
+    """
+    if card.pfgmpp is None:
+        return noise.normal(name, card.shape, dtype, device)
+    n, added = math.prod(card.shape), card.pfgmpp
+    parts = (name,) if isinstance(name, str) else name
+    b = noise.beta((*parts, "norm"), n / 2, added / 2)
+    norm = (added * b / (1 - b)).sqrt()
+    direction = torch.nn.functional.normalize(
+        noise.normal(name, card.shape, torch.float64).flatten(1)
+    )
+    return (norm[:, None] * direction).reshape(-1, *card.shape).to(dtype).to(device)

@@ -50,6 +50,11 @@ class SeedNoise:
         draws = [int(_generator(seed, name).integers(high)) for seed in self.seeds]
         return torch.tensor(draws, dtype=torch.int64)
 
+    def beta(self, name: Name, a: float, b: float) -> Tensor:
+        """Draws of Beta(a, b), both positive: (B,) float64 in [0, 1] on the CPU."""
+        draws = [_generator(seed, name).beta(a, b) for seed in self.seeds]
+        return torch.tensor(draws, dtype=torch.float64)
+
 
 def _generator(seed: int, name: Name) -> np.random.Generator:
     parts = (name,) if isinstance(name, str) else name

@@ -110,6 +110,11 @@ def first_network(
         net = build(settings, bottleneck)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"these are no settings of a network: {error}") from error
+    if not isinstance(net, EDMPrecond):
+        raise UserError(
+            f"the EDM loss trains networks with EDM's preconditioning, not {settings['class_name']}; "
+            "give class_name EDMPrecond"
+        )
     if tensors is not None:
         fill(net, tensors, str(init))
     return net, {"config": settings, "bottleneck": net.model.bottleneck}
