@@ -59,17 +59,16 @@ def image_statistics(
 
 def common_options(function: Any) -> Any:
     """The options that ``calc`` and ``ref`` share."""
-    names = click.Choice(list(DETECTORS))
     for option in (
         cli.dry_run_option,
         cli.device_option,
         cli.cache_option,
         cli.batch_option(256),
-        click.option("--seed", type=int, default=0, show_default=True, help="draws the N images"),
+        click.option("--seed", type=int, default=0, help="draws the N images"),
         # torchrun takes --num for a prefix of its own options, hence the longer name
         click.option("--num", "--num_images", type=click.IntRange(min=2), help="use N images"),
         click.option("--detector-path", type=PATH, help="file of a detector that is not bundled"),
-        click.option("--detector", type=names, default="cifar10-small", show_default=True),
+        click.option("--detector", type=click.Choice([*DETECTORS]), default="cifar10-small"),
     ):
         function = option(function)
     return function
@@ -80,14 +79,14 @@ def record_of(command: str, options: dict[str, Any]) -> RunRecord:
     return RunRecord.make(command, plain, {}, {})
 
 
-@click.group()
+@click.group(context_settings={"show_default": True})
 def main() -> None:
     """Frechet distances of images, with the detector's name beside every figure."""
 
 
 @main.command()
 @click.option("--images", type=PATH, required=True, help="folder, zip, or .npz of statistics")
-@click.option("--ref", default="cifar10-small", show_default=True, help="bundled name, or .npz")
+@click.option("--ref", default="cifar10-small", help="bundled name, or .npz")
 @click.option("--json", "result_path", type=PATH, help="write the result to this file")
 @common_options
 def calc(dry_run: bool, **options: Any) -> None:

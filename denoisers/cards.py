@@ -26,11 +26,11 @@ class Card:
     label_dim: int  #: classes; 0 for an unconditional model
     sigma_min: float  #: the range of noise levels that samplers use
     sigma_max: float
-    bottleneck: str  #: module of the network whose channel mean is the feature
-    file: str  #: file name: bundled (safetensors) or as published
-    url: str | None  #: where the file is published; None if bundled
-    sha256: str | None  #: of the file; None until it is known
-    config: Mapping[str, Any]  #: constructor settings, as published
+    bottleneck: str = ""  #: module of the network whose channel mean is the feature
+    file: str = ""  #: file name: bundled (safetensors) or as published
+    url: str | None = None  #: where to fetch it; None if bundled, "" if it has to be fetched by hand
+    sha256: str | None = None  #: of the file; None until it is known
+    config: Mapping[str, Any] = field(default_factory=dict)  #: constructor settings, as published
     #: default plan of the Restart teacher; empty where none is known
     restart_info: Mapping[str, list[float]] = field(default_factory=dict)
     guidance: str | None = None  #: cg (classifier), cfg (classifier-free), uncond (none) or None
@@ -67,7 +67,7 @@ class Card:
     @property
     def bundled(self) -> Path | None:
         """Path of the weights that come with this package, or None."""
-        return None if self.url else HERE / "bundled" / self.file
+        return None if self.url is not None else HERE / "bundled" / self.file
 
 
 #: Kinds of ``noise_schedule``; the other entries are the arguments.

@@ -15,11 +15,16 @@ from runtime.errors import UserError
 from runtime.files import cache_folder, download
 from solvers.types import Denoiser
 
+from .adm import load_adm
 from .cards import Card, cards
+from .cm import load_cm
 from .edm import load_edm
 from .files import Files
+from .ldm import load_ldm
+from .own import describe
+from .pipelines import fetch_pipeline, load_diffusers
 
-__all__ = ["Card", "Model", "ModelSource", "cards", "find_card", "load_model"]
+__all__ = ["Card", "Model", "ModelSource", "cards", "load_model"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -55,28 +60,94 @@ class Model(Protocol):
 
 
 Loader = Callable[[Card, Files, torch.device, torch.dtype], Model]
-FAMILIES: dict[str, Loader] = {"edm": load_edm}
-HUB = "hub:"  #: before the id of a folder on the Hugging Face hub, in a card's ``url``
+FAMILIES: dict[str, Loader] = {
+    "edm": load_edm,
+    "adm": load_adm,
+    "cm": load_cm,
+    "ldm": load_ldm,
+    "diffusers": load_diffusers,
+}
+HUB = "hub:"  #: before the id of a folder on the Hugging Face hub
 
 
-def find_card(
-    name: str, *, model_path: str | Path | None = None, model_family: str | None = None
-) -> Card:
-    """The card called ``name``, or one made from one's own file under a name of one's own.
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, and where its weights come from, under the names of the flags."""
 
-    Raises UserError for an unknown name without a ``model_path``, and for a path to nothing.
-    """
-    known = cards()
-    if model_path is not None and not str(model_path).startswith(HUB):
-        _own(model_path, "--model_path")
-    if name in known:
-        return known[name]
-    if model_path is None:
-        raise UserError(
-            f"unknown dataset '{name}'; known: {', '.join(known)}; a model of your own takes any "
-            "other name together with --model_path"
-        )
-    raise UserError(f"{model_path}: own models are not known yet")
+    dataset_name: str  #: of a card, or any other name for a model of one's own
+    model_path: str | None = None  #: one's own file or folder, or ``hub:owner/name``
+    model_family: str | None = None  #: of a model of one's own; recognised when left out
+    companion_path: str | None = None  #: one's own classifier (adm) or first stage (ldm)
+    cache_dir: str | None = None  #: see :func:`runtime.files.cache_folder`
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ModelSource:
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
+
+    def card(self) -> Card:
+        """The known card of this name, or one made from the model at ``model_path``.
+
+        Raises UserError for an unknown name without a ``model_path``, and for a path to nothing.
+        """
+        own, known = self._own(), cards()
+        if self.dataset_name in known:
+            card = known[self.dataset_name]
+            if self.model_family not in (None, card.family):
+                raise UserError(
+                    f"{card.name!r} is of the family {card.family}, not {self.model_family}: leave "
+                    "--model_family out, or give your model another name with --dataset_name"
+                )
+            return card
+        if own is None:
+            raise UserError(
+                f"unknown dataset '{self.dataset_name}'; known: {', '.join(known)}; a model of "
+                "your own takes any other name together with --model_path"
+            )
+        return describe(self.dataset_name, own, self.model_family)
+
+    def files(self, card: Card) -> Files:
+        """One's own files, those that come along with the toolkit, or else fetched ones.
+
+        What ``card`` has beside its main file is only fetched along with that.
+        """
+        folder = cache_folder(self.cache_dir)
+        main = self._own() or card.bundled
+        companion = _existing(self.companion_path, "--companion_path")
+        if companion is not None and card.companion is None:
+            raise UserError(
+                f"{card.name!r} has no second file: leave --companion_path {companion} out"
+            )
+        if main is not None:
+            return Files(main, companion)
+        if not card.url:
+            raise UserError(
+                f"{card.name!r} cannot be fetched from a script: get its {card.file} by hand from "
+                "its authors' page and give it with --model_path"
+            )
+        if companion is None and card.companion is not None and card.companion["url"]:
+            companion = _fetch(card.companion["url"], folder, card.companion["sha256"])
+        return Files(_fetch(card.url or "", folder, card.sha256), companion)
+
+    def load(self, dtype: str | None, world: World) -> Model:
+        """The model on this process's device, its network in ``dtype`` (default float32).
+
+        Rank 0 goes first, as it may have to fetch files.  Raises UserError for an unknown dtype,
+        and for weights that are missing, altered, or of another network.
+        """
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
+        if not world.is_main:
+            world.barrier()
+        card = self.card()
+        files = self.files(card)
+        if world.is_main:
+            world.barrier()
+        return FAMILIES[card.family](card, files, world.device, DTYPES[dtype or "float32"])
+
+    def _own(self) -> Path | None:
+        if self.model_path is not None and self.model_path.startswith(HUB):
+            return _fetch(self.model_path, cache_folder(self.cache_dir), None)
+        return _existing(self.model_path, "--model_path")
 
 
 def load_model(
@@ -85,98 +156,24 @@ def load_model(
     device: str | torch.device,
     dtype: str | None = None,
     model_path: str | Path | None = None,
-    model_family: str | None = None,
-    companion_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
-    world: World | None = None,
 ) -> Model:
-    """The model called ``name``, its network in ``dtype`` (default float32) on ``device``.
-
-    ``model_path`` replaces the card's file, ``companion_path`` its classifier or first stage.  What
-    is missing is fetched into ``cache_dir`` by rank 0 of ``world`` while the others wait.  Raises
-    UserError for an unknown name or dtype, and for weights that are missing, altered, or of
-    another network.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
-    card = find_card(name, model_path=model_path, model_family=model_family)
-    if world is not None and not world.is_main:
-        world.barrier()
-    files = locate(card, model_path, companion_path, cache_dir)
-    if world is not None and world.is_main:
-        world.barrier()
-    return FAMILIES[card.family](card, files, torch.device(device), DTYPES[dtype or "float32"])
+    """The model called ``name`` in a program of one process; see :meth:`ModelSource.load`."""
+    source = ModelSource(
+        name,
+        None if model_path is None else str(model_path),
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+    return source.load(dtype, World(0, 1, torch.device(device)))
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """The options that say which model, under the names of their flags."""
-
-    dataset_name: str
-    model_path: str | None = None
-    model_family: str | None = None
-    companion_path: str | None = None
-    cache_dir: str | None = None
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> ModelSource:
-        return cls(**{field.name: options[field.name] for field in fields(cls)})
-
-    def card(self) -> Card:
-        """See :func:`find_card`."""
-        return find_card(
-            self.dataset_name, model_path=self.model_path, model_family=self.model_family
-        )
-
-    def load(self, dtype: str | None, world: World) -> Model:
-        """See :func:`load_model`."""
-        return load_model(
-            self.dataset_name,
-            device=world.device,
-            dtype=dtype,
-            model_path=self.model_path,
-            model_family=self.model_family,
-            companion_path=self.companion_path,
-            cache_dir=self.cache_dir,
-            world=world,
-        )
-
-
-def locate(
-    card: Card,
-    model_path: str | Path | None = None,
-    companion_path: str | Path | None = None,
-    cache_dir: str | Path | None = None,
-) -> Files:
-    """The files of a model: one's own, those that come along, or fetched ones."""
-    folder = cache_folder(cache_dir)
-    if str(model_path).startswith(HUB):
-        main: Path | None = _fetch(str(model_path), folder, None)
-    else:
-        main = _own(model_path, "--model_path") or card.bundled
-    companion = _own(companion_path, "--companion_path")
-    if companion is not None and card.companion is None:
-        raise UserError(
-            f"{card.name!r} has no second file: leave --companion_path {companion_path} out"
-        )
-    if main is None:
-        main = _fetch(card.url or "", folder, card.sha256)
-    if companion is None and card.companion is not None:
-        companion = _fetch(card.companion["url"] or "", folder, card.companion["sha256"])
-    return Files(main, companion)
-
-
-def _own(path: str | Path | None, flag: str) -> Path | None:
-    if path is None:
-        return None
-    if not Path(path).exists():
+def _existing(path: str | None, flag: str) -> Path | None:
+    if path is not None and not Path(path).exists():
         raise UserError(f"no weights at {path}; check {flag}")
-    return Path(path)
+    return None if path is None else Path(path)
 
 
 def _fetch(url: str, folder: Path, sha256: str | None) -> Path:
-    if not url.startswith(HUB):
-        return download(url, folder, sha256)
-    from .pipelines import fetch_pipeline  # the extra [diffusion]
-
-    return fetch_pipeline(url.removeprefix(HUB), folder)
+    if url.startswith(HUB):
+        return fetch_pipeline(url.removeprefix(HUB), folder)
+    return download(url, folder, sha256)

@@ -22,7 +22,10 @@ class Denoised(NamedTuple):
 class Denoiser(Protocol):
     """A pre-trained model with condition and guidance already bound in."""
 
-    cost: int  #: network evaluations per call: 1, or 2 under classifier-free guidance
+    @property
+    def cost(self) -> int:
+        """Network evaluations per call: 1, or 2 under classifier-free guidance."""
+        ...
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
         """Denoise ``x`` (B, C, H, W) at ``sigma``, a 0-d tensor or (B, 1, 1, 1)."""

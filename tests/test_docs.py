@@ -18,6 +18,7 @@ import runtime.record
 import solvers.driver
 import teachers.build
 from denoisers.analytic import MixtureDenoiser
+from denoisers.cards import Card
 
 ROOT = Path(__file__).resolve().parent.parent
 MEANS = 0.5 * torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -80,6 +81,7 @@ def test_the_training_page_trains_for_ones_own_model(tmp_path, monkeypatch) -> N
         "MyDenoiser": lambda: denoiser,
         "noise": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
         "torch": torch,
+        "Card": Card,
         **{name: getattr(module, name) for module, name in IMPORTS},
     }
     exec(code("docs/training.md", "settings = ").replace("total=1024", "total=96"), names)

@@ -127,11 +127,11 @@ def test_fetched_detector_is_kept_and_checked(
     monkeypatch.setitem(DETECTORS, "inception", entry)
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "a", pixels(9))
-    options = ["ref", "--data", folder, "--detector", "inception", "--dest"]
+    options = ["ref", "--data", folder, "--detector", "inception", "--cache-dir", "kept", "--dest"]
     code, out, err = run(*options, "one.npz")
     assert code == 0, err
     assert "detector inception, N = 9" in out
-    kept = tmp_path / "cache" / "detectors" / served.name
+    kept = tmp_path / "kept" / served.name
     assert kept.with_name(kept.name + ".sha256").read_text().strip() == files.sha256_file(served)
     assert Statistics.load("one.npz").detector.sha256 == files.sha256_file(served)
 
