@@ -1,0 +1,95 @@
+"""Cards of models that no registry holds: made from what is in one's own file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from runtime.errors import UserError
+
+from .adm import read_openai, resolved
+from .cards import Card, cards
+from .edm import describe_edm, is_edm
+from .ldm import NETWORK, part
+from .nets.openai import is_openai, settings_from
+from .pipelines import inspect_diffusers, is_diffusers
+from .snapshots import read_state_dict
+
+#: The published model whose conventions (time, noise levels, preconditioning) a family follows.
+EXAMPLES = {"adm": "imagenet256", "cm": "lsun_bedroom", "ldm": "lsun_bedroom_ldm"}
+
+
+def describe(name: str, path: Path, family: str | None = None) -> Card:
+    """The card, called ``name``, of the model at ``path``; the family is recognised or given.
+
+    Raises UserError for a family that is unknown, or that the file does not show.
+    """
+    family = family or recognise(path)
+    if family not in DESCRIBE:
+        raise UserError(f"--model_family {family} is unknown; choose one of {', '.join(DESCRIBE)}")
+    return DESCRIBE[family](name, path)
+
+
+def recognise(path: Path) -> str:
+    """The family of a folder or file, from its content.
+
+    Raises UserError where nothing in it is known, or its tensors do not tell.
+    """
+    if path.is_dir() or is_diffusers(path):
+        return "diffusers"
+    if is_edm(path):
+        return "edm"
+    tensors, _ = read_openai(path)
+    if is_openai(part(tensors, NETWORK)):
+        return "ldm"
+    if is_openai(tensors):
+        # Consistency models have attention of their own; ADM's networks all predict a variance.
+        return "cm" if tensors["middle_block.1.qkv.weight"].ndim == 4 else "adm"
+    raise UserError(
+        f"nothing in {path} tells its family (it holds '{next(iter(tensors))}', ...); give "
+        f"--model_family, one of {', '.join(DESCRIBE)}"
+    )
+
+
+def _pipeline(name: str, path: Path) -> Card:
+    return Card(name=name, file=path.name, url=None, sha256=None, **inspect_diffusers(path))
+
+
+def _openai(family: str) -> Callable[[str, Path], Card]:
+    def make(name: str, path: Path) -> Card:
+        example = cards()[EXAMPLES[family]]
+        base = replace(example, name=name, file=path.name, url=None, sha256=None)
+        tensors, config = read_openai(path)
+        if not is_openai(tensors):
+            raise UserError(f"{path} holds no network of the family '{family}'")
+        return resolved(base, tensors, config)
+
+    return make
+
+
+def _latent(name: str, path: Path) -> Card:
+    example = cards()[EXAMPLES["ldm"]]
+    tensors = part(read_state_dict(path), NETWORK)
+    if not is_openai(tensors):
+        raise UserError(f"{path} holds no network of the family 'ldm' under '{NETWORK}'")
+    settings = settings_from(tensors, example.config)
+    return replace(
+        example,
+        name=name,
+        file=path.name,
+        url=None,
+        sha256=None,
+        channels=settings["in_channels"],
+        image_resolution=None,
+        config=settings,
+    )
+
+
+DESCRIBE: dict[str, Callable[[str, Path], Card]] = {
+    "edm": describe_edm,
+    "adm": _openai("adm"),
+    "cm": _openai("cm"),
+    "ldm": _latent,
+    "diffusers": _pipeline,
+}
