@@ -132,10 +132,12 @@ def component_classes(index: Mapping[str, Any], source: str) -> dict[str, str]:
     """
     parts: dict[str, str] = {}
     for name, entry in index.items():
-        if name in UNWANTED or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
+        if name in UNWANTED or not isinstance(entry, list):
             continue
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            continue  # a component that is not there, or a setting
         library, kind = entry
-        if library not in ("diffusers", "transformers") or not isinstance(kind, str):
+        if library not in ("diffusers", "transformers"):
             raise UserError(
                 f"{source}: the component '{name}' comes from {library!r}, and code that comes "
                 "with a pipeline is not run; give one that diffusers knows"
@@ -161,8 +163,7 @@ def describe(
     _check_unet(unet, source)
     side = unet["sample_size"] if isinstance(unet["sample_size"], int) else unet["sample_size"][0]
     text = parts["unet"] == "UNet2DConditionModel"
-    noise = noise_schedule(scheduler, source)
-    schedule = DiscreteVP.from_betas(**{k: v for k, v in noise.items() if k != "kind"})
+    noise, schedule = noise_schedule(scheduler, source)
     low, high = schedule.sigma(torch.tensor([EPSILON_T, 1.0], dtype=torch.float64)).tolist()
     return {
         "family": "diffusers",
@@ -215,35 +216,36 @@ def _check_unet(unet: Mapping[str, Any], source: str) -> None:
         refuse("addition_embed_type", "asks for a condition that is not supported")
 
 
-def noise_schedule(scheduler: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The ``noise_schedule`` of a card from a scheduler's settings.
+def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str, Any], DiscreteVP]:
+    """The ``noise_schedule`` of a card from a scheduler's settings, and what it stands for.
 
     Raises UserError for a process that is not one of discrete variance-preserving steps.
     """
-    kind = scheduler.get("_class_name")
+
+    def known(what: str, value: Any, values: Iterable[str]) -> None:
+        if value not in values:
+            raise UserError(f"{source}: {what} {value!r} is not one of {', '.join(values)}")
+
     if not {"beta_start", "beta_end", "beta_schedule"} <= set(scheduler):
+        kind = scheduler.get("_class_name")
         raise UserError(f"{source}: {kind} has no betas, so its process is not a discrete VP one")
     if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
         raise UserError(
             f"{source}: betas that are listed or rescaled to zero terminal SNR are not supported"
         )
-    if scheduler["beta_schedule"] not in BETAS:
-        raise UserError(
-            f"{source}: beta_schedule {scheduler['beta_schedule']!r} is not one of "
-            f"{', '.join(BETAS)}"
-        )
-    if scheduler.get("prediction_type", "epsilon") not in PREDICTIONS:
-        raise UserError(
-            f"{source}: prediction_type {scheduler['prediction_type']!r} is not one of "
-            f"{', '.join(PREDICTIONS)}"
-        )
-    return {
-        "kind": "discrete_vp",
+    known("beta_schedule", scheduler["beta_schedule"], BETAS)
+    known("prediction_type", scheduler.get("prediction_type", "epsilon"), PREDICTIONS)
+    noise = {
         "first": scheduler["beta_start"],
         "last": scheduler["beta_end"],
         "num_steps": scheduler.get("num_train_timesteps", 1000),
         "rule": scheduler["beta_schedule"],
     }
+    try:
+        schedule = DiscreteVP.from_betas(**noise)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: its betas {noise} make no noise schedule ({error})") from error
+    return {"kind": "discrete_vp", **noise}, schedule
 
 
 def weight_files(main: Path) -> list[Path]:

@@ -36,11 +36,10 @@ class Prediction:
     @classmethod
     def of(cls, scheduler: Mapping[str, Any], source: str) -> Prediction:
         """From a scheduler's settings; UserError for a process of another kind."""
-        noise = noise_schedule(scheduler, source)
-        noise.pop("kind")
+        _, schedule = noise_schedule(scheduler, source)
         clip = scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample") else None
         kind = scheduler.get("prediction_type", "epsilon")
-        return cls(DiscreteVP.from_betas(**noise), kind, clip)
+        return cls(schedule, kind, clip)
 
     def network_time(self, sigma: Tensor) -> Tensor:
         """The step, a real number: ``N t - 1`` with t in (0, 1], float64 on the CPU, flat."""
