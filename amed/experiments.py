@@ -10,8 +10,10 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from amed.predictor import AMEDPredictor
+from amed.published import latest_snapshot, read_published
 from amed.settings import StudentSettings
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -67,20 +69,33 @@ def save_predictor(path: str | Path, predictor: AMEDPredictor, record: RunRecord
 
 
 def load_predictor(spec: str, root: str | Path) -> tuple[AMEDPredictor, StudentSettings, RunRecord]:
-    """Read a predictor by run number, run folder or file.
+    """Read a predictor by run number, run folder or file, one of ours or a published pickle.
 
-    Raises UserError where there is none, or where the file does not hold one of ours.
+    Raises UserError where there is none, or where the file holds something else.
     """
     path = find_run(spec, root)
     if path.is_dir():
-        path = path / PREDICTOR
-    if path.suffix == ".pkl":
-        raise UserError(
-            f"{path} is a published pickle, and the reader for those has not arrived yet; "
-            "give a predictor.safetensors of train.py"
-        )
+        ours = path / PREDICTOR
+        path = ours if ours.exists() else latest_snapshot(path) or ours
     if not path.is_file():
         raise UserError(f"there is no predictor at {path}; train one with train.py, or wait for it")
+    weights, record = read_published(path) if path.suffix == ".pkl" else _read(path)
+    settings = StudentSettings.from_options(record.options)
+    predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
+    if all(w.dtype == torch.float64 for w in weights.values()):
+        predictor.double()  # a float64 run keeps every digit
+    try:
+        predictor.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(
+            f"the weights in {path} are not those of a predictor with scale_dir = "
+            f"{settings.scale_dir:g} and scale_time = {settings.scale_time:g}; train again"
+        ) from None
+    return predictor.requires_grad_(False).eval(), settings, record
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
+    """Weights and record of a file that :func:`save_predictor` wrote."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -99,15 +114,4 @@ def load_predictor(spec: str, root: str | Path) -> tuple[AMEDPredictor, StudentS
         raise UserError(
             f"{path} was written by {record.command}.py; give a predictor.safetensors of train.py"
         )
-    settings = StudentSettings.from_options(record.options)
-    predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
-    if all(w.dtype == torch.float64 for w in weights.values()):
-        predictor.double()  # a float64 run keeps every digit
-    try:
-        predictor.load_state_dict(weights)
-    except RuntimeError:
-        raise UserError(
-            f"the weights in {path} are not those of a predictor with scale_dir = "
-            f"{settings.scale_dir:g} and scale_time = {settings.scale_time:g}; train again"
-        ) from None
-    return predictor.requires_grad_(False).eval(), settings, record
+    return weights, record

@@ -98,7 +98,8 @@ class Learned:
 
     @property
     def length(self) -> str:
-        return f"{round(self.record.options['total_kimg'] * 1000)} trajectories"
+        kimg = self.record.options["total_kimg"]
+        return "unknown length" if kimg is None else f"{round(kimg * 1000)} trajectories"
 
 
 def load_students(

@@ -19,10 +19,13 @@ from .weights import read_safetensors
 
 __all__ = [
     "EDMSnapshot", "PublishedPredictor", "Record",
-    "find_network", "find_tensors", "read", "read_edm", "read_predictor", "read_state_dict",
+    "find_network", "find_predictor", "find_tensors", "flattened", "is_network", "is_predictor",
+    "read", "read_edm", "read_predictor", "read_state_dict",
 ]  # fmt: skip
 
 PERSISTENT = "torch_utils.persistence"
+NETWORK_KEYS = ("ema", "net")  #: of a snapshot; of a training state
+PREDICTOR_KEYS = ("model",)
 PREDICTOR_CLASS = "AMED_predictor"
 #: Positional settings of the published preconditionings; beyond these all are given by name.
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
@@ -56,9 +59,14 @@ def read_edm(path: str | Path) -> EDMSnapshot:
     return find_network(read(path), str(path))
 
 
+def is_network(content: Any) -> bool:
+    """Whether :func:`find_network` has something to find."""
+    return _object(content, NETWORK_KEYS) is not None
+
+
 def find_network(content: Any, source: str) -> EDMSnapshot:
     """The network in what :func:`read` gave; ``source`` names the file in errors."""
-    record = _object(content, ("ema", "net"))
+    record = _object(content, NETWORK_KEYS)
     if record is None:
         raise UserError(
             f"{source} holds no network of the EDM family ({_summary(content)}); give a snapshot "
@@ -71,16 +79,28 @@ def find_network(content: Any, source: str) -> EDMSnapshot:
     return EDMSnapshot(config, flattened(record, source), _attributes(record))
 
 
+def is_predictor(content: Any) -> bool:
+    """Whether :func:`find_predictor` has something to find."""
+    record = _object(content, PREDICTOR_KEYS)
+    return record is not None and record.name == PREDICTOR_CLASS
+
+
 def read_predictor(path: str | Path) -> PublishedPredictor:
     """A published predictor; UserError where the file holds something else."""
-    record = _object(content := read(path), ("model",))
+    return find_predictor(read(path), str(path))
+
+
+def find_predictor(content: Any, source: str) -> PublishedPredictor:
+    """The predictor in what :func:`read` gave; ``source`` names the file in errors."""
+    record = _object(content, PREDICTOR_KEYS)
     if record is None or record.name != PREDICTOR_CLASS:
         what = f"a {shown(record.name)}" if record else _summary(content)
         raise UserError(
-            f"{path} holds no predictor ({what}); give a network-snapshot-*.pkl of the AMED authors"
+            f"{source} holds no predictor ({what}); give a network-snapshot-*.pkl of the AMED "
+            "authors"
         )
-    settings = {**_constructor(record, str(path)), **_attributes(record)}
-    return PublishedPredictor(settings, flattened(record, str(path)))
+    settings = {**_constructor(record, source), **_attributes(record)}
+    return PublishedPredictor(settings, flattened(record, source))
 
 
 def read_state_dict(path: str | Path, member: str | None = None) -> dict[str, Tensor]:

@@ -72,9 +72,9 @@ def module_state(tensors: Mapping[str, Tensor], buffers: tuple[str, ...] = ()) -
             state["_buffers"][name] = tensor
         else:
             state["_parameters"][name] = torch.nn.Parameter(tensor, requires_grad=False)
-    for name, rest in inner.items():
+    for name, parts in inner.items():
         state["_modules"][name] = Persistent(
-            f"Block_{name}", **module_state(rest, buffers), _init_args=(), _init_kwargs={}
+            f"Block_{name}", **module_state(parts, buffers), _init_args=(), _init_kwargs={}
         )
     return state
 
@@ -125,7 +125,7 @@ def without_frames(data: bytes) -> bytes:
 def predictor(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any], protocol: int = 4
 ) -> bytes:
-    """``network-snapshot-*.pkl`` of the AMED authors: a module and a loss with sampler functions."""
+    """``network-snapshot-*.pkl`` of the AMED authors: a module, and a loss that names functions."""
 
     def heun_sampler() -> None: ...
 

@@ -1,0 +1,49 @@
+"""Turn any published checkpoint, predictors included, into safetensors with its settings.
+
+What it does to predictors is here, the rest is :mod:`denoisers.convert`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from amed.experiments import load_predictor, save_predictor  # noqa: E402
+from denoisers.convert import check_target, convert, report  # noqa: E402
+from denoisers.snapshots import is_predictor, read  # noqa: E402
+from runtime import cli  # noqa: E402
+
+EXAMPLES = """\b
+Examples:
+  python tools/convert.py edm-ffhq-64x64-uncond-vp.pkl ffhq.safetensors --name ffhq
+  python tools/convert.py network-snapshot-000010.pkl exps/00001-theirs/predictor.safetensors
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--name", help="a published model, or a name of your own  [default: the target's]")
+def main(source: Path, target: Path, name: str | None) -> None:
+    """Turn the checkpoint SOURCE into TARGET.safetensors.
+
+    A network, or plain weights, gets TARGET.card.json beside it.  A predictor of the AMED authors
+    becomes what train.py writes, so that --predictor_path takes it.  Pickles are read as data;
+    nothing in them is run.
+    """
+    check_target(target)
+    content = read(source)
+    if not is_predictor(content):
+        report(convert(source, target, name, content))
+        return
+    predictor, _, record = load_predictor(str(source), source.parent)
+    save_predictor(target, predictor, record)
+    click.echo(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
