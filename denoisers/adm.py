@@ -22,6 +22,7 @@ from .conditions import check_class
 from .files import Files
 from .nets.openai import Classifier, UNet, settings_from
 from .noise_schedules import LinearVP
+from .snapshots import read_state_dict
 from .weights import fill, read_safetensors
 
 LAST_STEP = 999  #: the network counts the model's time in [0, 1] in steps of a thousandth
@@ -190,10 +191,18 @@ def read_openai(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises UserError for a file that is something else.
     """
-    if path.suffix == ".safetensors":
-        tensors, metadata = read_safetensors(path)
-        return tensors, json.loads(metadata.get("config", "{}"))
-    return torch.load(path, map_location="cpu", weights_only=True), {}
+    if path.suffix != ".safetensors":
+        return read_state_dict(path), {}
+    tensors, metadata = read_safetensors(path)
+    try:
+        config = json.loads(metadata.get("config", "{}"))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"the config in the metadata of {path} is {metadata['config']!r}, no JSON dict"
+        )
+    return tensors, config
 
 
 def resolved(card: Card, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Card:

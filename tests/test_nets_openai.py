@@ -141,13 +141,13 @@ def test_full_size_networks_and_their_settings(name: str) -> None:
     assert found == {**TINY, **settings}
 
 
-def test_a_network_of_one_level_takes_the_rest_from_its_card() -> None:
+@pytest.mark.parametrize("deep", [1, 3])
+def test_settings_of_a_network_of_one_level(deep: int) -> None:
     settings = {**TINY, **MODULATED, "channel_mult": [1.0], "attention_resolutions": []}
-    for deep in (1, 3):
-        own = {**settings, "num_res_blocks": deep, "out_channels": 3, "num_classes": 7}
-        with torch.device("meta"):
-            tensors = UNet(**own).state_dict()
-        assert settings_from(tensors, {**TINY, "resblock_updown": True}) == own
+    own = {**settings, "num_res_blocks": deep, "out_channels": 3, "num_classes": 7}
+    with torch.device("meta"):
+        tensors = UNet(**own).state_dict()
+    assert settings_from(tensors, TINY) == own
 
 
 def test_weights_of_other_networks_are_refused() -> None:

@@ -212,9 +212,8 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
     """Constructor settings of the network in a state dict, from its names and shapes.
 
     ``base`` says what these cannot tell: ``image_size``, ``num_heads``, ``num_head_channels``,
-    ``dropout``, whether attention is "legacy" or "new", and, for a single level,
-    ``resblock_updown``.  Raises UserError if an entry is missing, the blocks do not add up, or
-    ``base`` has an unknown setting.
+    ``dropout`` and whether attention is "legacy" or "new".  Raises UserError if an entry is
+    missing, the blocks do not add up, or ``base`` has an unknown setting.
     """
     unknown = sorted(set(base) - set(inspect.signature(Encoder).parameters))
     if unknown:
@@ -253,9 +252,8 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
         "channel_mult": [width / model_channels for width in widths],
         "num_classes": size("label_emb.weight") if "label_emb.weight" in tensors else None,
         "use_scale_shift_norm": size(f"{first[0]}.0.emb_layers.1.weight") == 2 * widths[0],
+        "resblock_updown": f"input_blocks.{stride}.0.op.weight" not in tensors,
     }
-    if depth > 1:
-        own["resblock_updown"] = f"input_blocks.{stride}.0.op.weight" not in tensors
     if tensors["middle_block.1.qkv.weight"].ndim == 4:
         own["attention"] = "flash"
     return {**base, **own}
