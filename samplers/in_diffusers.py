@@ -67,15 +67,19 @@ class WalkScheduler:
     starts again from the latents with all evaluations so far, and stops at the first that is
     missing: nobody writes the algebra of a walk a second time, and repeating it costs a few
     microseconds beside a network.  The state is kept in float32 at least, whatever the latents'
-    dtype.  A pipeline that changes the latents between steps (inpainting) is refused.
+    dtype.  A pipeline that changes the latents between steps (inpainting) is refused.  It is not
+    saved with the pipeline, and serves one call at a time.
     """
 
     order = 1  #: network calls per step
 
     def __init__(self, pipe: Any, walk: Solve) -> None:
         """For ``pipe``, whose scheduler's settings say what its network predicts."""
+        kind = type(pipe).__name__
+        if pipe.components.get("controlnet") is not None:
+            raise UserError(f"{kind}: a ControlNet would not be told the walk's times; go without")
         self.config = pipe.scheduler.config
-        self.prediction = Prediction.of(self.config, type(pipe).__name__)
+        self.prediction = Prediction.of(self.config, kind)
         self.walk = walk
         self.num_inference_steps = planned_nfe(walk.solver, walk.ts, walk.guide, walk.afs)
         self.init_noise_sigma = float(walk.ts[0])  #: unit noise times this is the start
@@ -139,9 +143,17 @@ class WalkScheduler:
         return inputs.repeat(len(sample) // len(inputs), 1, 1, 1).to(sample.dtype)
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
     ) -> Any:
-        """The state behind this network call, from the guided ``model_output`` (B, C, H, W)."""
+        """The state behind this network call, from the guided ``model_output`` (B, C, H, W).
+
+        Nothing is drawn, so a ``generator`` only serves the pipeline's first latents.
+        """
         if self._start is None:
             raise UserError(
                 f"{type(self._pipe).__name__} does not scale its network's input by the scheduler, "
@@ -160,6 +172,13 @@ class WalkScheduler:
         self._known.append(Denoised(x0, self._bottleneck.take(len(sample))))
         self._given = self._replay().to(sample.dtype)
         return SimpleNamespace(prev_sample=self._given) if return_dict else (self._given,)
+
+    def add_noise(self, *args: Any) -> Tensor:
+        """What a pipeline asks for that begins with an image: UserError."""
+        raise UserError(
+            f"{type(self._pipe).__name__} begins in the middle of a walk, and ours begins with "
+            "noise; use a text-to-image pipeline"
+        )
 
     def _set_start(self, sample: Tensor) -> None:
         self._start = sample.to(torch.promote_types(sample.dtype, torch.float32))

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": _LEARNED | {"samplers"},
 }
 SCRIPTS = ("train", "sample", "fid", "compare")
-FREE = {"tools", "benchmarks", "tests"}  # import what they like, and nobody imports them
+FREE = {"tools", "benchmarks", "examples", "tests"}  # import what they like, and nobody imports them
 OURS = {*MAY_IMPORT, *SCRIPTS, *FREE}
 #: The numerical core stands on torch alone; the oracle needs an adaptive solver.
 CORE = {"solvers": {"torch"}, "solvers/oracle.py": {"torch", "torchdiffeq"}}

@@ -1,0 +1,250 @@
+"""A trained predictor inside diffusers: the same latents as our own sampling, by the same seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from click.testing import CliRunner
+
+import train
+from amed.experiments import load_predictor
+from amed.predictor import AMEDPredictor
+from denoisers.conditions import Conditions
+from denoisers.pipelines import from_pipeline, load_diffusers
+from denoisers.registry import ModelSource
+from examples import stable_diffusion
+from restart.plan import Solve
+from runtime.errors import UserError
+from runtime.noise import SeedNoise
+from samplers.generate import generate
+from samplers.in_diffusers import WalkScheduler, use_predictor
+from samplers.sampler import Sampler
+from solvers.driver import integrate
+from solvers.registry import make_solver
+from tests import tiny_pipeline
+
+PROMPTS = ["a cat", "an apple"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_pipeline.stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture
+def pipe(folder):
+    return open_pipeline(folder)
+
+
+def open_pipeline(folder, dtype=torch.float32):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def own_model(folder):
+    source = ModelSource("mine", str(folder))
+    card = source.card()
+    return load_diffusers(card, source.files(card), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return own_model(folder)
+
+
+def predictor() -> AMEDPredictor:
+    """Random heads that hear the bottleneck: r differs from image to image."""
+    made = AMEDPredictor(0.1, 0.2, seed=3)
+    with torch.no_grad():
+        made.enc_layer1.weight.mul_(4)
+    return made.requires_grad_(False)
+
+
+def walk_of(model, name: str, guide=None, afs: bool = False) -> Solve:
+    card = model.card
+    ts = card.schedule.sigma(torch.linspace(1, 1e-3, 4, dtype=torch.float64))
+    ts[0], ts[-1] = card.sigma_max, card.sigma_min
+    return Solve(make_solver(name), ts, guide, afs)
+
+
+def latents(count: int = 2, dtype=torch.float32) -> torch.Tensor:
+    return SeedNoise(range(count)).normal("latent", (4, 8, 8), dtype)
+
+
+def run(pipe, scheduler, rate=5.0, prompts=PROMPTS, noise=None, **options):
+    noise = latents(len(prompts)) if noise is None else noise
+    steps = scheduler.num_inference_steps
+    options = {"num_inference_steps": steps, "output_type": "latent", **options}
+    return pipe(prompts, guidance_scale=rate, latents=noise, **options).images
+
+
+@pytest.mark.parametrize("rate", [1.0, 5.0])
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("name", ["amed", "ipndm", "dpmpp", "euler"])
+def test_a_predictor_gives_the_latents_of_our_own_sampler(pipe, model, name, afs, rate) -> None:
+    walk = walk_of(model, name, predictor(), afs)
+    scheduler = WalkScheduler.install(pipe, walk)
+    sampler = Sampler("x", (walk,), {}, cost=model.card.cost(rate), guidance_rate=rate)
+    conditions = Conditions(prompts=tuple(PROMPTS))
+    (ours,) = generate(sampler, model, [0, 1], batch=2, device=CPU, conditions=conditions)
+    theirs = run(pipe, scheduler, rate)
+    assert scheduler.num_inference_steps * sampler.cost == ours.nfe
+    scale = float(ours.x.abs().max())
+    assert float((theirs - ours.x).abs().max()) < 1e-5 * scale
+    images = run(pipe, scheduler, rate, output_type="pt")
+    assert float((images * 2 - 1 - ours.images).abs().max()) < 1e-4
+
+
+def test_every_image_has_times_of_its_own_from_the_bottleneck(pipe, model) -> None:
+    """Were the hook not there, the predictor would see zeros, as in a fixed table of times."""
+    walk = walk_of(model, "amed", predictor())
+    told = []
+    hook = pipe.unet.time_proj.register_forward_hook(lambda module, args, out: told.append(args[0]))
+    scheduler = WalkScheduler.install(pipe, walk)
+    seen = run(pipe, scheduler)
+    hook.remove()
+    inserted = torch.stack(told[1::2])  # (3, 4): two halves of two images each
+    assert torch.equal(inserted[:, :2], inserted[:, 2:])
+    assert float((inserted[:, 0] - inserted[:, 1]).abs().min()) > 0.1
+    nodes = torch.stack(told[::2])
+    own = 1000 * model.card.schedule.sigma_inv(walk.ts[:-1]) - 1
+    assert float((nodes - own[:, None]).abs().max()) < 1e-3
+    scheduler._bottleneck.take = lambda rows: None  # type: ignore[method-assign]
+    assert float((run(pipe, scheduler) - seen).abs().max()) > 0.01
+
+
+def test_a_walk_without_a_predictor_is_the_librarys_euler(pipe, model) -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    walk = walk_of(model, "euler")
+    steps = [999, 666, 333]
+    levels = model.card.schedule.sigma((torch.tensor([*steps, 0]) + 1) / 1000)
+    levels[-1] = 0
+    scheduler = WalkScheduler.install(pipe, Solve(walk.solver, levels))
+    ours = run(pipe, scheduler)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(
+        scheduler.config, timestep_spacing="trailing"
+    )
+    theirs = run(pipe, scheduler, timesteps=steps, num_inference_steps=None)
+    assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+def test_several_images_of_a_prompt_and_many_calls(pipe, model) -> None:
+    scheduler = WalkScheduler.install(pipe, walk_of(model, "ipndm", predictor(), True))
+    four = run(pipe, scheduler, noise=latents(4), num_images_per_prompt=2)
+    again = run(pipe, scheduler, noise=latents(4)[2:], prompts=["an apple"] * 2)
+    assert float((four[2:] - again).abs().max()) < 1e-4
+    assert torch.equal(run(pipe, scheduler), run(pipe, scheduler))
+
+
+def test_half_precision_keeps_a_state_in_float32(folder, model) -> None:
+    pipe = open_pipeline(folder, torch.bfloat16)
+    walk = walk_of(model, "amed", predictor())
+    scheduler = WalkScheduler.install(pipe, walk)
+    theirs = run(pipe, scheduler, noise=latents(dtype=torch.bfloat16))
+    assert theirs.dtype == torch.bfloat16
+    start = latents(dtype=torch.bfloat16).float() * scheduler.init_noise_sigma
+    assert scheduler._start.dtype == torch.float32
+    # the pipeline rounds unit noise times sigma to bfloat16
+    assert float((scheduler._start - start).abs().max() / start.abs().max()) < 4e-3
+    half = from_pipeline(open_pipeline(folder, torch.bfloat16))
+    walk = walk_of(model, "amed", predictor())
+    ours = integrate(
+        walk.solver, half.bind(None, 5.0, PROMPTS), scheduler._start, walk.ts, walk.guide
+    )
+    error = (theirs.float() - ours.x[-1]).abs().max() / ours.x[-1].abs().max()
+    assert float(error) < 0.03  # guidance is mixed in bfloat16 by the pipeline, in float32 by us
+
+
+def test_stable_diffusion_xl(tmp_path: Path) -> None:
+    folder = tiny_pipeline.stable_diffusion_xl(tmp_path)
+    model, pipe = own_model(folder), open_pipeline(folder)
+    walk = walk_of(model, "amed", predictor(), True)
+    theirs = run(pipe, WalkScheduler.install(pipe, walk))
+    start = latents() * walk.ts[0]
+    ours = integrate(
+        walk.solver, model.bind(None, 5.0, PROMPTS), start, walk.ts, walk.guide, walk.afs
+    ).x[-1]
+    assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+
+
+def test_a_pipeline_is_left_as_it_was(pipe, model) -> None:
+    unet, own = pipe.unet, pipe.scheduler
+    before = pipe(PROMPTS, num_inference_steps=3, latents=latents(), output_type="latent").images
+    for _ in range(2):
+        scheduler = WalkScheduler.install(pipe, walk_of(model, "amed", predictor()))
+        assert len(unet._forward_pre_hooks) == len(unet.mid_block._forward_hooks) == 1
+    scheduler.set_timesteps(6)
+    scheduler.scale_model_input(latents())  # a walk that was broken off
+    pipe.scheduler = own
+    after = pipe(PROMPTS, num_inference_steps=3, latents=latents(), output_type="latent").images
+    assert torch.equal(before, after)
+    scheduler.remove()
+    assert not unet._forward_pre_hooks and not unet.mid_block._forward_hooks
+
+
+def test_what_a_walk_cannot_do_is_said(pipe, model, tmp_path: Path) -> None:
+    scheduler = WalkScheduler.install(pipe, walk_of(model, "amed", predictor()))
+    with pytest.raises(UserError, match="calls the network 6 times, not 50: give num_inference_s"):
+        pipe("a cat")
+
+    def edit(pipe, i, t, given):
+        return {"latents": given["latents"] + 1}
+
+    with pytest.raises(UserError, match="the pipeline changed the latents between two steps"):
+        run(pipe, scheduler, callback_on_step_end=edit)
+    with pytest.raises(UserError, match="StableDiffusionPipeline begins in the middle of a walk"):
+        scheduler.add_noise(latents(), latents(), 3)
+    scheduler.set_timesteps(6)
+    with pytest.raises(UserError, match="does not scale its network's input by the scheduler"):
+        scheduler.step(latents(), 0, latents())
+    with pytest.raises(UserError, match="goes from sigma 80 to 0.002, but this pipeline knows 14"):
+        ts = torch.tensor([80.0, 0.002], dtype=torch.float64)
+        WalkScheduler.install(pipe, Solve(make_solver("euler"), ts))
+    assert pipe.scheduler is scheduler
+    pixels = open_pipeline(tiny_pipeline.unconditional(tmp_path))
+    ts = torch.tensor([100.0, 1.0], dtype=torch.float64)
+    walk = WalkScheduler.install(pixels, Solve(make_solver("euler"), ts))
+    with pytest.raises(UserError, match="DDPMPipeline does not scale"):
+        pixels(num_inference_steps=walk.num_inference_steps)
+
+
+def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, monkeypatch):
+    """train.py on a folder, then the example script: the image is that of our own sampler."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    args = f"--dataset_name=mine --model_path={folder} --prompt_path=prompts.txt --device=cpu"
+    args += " --guidance_rate=5 --num_steps=3 --schedule_type=discrete --schedule_rho=1 --afs=True"
+    args += " --scale_dir=0.01 --scale_time=0.2 --total_kimg=0.012 --batch=4 --tick=0.004"
+    train.main(args.split(), standalone_mode=False)
+    guide, student, _ = load_predictor("1", "exps")
+    changed = AMEDPredictor(0.01, 0.2, seed=0)
+    assert float((guide.fc_r.weight - changed.fc_r.weight).abs().max()) > 1e-3  # it has learned
+    assert student.guidance_rate == 5
+
+    pipe = open_pipeline(folder)
+    scheduler = use_predictor(pipe, 1)
+    grid = student.grid(**model.card.time_maps)
+    assert (
+        torch.allclose(scheduler.walk.ts, grid, rtol=1e-12) and scheduler.num_inference_steps == 3
+    )
+    walk = integrate(
+        student.solver(), model.bind(None, 5.0, PROMPTS), latents() * grid[0], grid, guide, True
+    )
+    theirs = run(pipe, scheduler)
+    assert float((theirs - walk.x[-1]).abs().max()) < 1e-5 * float(walk.x[-1].abs().max())
+
+    command = [str(folder), "--predictor=1", "--prompt=a cat", "--guidance_rate=5"]
+    done = CliRunner().invoke(stable_diffusion.main, command)
+    assert done.exception is None and "image.png: 3 calls" in done.output
+    assert (tmp_path / "image.png").stat().st_size > 100
