@@ -23,7 +23,7 @@ from .files import Files
 from .nets.openai import Classifier, UNet, settings_from
 from .noise_schedules import LinearVP
 from .snapshots import read_state_dict
-from .weights import fill, read_safetensors
+from .weights import Unfilled, fill, read_safetensors
 
 LAST_STEP = 999  #: the network counts the model's time in [0, 1] in steps of a thousandth
 
@@ -157,7 +157,8 @@ class ADMModel:
                 f"where '{self.card.name}' has {self.card.label_dim} and {self.card.channels}"
             )
         with torch.inference_mode(False):  # else the weights could not be part of a graph
-            net = Classifier(**settings)
+            with Unfilled():
+                net = Classifier(**settings)
             fill(net, tensors, str(self.companion))
             net.eval().requires_grad_(False)
             net.cast(self.net.wide)
@@ -236,7 +237,8 @@ def load_unet(
             f"{path} is for samples {own.shape} with {own.label_dim} classes where '{card.name}' "
             f"has {card.shape} and {card.label_dim}; choose the dataset it belongs to"
         )
-    net = UNet(**own.config)
+    with Unfilled():
+        net = UNet(**own.config)
     fill(net, tensors, str(path))
     net.eval().requires_grad_(False)
     net.cast(dtype)
