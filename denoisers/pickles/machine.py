@@ -18,7 +18,7 @@ from torch import Tensor
 from .allowed import Storage, check_dtype, find, is_inert, set_array
 from .records import Record, Reference, Refusal, checked_key, shown
 
-MOST_INSTRUCTIONS = 20_000_000  #: a training state of 10,000 tensors has half a million
+MOST_INSTRUCTIONS = 5_000_000  #: a training state of 10,000 tensors has half a million
 MOST_BITS = 256  #: of a whole number; states of random generators have 128
 ELEMENT = 64  #: bytes that an element of a collection takes
 LITERALS = (

@@ -39,7 +39,7 @@ class Record:
 
 def shown(value: object) -> str:
     """A name from a file as one short line of printable characters."""
-    text = str(value).encode("ascii", "backslashreplace").decode()
+    text = str(value)[: SHOWN + 1].encode("ascii", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 

@@ -1,0 +1,169 @@
+"""Small files that ask for more than there is: each ends in one sentence, at once."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from denoisers.pickles.files import read
+from denoisers.snapshots import read_edm, read_predictor, read_state_dict
+from tests.test_convert_hostile import (
+    archive,
+    bare,
+    called,
+    glob,
+    legacy,
+    put,
+    refusal,
+    storage,
+)  # fmt: skip
+
+
+def tensor(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
+    """A tensor in a storage of four float32."""
+    identity = b"(" + put("storage") + glob("torch", "FloatStorage") + put("0") + put("cpu")
+    rebuilt = identity + put(4) + b"tQ" + put(offset) + put(size) + put(stride) + put(False) + b"}"
+    return glob("torch._utils", "_rebuild_tensor_v2") + b"(" + rebuilt + b"tR"
+
+
+def with_storage(payload: bytes) -> bytes:
+    """PyTorch's older format with one storage of four float32."""
+    keys = pickle.dumps(["0"], 2)
+    return legacy(payload)[: -len(pickle.dumps([], 2))] + keys + struct.pack("<q4f", 4, *range(4))
+
+
+def test_tensors_inside_their_storage(tmp_path: Path) -> None:
+    """The cases that the ones below step out of."""
+    path = tmp_path / "x.pt"
+    for size, stride, offset, expected in (
+        ((2, 2), (1, 2), 0, [[0, 2], [1, 3]]),
+        ((2,), (2,), 1, [1, 3]),
+        ((), (), 3, 3),
+        ((2, 0), (5, 1), 0, [[], []]),
+    ):
+        path.write_bytes(with_storage(tensor(size, stride, offset)))
+        assert read(path).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [
+        ((5,), (1,), 0), ((2,), (4,), 0), ((2,), (1,), 3), ((4,), (1,), 1), ((1,), (1,), 4),
+        ((-1,), (1,), 0), ((2,), (-1,), 1), ((2,), (1,), -1), ((2, 2), (1,), 0),
+        ((2**40,), (0,), 0), ((5,), (0,), 0), ((2**62, 2**62), (0, 0), 0), ((2**70,), (1,), 0),
+        ((2,), (2**62,), 0), ((2,), (2**70,), 0), ((1.5,), (1,), 0), (("2",), (1,), 0),
+        ((1,) * 1000, (1,) * 1000, 0), ((True,), (1,), 0),
+    ],
+)  # fmt: skip
+def test_tensors_beyond_their_storage(size: Any, stride: Any, offset: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(with_storage(tensor(size, stride, offset)))
+    assert "holds a tensor" in refusal(path)
+
+
+def persistent(count: int, kind: str = "FloatStorage", key: str = "0") -> bytes:
+    parts = put("storage") + glob("torch", kind) + put(key) + put("cpu") + put(count)
+    return b"(" + parts + b"tQ"
+
+
+def doubled(steps: int, last: bytes = b"") -> bytes:
+    """A tuple that holds the one before twice, and so on: small here, 2**steps leaves unfolded."""
+    return put(0) + b"".join(b"2\x86" for _ in range(steps)) + last
+
+
+BIG = put("x" * 10**5) + b"q\x090"
+#: Small files that ask for endless work or memory.
+BOMBS: dict[str, bytes] = {
+    "storage of 4 EB": persistent(2**60),
+    "negative storage": persistent(-1),
+    "storages beyond the file": b"(" + b"".join(persistent(50, key=k) for k in "abcdefghi") + b"t",
+    "storage in two types": b"(" + persistent(1) + persistent(1, "IntStorage") + b"t",
+    "text of 4 EB": b"\x8d" + struct.pack("<Q", 2**62),
+    "bytes of 16 EB": b"\x8e" + struct.pack("<Q", 2**64 - 1),
+    "bytes of 4 GB": b"B" + struct.pack("<I", 2**32 - 1) + b"x",
+    "number of 2 GB": b"\x8b" + struct.pack("<i", 2**31 - 1) + b"\x7f",
+    "number of a million bits": b"\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5,
+    "number of a million digits": b"I" + b"9" * 10**6 + b"\n",
+    "key that takes years to hash": b"}" + doubled(70) + b"Ns",
+    "element that takes years to hash": b"\x8f(" + doubled(70) + b"\x90",
+    "the same text encoded again and again": BIG
+    + 3000 * (called(glob("_codecs", "encode"), b"h\x09", put("latin1")) + b"0"),
+    "the same pairs again and again": put([[i, i] for i in range(3000)]) + b"q\x090"
+    + 9000 * (called(glob("collections", "OrderedDict"), b"h\x09") + b"0"),
+    "the same storage again and again": put(with_storage(persistent(4))) + b"q\x090"
+    + 900 * (called(glob("torch.storage", "_load_from_bytes"), b"h\x09") + b"0"),
+    "a storage in a storage": called(
+        glob("torch.storage", "_load_from_bytes"), put(storage(persistent(0)))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_fizzle(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    began = time.process_time()
+    path.write_bytes(with_storage(BOMBS[name]))
+    refusal(path)
+    archive(BOMBS[name], path)
+    refusal(path)
+    assert time.process_time() - began < 2
+
+
+MODULE = glob("torch.nn.modules.container", "Sequential") + b")\x81"
+INNER = b"}" + put("_modules") + b"}" + put("m")
+#: Data that means nothing, but that a walk without a limit would not survive.
+DEEP: dict[str, bytes] = {
+    "lists": b"]" * 50000 + b"a" * 49999,
+    "modules": (MODULE + INNER) * 3000 + MODULE + b"ssb" * 3000,
+    "a few modules too many": (MODULE + INNER) * 40 + MODULE + b"ssb" * 40,
+    "tuples": doubled(3000),
+    "a dict in itself": b"}q\x01" + put("ema") + b"h\x01s",
+    "a module in itself": MODULE + b"q\x01" + INNER + b"h\x01ssb",
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("reader", [read_edm, read_predictor, read_state_dict])
+def test_depth_is_no_danger(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(bare(b"}" + put("model") + DEEP[name] + b"s"))
+    refusal(path, reader)
+
+
+def test_what_holds_itself_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(bare(DEEP["a dict in itself"]))
+    content = read(path)
+    assert content["ema"] is content
+
+
+def test_archives_that_unpack_to_too_much(tmp_path: Path) -> None:
+    path = tmp_path / "models.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("model.ckpt", bytes(10**8))
+    assert "model.ckpt would unpack from" in refusal(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("archive/data.pkl", bare(b"]" * 10**5))
+    assert "data.pkl is compressed" in refusal(path)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"PK\x01\x02") + 24  # the size in the directory: 4 GB in a file of 1 kB
+    data[place : place + 4] = b"\xf0\xff\xff\xff"
+    path.write_bytes(data)
+    refusal(path)
+    inner = tmp_path / "inner.pt"
+    torch.save({"a": torch.zeros(2)}, inner)
+    nested = tmp_path / "nested.pt"
+    with zipfile.ZipFile(nested, "w") as made:
+        made.write(inner, "model.pt")
+    with zipfile.ZipFile(path, "w") as made:
+        made.write(nested, "model.pt")
+    assert read(nested)["a"].tolist() == [0, 0]
+    assert "it is an archive in an archive" in refusal(path)
