@@ -21,7 +21,7 @@ from .cards import Card
 from .files import Files
 from .precond import EDMPrecond, Precond, build
 from .snapshots import find_network, read, read_edm
-from .weights import fill, read_safetensors
+from .weights import Unfilled, fill, read_safetensors
 
 __all__ = [
     "EDMDenoiser", "EDMModel", "EDMPrecond", "build", "describe_edm", "is_edm", "load_edm",
@@ -117,12 +117,12 @@ def load_edm(card: Card, files: Files, device: torch.device, dtype: torch.dtype)
             f"{file} has sha256 {digest} where its card says {card.sha256}; restore the file"
         )
     found = read_checkpoint(file)
-    if found.config is None:
-        net = build(card.config, card.bottleneck)
-    else:
-        net = _network(found, file)
-        _check_fit(net, card, file)
-        card = replace(card, config=found.config, bottleneck=net.model.bottleneck)
+    config, bottleneck = found.config, found.bottleneck
+    if config is None:
+        config, bottleneck = dict(card.config), card.bottleneck
+    net = _network(config, bottleneck, file)
+    _check_fit(net, card, file)
+    card = replace(card, config=config, bottleneck=net.model.bottleneck)
     fill(net, found.tensors, str(file))
     net.eval().requires_grad_(False)
     return EDMModel(card, digest, net.cast(dtype).to(device))
@@ -141,8 +141,7 @@ def describe_edm(name: str, path: Path) -> Card:
             f"{path} does not hold the settings of its network; give --dataset_name the name of "
             "the published model that it belongs to"
         )
-    with torch.device("meta"):
-        net = _network(found, path)
+    net = _network(found.config, found.bottleneck, path)
     return Card(
         name=name,
         family="edm",
@@ -205,10 +204,11 @@ def _is_pickle(path: Path) -> bool:
         return file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
-def _network(found: Checkpoint, path: Path) -> Precond:
-    """Untrained, from the settings of a file, which may be anything."""
+def _network(config: Mapping[str, Any], bottleneck: str | None, path: Path) -> Precond:
+    """To be filled, from the settings of a file, which may be anything."""
     try:
-        return build(found.config or {}, found.bottleneck)
+        with Unfilled():
+            return build(config, bottleneck)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} has settings that make no network: {error}") from error
 

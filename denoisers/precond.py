@@ -58,6 +58,8 @@ class Precond(nn.Module):
         super().__init__()
         if model_type not in NETWORKS:
             raise ValueError(f"model_type is '{model_type}'; known: {', '.join(NETWORKS)}")
+        if not 0 <= sigma_min < sigma_max:
+            raise ValueError(f"the noise levels go from {sigma_min} up to {sigma_max}")
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
@@ -160,6 +162,8 @@ class EDMPrecond(Precond):
         )
         if D is not None and not (D >= 1 and int(D) == D):
             raise ValueError(f"D is {D}, but PFGM++ adds a whole number of dimensions, 1 or more")
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data is {sigma_data}, but a deviation is positive")
         self.sigma_data = sigma_data
         self.D = None if D is None else int(D)
 
@@ -186,11 +190,14 @@ class VPPrecond(Precond):
         epsilon_t: float = 1e-5,
         **settings: Any,
     ) -> None:
+        if not M > 1:
+            raise ValueError(f"M is {M}; the process needs two steps or more")
+        schedule = LinearVP(beta_d, beta_min)
         t = torch.tensor([epsilon_t, 1.0], device="cpu")
         # Published in float32 and without expm1: the lowest level is 2^-10, not 0.0010005.
         low, high = ((0.5 * beta_d * t**2 + beta_min * t).exp() - 1).sqrt().tolist()
         super().__init__(img_resolution, img_channels, low, high, **settings)
-        self.schedule = LinearVP(beta_d, beta_min)
+        self.schedule = schedule
         self.M = M
 
     def coefficients(self, sigma: Tensor) -> Coefficients:

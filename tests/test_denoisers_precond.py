@@ -264,5 +264,14 @@ def test_settings_that_make_no_network_are_refused() -> None:
     for wrong in (0, 2.5):
         with pytest.raises(ValueError, match=f"D is {wrong}, but PFGM.. adds a whole number"):
             build({"class_name": "EDMPrecond", **TINY, "D": wrong})
+    for kind, settings, message in (
+        ("VEPrecond", {"sigma_min": 3.0, "sigma_max": 2.0}, "levels go from 3.0 up to 2.0"),
+        ("EDMPrecond", {"sigma_min": math.nan}, "levels go from nan up to inf"),
+        ("EDMPrecond", {"sigma_data": 0.0}, "sigma_data is 0.0, but a deviation is positive"),
+        ("VPPrecond", {"M": 1}, "M is 1; the process needs two steps or more"),
+        ("VPPrecond", {"beta_min": -0.1}, "beta_min = -0.1 must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build({"class_name": kind, **TINY, **settings})
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         build({"class_name": "VEPrecond", **TINY, "colour": 1})
