@@ -1,0 +1,140 @@
+"""The published recipes of launch.sh from end to end, on tiny checkpoints in the real formats."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from amed.experiments import load_predictor
+from denoisers.cards import cards
+from denoisers.edm import build
+from denoisers.first_stage import VQDecoder
+from denoisers.nets.openai import UNet
+from metrics.statistics import Statistics
+from runtime.record import RunRecord
+from tests import published, tiny_pipeline
+from tests.test_denoisers_ldm import ABAR, random_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = {"exps", "samples", "data", ".venv", ".git"}
+FEATURES = 6  #: of the tiny detector
+
+
+class Detector(torch.nn.Module):
+    """In the place of Inception: means and deviations of the channels."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        x = img.to(torch.float32)
+        return torch.cat([x.mean(dim=[2, 3]), x.std(dim=[2, 3])], dim=1)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A checkout of its own for what a recipe writes; the code is this one."""
+    house = tmp_path / "a checkout"
+    (house / ".venv/bin").mkdir(parents=True)
+    for path in ROOT.iterdir():
+        if path.name not in OUTPUTS and path.name != "launch.sh":
+            (house / path.name).symlink_to(path)
+    (house / "launch.sh").write_bytes((ROOT / "launch.sh").read_bytes())
+    python = house / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    key = subprocess.check_output(
+        "cat pyproject.toml constraints.txt | cksum", shell=True, cwd=ROOT
+    )
+    for stamp in ("installed", "installed-diffusion"):
+        (house / ".venv" / stamp).write_bytes(key)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    torch.jit.script(Detector()).save(str(cache / "inception-2015-12-05.pt"))
+    return house
+
+
+def launch(house: Path, recipe: str, model: Path) -> None:
+    environment = {**os.environ, "AMED_CACHE": str(house.parent / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", str(house / "launch.sh"), recipe, "--try", f"--model_path={model}"],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def results(house: Path, nfe: list[int]) -> list[tuple[np.ndarray, Statistics | None]]:
+    """Images (and their statistics) of each student, after checks that hold for all of them."""
+    found = []
+    for run, spent in zip(sorted((house / "exps").glob("0*")), nfe, strict=True):
+        predictor, settings, record = load_predictor(str(run), house / "exps")
+        assert record.plan["nfe"] == spent and f"-{spent}-" in run.name
+        assert not torch.equal(predictor.fc_r.weight, type(predictor)(
+            settings.scale_dir, settings.scale_time, seed=0).fc_r.weight)  # fmt: skip
+        folder = house / "samples" / run.name
+        assert RunRecord.read(folder / "run.json").plan["nfe_metered"] == spent
+        images = np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("*.png"))])
+        assert len(images) == 8 and all(image.std() > 1 for image in images)
+        assert len({image.tobytes() for image in images}) == 8
+        made = folder.with_name(f"{folder.name}-inception.npz")
+        found.append((images, Statistics.load(made) if made.exists() else None))
+    return found
+
+
+def edm_checkpoint(name: str, path: Path) -> Path:
+    """A tiny network with the samples and classes of a card, pickled as EDM publishes them."""
+    config: dict[str, Any] = {**cards()[name].config, "model_channels": 8, "num_blocks": 1}
+    config |= {"channel_mult": [1, 1, 1, 1][: len(config["channel_mult"])], "attn_resolutions": [8]}
+    torch.manual_seed(0)
+    net = build(config)
+    for parameter in net.parameters():
+        parameter.data.normal_(0, 0.2)
+    settings = {k: v for k, v in config.items() if k != "class_name"}
+    ema = published.network("EDMPrecond", settings, net.state_dict())
+    path.write_bytes(published.pickled(published.snapshot(ema)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "statistics"),
+    [("cifar10", "cifar10-32x32"), ("ffhq", "ffhq-64x64"), ("imagenet64", "imagenet-64x64")],
+)
+def test_pixel_models(name: str, statistics: str, house: Path) -> None:
+    (house / "data/fid-refs").mkdir(parents=True)
+    moments = {"mu": np.full(FEATURES, 100.0), "sigma": 50 * np.eye(FEATURES)}
+    np.savez(house / f"data/fid-refs/{statistics}.npz", **moments)
+    launch(house, name, edm_checkpoint(name, house.parent / "network.pkl"))
+    for images, _ in results(house, [5, 5]):
+        assert images.shape[1:] == (cards()[name].resolution,) * 2 + (3,)
+
+
+def test_latent_diffusion(house: Path) -> None:
+    card = cards()["lsun_bedroom_ldm"]
+    torch.manual_seed(0)
+    small = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1, 1]}
+    net = UNet(**{**card.config, **small, "attention_resolutions": [4]})
+    stage = VQDecoder(
+        codes=16, embed_dim=3, z_channels=3, out_channels=3, widths=(32, 32, 32), num_blocks=1
+    )
+    tensors = {f"model.diffusion_model.{k}": v for k, v in random_weights(net).items()}
+    tensors |= {f"first_stage_model.{k}": v for k, v in random_weights(stage, 0.3).items()}
+    tensors["alphas_cumprod"] = torch.tensor(ABAR, dtype=torch.float32)
+    path = house.parent / "model.ckpt"
+    torch.save({"state_dict": tensors}, path)
+    launch(house, "lsun_bedroom_ldm", path)
+    ((images, made),) = results(house, [5])
+    assert images.shape[1:] == (256, 256, 3) and made is not None and made.n == 8
+
+
+def test_stable_diffusion(house: Path) -> None:
+    (house / "data").mkdir()
+    captions = house / "data/MS-COCO_val2014_30k_captions.csv"
+    captions.write_text("id,text\n" + "".join(f'{i},"a cat, {i}"\n' for i in range(8)))
+    launch(house, "ms_coco", tiny_pipeline.stable_diffusion(house.parent / "pipe", side=64))
+    ((images, made),) = results(house, [20])
+    assert images.shape[1:] == (128, 128, 3) and made is not None and made.n == 8
