@@ -20,7 +20,7 @@ from runtime.errors import UserError
 
 from .nets.layers import attention
 from .nets.openai_blocks import Upsample
-from .weights import fill
+from .weights import filled
 
 DECODING = ("quantize.", "post_quant_conv.", "decoder.")  #: the parts of a first stage used here
 CHUNK = 4  #: images decoded at a time: the distances to 8192 codes take 128 MiB for each
@@ -167,9 +167,8 @@ def load_first_stage(tensors: Mapping[str, Tensor], source: str) -> VQDecoder:
     Every name under ``quantize``, ``post_quant_conv`` and ``decoder`` must be known and there.
     """
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(DECODING)}
-    decoder = VQDecoder(**settings_from(own, source))
-    fill(decoder, own, source)
-    return decoder.eval().requires_grad_(False)
+    settings = settings_from(own, source)
+    return filled(lambda: VQDecoder(**settings), own, source)
 
 
 def settings_from(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:

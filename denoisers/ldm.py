@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ from runtime.errors import UserError
 from runtime.files import sha256_file
 from solvers.types import Denoised
 
+from .adm import check_conditions, read_openai
 from .cards import Card
-from .convert import read_state_dict
 from .files import Files
 from .first_stage import VQDecoder, load_first_stage
 from .nets.openai import UNet, is_openai, settings_from
 from .noise_schedules import DiscreteVP
-from .weights import fill
+from .weights import filled
 
 NETWORK = "model.diffusion_model."  #: prefixes in a checkpoint
 AVERAGE = "model_ema."
@@ -52,11 +53,7 @@ class LDMDenoiser:
         steps = len(self.schedule.alphas_cumprod)
         times = steps * self.schedule.sigma_inv(sigma.cpu()).reshape(-1).expand(len(x)) - 1
         state, sigma = x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
-        scaled = state / (1 + sigma**2).sqrt()
-        device = next(self.net.parameters()).device
-        eps, feat = self.net(
-            scaled.to(self.net.dtype).to(device), times.to(self.net.wide).to(device)
-        )
+        eps, feat = self.net(state / (1 + sigma**2).sqrt(), times)
         x0 = state - sigma * eps.to(x.device).to(wide)
         return Denoised(x0.to(x.dtype), feat.to(x.device).to(wide))
 
@@ -79,15 +76,11 @@ class LDMModel:
         prompts: Sequence[str] | None = None,
     ) -> LDMDenoiser:
         """Nothing can be fixed: UserError for labels, guidance or prompts."""
-        name = self.card.name
         if guidance_rate not in (None, 0.0, 1.0):
             raise UserError(
-                f"'{name}' has no guidance, but the rate is {guidance_rate:g}; leave it out"
+                f"'{self.card.name}' has no guidance, but the rate is {guidance_rate}; leave it out"
             )
-        if labels is not None:
-            raise UserError(f"'{name}' is unconditional: it takes no class labels")
-        if prompts is not None:
-            raise UserError(f"'{name}' takes no text; leave the prompts out")
+        check_conditions(self.card, self.net, labels, prompts)
         return LDMDenoiser(self.net, self.schedule)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -104,59 +97,61 @@ def load_ldm(card: Card, files: Files, device: torch.device, dtype: torch.dtype)
     as the first stage is frozen while the U-Net is trained.  It runs in float32 at least.
     """
     source = str(files.main)
-    tensors = read_state_dict(files.main)
+    tensors, config = read_openai(files.main)
     schedule = check_schedule(card, tensors, source)
-    net = load_network(card, tensors, source)
+    net, settings = load_network(card, tensors, config, source)
     first_stage = find_first_stage(tensors, files)
-    found = card.resolution * first_stage.factor
-    if first_stage.embed_dim != card.channels or card.image_resolution not in (None, found):
+    side = card.resolution * first_stage.factor
+    if first_stage.embed_dim != card.channels or card.image_resolution not in (None, side):
         raise UserError(
             f"the first stage in {files.companion or source} turns {first_stage.embed_dim} "
-            f"channels into {found}x{found} pixels where '{card.name}' has {card.channels} "
+            f"channels into {side}x{side} pixels where '{card.name}' has {card.channels} "
             f"channels and {card.image_resolution} pixels; give the one it was trained on"
         )
-    scale = tensors.get("scale_factor")
     net.cast(dtype)
     return LDMModel(
-        replace(card, image_resolution=found),
+        replace(card, image_resolution=side, config=settings),
         sha256_file(files.main),
         net.to(device),
         schedule,
         first_stage.to(torch.promote_types(dtype, torch.float32)).to(device),
-        1.0 if scale is None else float(scale),
+        find_scale(tensors, source),
     )
 
 
-def load_network(card: Card, tensors: Mapping[str, Tensor], source: str) -> UNet:
-    """The U-Net with the averaged weights if there are any, as published sampling takes them."""
-    plain = part(tensors, NETWORK)
+def load_network(
+    card: Card, tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: str
+) -> tuple[UNet, dict[str, Any]]:
+    """The U-Net, with the averaged weights if there are any as in published sampling; settings.
+
+    ``config`` holds settings that come with the file; those that neither it nor the tensors tell
+    are the card's.
+    """
+    plain, average = part(tensors, NETWORK), part(tensors, AVERAGE)
     if not is_openai(plain):
         raise UserError(
             f"{source} holds no unconditional U-Net under '{NETWORK}'; give --model_path the "
             "checkpoint of an unconditional latent diffusion model"
         )
-    settings = settings_from(plain, card.config)
-    if (settings["in_channels"], settings["out_channels"]) != (card.channels, card.channels):
+    base = {**card.config, "image_size": card.resolution, **config}
+    settings = settings_from(plain, base)
+    found = tuple(settings[name] for name in ("in_channels", "out_channels", "num_classes"))
+    if found != (card.channels, card.channels, None):
         raise UserError(
-            f"{source} takes {settings['in_channels']} channels and predicts "
-            f"{settings['out_channels']} where the latents of '{card.name}' have {card.channels}; "
-            "choose the dataset it belongs to"
+            f"{source} takes {found[0]} channels, predicts {found[1]} and has {found[2] or 'no'} "
+            f"classes where '{card.name}' has {card.channels} channels and no classes; choose the "
+            "dataset it belongs to"
         )
-    net = UNet(**settings)
-    average = part(tensors, AVERAGE)
-    if average:
-        dotted = {AVERAGED + name.replace(".", ""): name for name in net.state_dict()}
-        average = {dotted.get(k, k): v for k, v in average.items() if k not in COUNTERS}
-        fill(net, average, f"{source} ('{AVERAGE}')")
-    else:
-        fill(net, plain, f"{source} ('{NETWORK}')")
-    return net.eval().requires_grad_(False)
+    dotted = {AVERAGED + name.replace(".", ""): name for name in plain}
+    average = {dotted.get(k, k): v for k, v in average.items() if k not in COUNTERS}
+    where = f"{source} ('{AVERAGE if average else NETWORK}')"
+    return filled(lambda: UNet(**settings), average or plain, where), settings
 
 
 def find_first_stage(tensors: Mapping[str, Tensor], files: Files) -> VQDecoder:
     """From the companion file, with or without prefix, or from the model's own ``tensors``."""
     if files.companion is not None:
-        alone = read_state_dict(files.companion)
+        alone, _ = read_openai(files.companion)
         return load_first_stage(part(alone, FIRST_STAGE) or alone, str(files.companion))
     inside = part(tensors, FIRST_STAGE)
     if not inside:
@@ -181,6 +176,14 @@ def check_schedule(card: Card, tensors: Mapping[str, Tensor], source: str) -> Di
             f"'{card.name}'; choose the dataset it belongs to"
         )
     return schedule
+
+
+def find_scale(tensors: Mapping[str, Tensor], source: str) -> float:
+    """What latents were multiplied by: 1 unless the checkpoint measured it."""
+    scale = tensors.get("scale_factor", torch.ones(()))
+    if scale.numel() != 1 or not 0 < scale.item() < float("inf"):
+        raise UserError(f"{source} has a 'scale_factor' that is no positive number; fetch it again")
+    return scale.item()
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

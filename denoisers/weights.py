@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from runtime.errors import UserError
 #: published values carry an error of 5e-4 from a long recursion in float32.
 DERIVED = ("resample_filter", "u")
 TOLERANCE = 2e-3  #: relative
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -69,4 +70,21 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     unknown = sorted(set(tensors) - set(own))
     if unknown:
         raise UserError(f"{source} has '{unknown[0]}', which the network lacks; wrong settings?")
-    module.load_state_dict(dict(tensors))
+    meta = any(tensor.is_meta for tensor in own.values())  # these take the tensors themselves
+    module.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, assign=meta)
+
+
+def filled(make: Callable[[], NetworkT], tensors: Mapping[str, Tensor], source: str) -> NetworkT:
+    """The network of ``make`` with ``tensors`` as its weights, which no longer need gradients.
+
+    Memory is taken only once names and shapes are known to fit, so ``make`` may go by shapes that
+    a file claims; buffers that it computes are lost.  Raises UserError where ``make`` finds that
+    its settings make no network, and as :func:`fill` does.
+    """
+    try:
+        with torch.device("meta"):
+            net = make()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{source} has weights that make no network: {error}") from error
+    fill(net, tensors, source)
+    return net.eval().requires_grad_(False)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoisers.cards import Card
+from denoisers.cards import Card, cards
 from denoisers.files import Files
 from denoisers.first_stage import Quantizer, VQDecoder
 from denoisers.ldm import LDMModel, load_ldm
-from denoisers.nets.openai import UNet
+from denoisers.nets.openai import UNet, settings_from
 from runtime.errors import UserError
 from runtime.files import sha256_file
 
@@ -42,14 +42,8 @@ STAGE: dict[str, Any] = {
     "widths": (32, 64),
     "num_blocks": 2,
 }
-CARD = Card(
-    name="tiny", family="ldm", resolution=8, channels=3, label_dim=0,
-    sigma_min=0.0388, sigma_max=83.8, bottleneck="middle_block",
-    file="model.ckpt", url=None, sha256=None,
-    config={"image_size": 8, "num_head_channels": 32},  # the rest is read off the tensors
-    guidance="uncond", image_resolution=16,
-    noise_schedule={"kind": "discrete_vp", "first": 0.0015, "last": 0.0195},
-)  # fmt: skip
+PUBLISHED = cards()["lsun_bedroom_ldm"]
+CARD = dataclasses.replace(PUBLISHED, name="tiny", resolution=8, image_resolution=16)
 #: Of the published training code: betas linear in their roots.
 ABAR = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
 SIGMAS = torch.tensor(np.sqrt(1 / ABAR - 1))  #: of the 1000 steps
@@ -145,13 +139,17 @@ def test_time_between_and_beyond_the_steps_is_linear_in_log_alpha(tiny: Files) -
     assert largest(both.x0[1:], alone.x0) < 1e-9
 
 
-def test_range_of_noise_levels() -> None:
-    """The published ends, t = 1/1000 and t = 1: the first beta alone, and all of them."""
-    schedule = CARD.schedule
-    low, high = (float(schedule.sigma(torch.tensor(t))) for t in (1e-3, 1.0))
-    assert low == pytest.approx((0.0015 / 0.9985) ** 0.5, rel=1e-6)
-    assert high == pytest.approx(float(SIGMAS[-1]), rel=1e-6)
-    assert (low, high) == pytest.approx((0.03875891, 83.82249447), rel=1e-6)
+def test_the_published_card() -> None:
+    """Noise levels from the first beta alone to all of them; the size that the authors print."""
+    low, high = float((0.0015 / 0.9985) ** 0.5), float(SIGMAS[-1])
+    assert (PUBLISHED.sigma_min, PUBLISHED.sigma_max) == pytest.approx((low, high), rel=1e-9)
+    ends = PUBLISHED.schedule.sigma(torch.tensor([1e-3, 1.0], dtype=torch.float64))
+    assert ends.tolist() == pytest.approx([low, high], rel=1e-9)
+    with torch.device("meta"):
+        net = UNet(**PUBLISHED.config)
+    size = sum(p.numel() for p in net.parameters())
+    assert f"{size / 1e6:.2f} M" == "274.06 M"
+    assert settings_from(net.state_dict(), PUBLISHED.config) == PUBLISHED.config
 
 
 def test_zip_and_second_file(tiny: Files, tmp_path: Path) -> None:
@@ -299,7 +297,7 @@ def without(prefix: str) -> dict[str, Tensor]:
     return {k: v for k, v in checkpoint().items() if not k.startswith(prefix)}
 
 
-def changed(shapes: dict[str, int]) -> dict[str, Tensor]:
+def changed(shapes: dict[str, Any]) -> dict[str, Tensor]:
     return checkpoint() | {name: torch.zeros(size) for name, size in shapes.items()}
 
 
@@ -310,13 +308,16 @@ MISFITS: list[tuple[dict[str, Tensor], str]] = [
     (changed({"model_ema.more": 1}), "has 'more', which the network lacks"),
     (without("model.diffusion_model."), "holds no unconditional U-Net under 'model.diffusion_mo"),
     (without("model.diffusion_model.middle_block.1.qkv"), "holds no unconditional U-Net under"),
+    (changed({"model.diffusion_model.input_blocks.1.0.out_layers.3.weight": (48, 48, 3, 3)}),
+     r"\('model_ema.'\) has weights that make no network: num_channels"),
     (without("first_stage_model."), "holds no first stage .* with --companion_path"),
     (without(STAGE_PREFIX + "quantize"), "has no 'quantize.embedding.weight' as a vector-quan"),
     (without(STAGE_PREFIX + "decoder.up"), "has no 'decoder.up.0.block.0.conv1.weight' as a vec"),
     (without(STAGE_PREFIX + "decoder.mid.attn_1.q.bias"), "lacks 'decoder.mid.attn_1.q.bias'"),
     (changed({STAGE_PREFIX + "decoder.up.0.attn.0.norm.bias": 3}), "which the network lacks"),
+    (checkpoint() | {"scale_factor": torch.zeros(())}, "'scale_factor' that is no positive number"),
     (checkpoint() | {"alphas_cumprod": torch.tensor(ABAR**0.9)}, "on other noise levels .* 'tiny'"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("tensors", "sentence"), MISFITS, ids=range(len(MISFITS)))
@@ -329,7 +330,10 @@ def test_checkpoints_that_do_not_fit_are_refused(
 
 def test_what_the_card_does_not_say_is_refused(tiny: Files) -> None:
     for fields, sentence in (
-        ({"channels": 4}, "takes 3 channels and predicts 3 where the latents of 'tiny' have 4"),
+        (
+            {"channels": 4},
+            "takes 3 channels, predicts 3 and has no classes where 'tiny' has 4 channels",
+        ),
         ({"image_resolution": 32}, "turns 3 channels into 16x16 pixels where .* 32 pixels"),
         ({"noise_schedule": None}, "card of 'tiny' lacks a noise_schedule of discrete steps"),
     ):
@@ -342,7 +346,7 @@ def test_what_the_card_does_not_say_is_refused(tiny: Files) -> None:
         UserError, match="'tiny' has no guidance, but the rate is 7.5; leave it out"
     ):
         model.bind(guidance_rate=7.5)
-    with pytest.raises(UserError, match="'tiny' is unconditional: it takes no class labels"):
+    with pytest.raises(UserError, match="'tiny' is unconditional: leave --class 1 out"):
         model.bind(torch.tensor([1]))
-    with pytest.raises(UserError, match="'tiny' takes no text; leave the prompts out"):
+    with pytest.raises(UserError, match="'tiny' takes no text: leave the prompts out"):
         model.bind(prompts=["a bedroom"])
