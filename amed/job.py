@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,7 +63,7 @@ def prepare(options: dict[str, Any], world: World) -> Job:
     settings = _settings(options, card.sigma_min, card.sigma_max)
     fine, stride = settings.teacher_grid(**card.time_maps)
     restart = settings.sampler_tea == "restart"
-    info = _restart_info(options, card.restart_info) if restart else None
+    info = _restart_info(options, card) if restart else None
     teacher = build_teacher(
         settings.sampler_tea,
         None if restart or settings.sampler_tea == "dopri5" else settings.teacher_solver(),
@@ -148,9 +147,15 @@ def _conditions(options: dict[str, Any], card: Card) -> Conditions:
     return Conditions.of(card, **{name: options[name] for name in names})
 
 
-def _restart_info(options: dict[str, Any], default: Mapping[str, Sequence[float]]) -> str:
+def _restart_info(options: dict[str, Any], card: Card) -> str:
     """The intervals as JSON, whichever way they were given, so that the record holds them."""
-    given = options["restart_info"] or json.dumps({k: list(v) for k, v in default.items()})
+    if not options["restart_info"] and not card.restart_info:
+        raise UserError(
+            f"{card.name!r} has no restart intervals of its own: give --restart_info "
+            "'{\"0\": [N_restart, K, t_min, t_max]}' between its noise levels "
+            f"{card.sigma_min:.3g} and {card.sigma_max:.3g}"
+        )
+    given = options["restart_info"] or json.dumps(dict(card.restart_info))
     rows = {str(i): dataclasses.astuple(v) for i, v in enumerate(parse_restart_info(given))}
     return json.dumps(rows)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from amed.experiments import PREDICTOR, find_run, load_predictor
 from denoisers.cards import Card
@@ -156,6 +158,9 @@ def run(job: Job, world: World) -> Summary:
     """Make the images that the folder lacks, on all processes, and complete its record."""
     setup, folder = job.setup, job.folder
     model = setup.source(job.card.name).load(setup.dtype, world)
+    note = _other_weights(job.sampler, model.sha256)
+    if note and world.is_main:
+        tqdm.write(note, file=sys.stderr)
     record, missing = world.broadcast_object(
         folder.open(job.record(model.sha256, world), job.seeds) if world.is_main else None
     ) or (None, [])
@@ -199,6 +204,21 @@ def _learned(
     card = setup.source(setup.dataset_name or student.dataset_name).card()
     name = _name(find_run(spec, root))
     return card, build_learned(options, predictor, student, record, name, card)
+
+
+def _other_weights(sampler: Sampler, sha256: str) -> str | None:
+    """A warning where a predictor was trained on other weights than these.
+
+    No error: the same network in another file has another hash as well.
+    """
+    record = sampler.settings.get("predictor_record", {})
+    trained = record.get("model", {}).get("sha256")
+    if trained in (None, sha256):
+        return None
+    return (
+        f"note: {sampler.label} was trained on weights with the SHA-256 {trained[:12]}..., and "
+        f"these have {sha256[:12]}...: unless they are the same network, train one for them"
+    )
 
 
 def _name(path: Path) -> str:

@@ -1,5 +1,6 @@
 """sample.py from the command line: files, records, kills, refusals."""
 
+import dataclasses
 import json
 import os
 import re
@@ -216,6 +217,11 @@ def test_a_predictor_by_number_folder_and_file(run: Run, tmp_path: Path) -> None
     plan = RunRecord.read(here / "run.json").plan
     assert (plan["nfe_planned"], plan["nfe_metered"]) == (3, 3)
     assert plan["predictor"] == folder.name and plan["sampler_stu"] == "ipndm"
+    assert "note: ipndm-00003 was trained on weights" not in done.err
+    other = dataclasses.replace(record, model={**record.model, "sha256": "f" * 64})
+    save_predictor(folder / "predictor.safetensors", predictor, other)
+    done = run("--predictor_path=3", "--seeds=0", "--outdir=other")
+    assert done.code == 0 and "trained on weights with the SHA-256 ffffffffffff..." in done.err
     done = run("--predictor_path=3", "--dataset_name=cifar10")
     assert done.code == 1 and "was trained for 'cifar10-small', not for 'cifar10'" in done.err
     done = run("--predictor_path=3", "--sampler=euler")
