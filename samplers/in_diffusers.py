@@ -139,7 +139,7 @@ class WalkScheduler:
         if self._start is None:
             self._set_start(sample)
         asked = self._expected()
-        inputs = self.prediction.scale(asked.x, asked.sigma.to(asked.x).to(asked.x.device))
+        inputs = self.prediction.scale(asked.x, _like(asked.sigma, asked.x))
         return inputs.repeat(len(sample) // len(inputs), 1, 1, 1).to(sample.dtype)
 
     def step(
@@ -167,7 +167,7 @@ class WalkScheduler:
                 "cannot follow; leave inpainting and callbacks that edit latents out"
             )
         asked = self._expected()
-        sigma = asked.sigma.to(asked.x).to(asked.x.device)
+        sigma = _like(asked.sigma, asked.x)
         x0 = self.prediction.x0(asked.x, sigma, model_output.to(asked.x))
         self._known.append(Denoised(x0, self._bottleneck.take(len(sample))))
         self._given = self._replay().to(sample.dtype)
@@ -214,3 +214,7 @@ class WalkScheduler:
         if len(args) > 1:
             return (sample, time, *args[2:]), kwargs
         return args, {**kwargs, "timestep": time}
+
+
+def _like(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.to(x.dtype).to(x.device)  # cast first: MPS has no float64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ pytest.importorskip("transformers")
 
 from click.testing import CliRunner
 
+import sample
 import train
-from amed.experiments import load_predictor
+from amed.experiments import create_run, load_predictor, save_predictor
 from amed.predictor import AMEDPredictor
+from amed.settings import StudentSettings
 from denoisers.conditions import Conditions
 from denoisers.pipelines import from_pipeline, load_diffusers
 from denoisers.registry import ModelSource
@@ -22,15 +26,28 @@ from examples import stable_diffusion
 from restart.plan import Solve
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
+from runtime.record import RunRecord
 from samplers.generate import generate
 from samplers.in_diffusers import WalkScheduler, use_predictor
 from samplers.sampler import Sampler
 from solvers.driver import integrate
 from solvers.registry import make_solver
-from tests import tiny_pipeline
+from tests import published, tiny_pipeline
 
 PROMPTS = ["a cat", "an apple"]
 CPU = torch.device("cpu")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "own-model.md"
+#: What makes a command of the page a matter of a second.
+SHORTER = {
+    "train.py": ["--device=cpu", "--total_kimg=0.004", "--batch=4", "--tick=0.004"],
+    "sample.py": ["--device=cpu"],
+    "examples/stable_diffusion.py": [],
+}
+SCRIPTS = {
+    "train.py": train.main,
+    "sample.py": sample.main,
+    "examples/stable_diffusion.py": stable_diffusion.main,
+}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +140,19 @@ def test_every_image_has_times_of_its_own_from_the_bottleneck(pipe, model) -> No
     assert float((run(pipe, scheduler) - seen).abs().max()) > 0.01
 
 
+def test_the_network_may_be_called_by_name(pipe, model) -> None:
+    scheduler = WalkScheduler.install(pipe, walk_of(model, "amed", predictor(), True))
+    scheduler.set_timesteps(5)
+    y = scheduler.scale_model_input(latents())
+    text = pipe.encode_prompt(PROMPTS, CPU, 1, False)[0]
+    placed = pipe.unet(y, 3, encoder_hidden_states=text).sample
+    named = pipe.unet(sample=y, timestep=3, encoder_hidden_states=text).sample
+    own = pipe.unet
+    scheduler.remove()
+    unknown = own(y, 3, encoder_hidden_states=text).sample
+    assert torch.equal(placed, named) and float((placed - unknown).abs().max()) > 0.01
+
+
 def test_a_walk_without_a_predictor_is_the_librarys_euler(pipe, model) -> None:
     from diffusers import EulerDiscreteScheduler
 
@@ -176,6 +206,23 @@ def test_stable_diffusion_xl(tmp_path: Path) -> None:
         walk.solver, model.bind(None, 5.0, PROMPTS), start, walk.ts, walk.guide, walk.afs
     ).x[-1]
     assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+
+
+def test_an_unconditional_latent_pipeline(tmp_path: Path) -> None:
+    folder = tiny_pipeline.latent_unconditional(tmp_path)
+    model, pipe = own_model(folder), open_pipeline(folder)
+    walk = walk_of(model, "ipndm", predictor())
+    scheduler = WalkScheduler.install(pipe, walk)
+    images = pipe(
+        batch_size=2,
+        generator=torch.Generator().manual_seed(7),
+        num_inference_steps=scheduler.num_inference_steps,
+        output_type="np",
+    ).images
+    start = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7)) * walk.ts[0]
+    ours = integrate(walk.solver, model.bind(), start, walk.ts, walk.guide).x[-1]
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    assert float((model.decode(ours) - theirs).abs().max()) < 1e-4 and float(theirs.std()) > 0.1
 
 
 def test_a_pipeline_is_left_as_it_was(pipe, model) -> None:
@@ -248,3 +295,86 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
     done = CliRunner().invoke(stable_diffusion.main, command)
     assert done.exception is None and "image.png: 3 calls" in done.output
     assert (tmp_path / "image.png").stat().st_size > 100
+
+
+def page_blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(), re.S)
+
+
+def own_network(path: Path) -> None:
+    """A tiny network of the EDM family in a pickle, as its authors publish it."""
+    from denoisers.edm import build
+
+    config = {
+        "class_name": "EDMPrecond",
+        "img_resolution": 8,
+        "img_channels": 3,
+        "model_type": "DhariwalUNet",
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+    }
+    settings = {k: v for k, v in config.items() if k != "class_name"}
+    weights = build(config).state_dict()
+    network = published.network("EDMPrecond", settings, weights)
+    path.write_bytes(published.pickled(published.snapshot(network)))
+
+
+def test_the_guides_commands_run(folder, tmp_path, monkeypatch) -> None:
+    """Every command of the page, in its order, in a folder with files of the names it uses."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-pipeline").symlink_to(folder)
+    (tmp_path / "prompts.txt").write_text("a red apple\na pear\na cat\n")
+    own_network(tmp_path / "network-snapshot.pkl")
+    lines = "".join(page_blocks("bash")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    assert [command[0] for command in commands].count("train.py") == 2 and len(commands) == 5
+    for script, *args in commands:
+        SCRIPTS[script].main([*args, *SHORTER[script]], standalone_mode=False)
+    made = sorted(path.relative_to(tmp_path / "samples") for path in tmp_path.rglob("0*.png"))
+    assert len(made) == 3 + 4 and (tmp_path / "image.png").is_file()
+    assert {path.parts[0] for path in made} == {"my-model", "mine"}
+    assert {path.parent.name[-5:] for path in made} == {"nfe10", "_nfe5"}  # as the page says
+
+
+def test_the_guides_code_runs(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-pipeline").symlink_to(folder)
+    guide = predictor()
+    student = StudentSettings(
+        "mine",
+        "amed",
+        num_steps=3,
+        sigma_min=0.03,
+        sigma_max=14.6,
+        scale_dir=guide.scale_dir,
+        scale_time=guide.scale_time,
+    )
+    record = RunRecord.make("train", student.to_options(), {"name": "mine"}, {})
+    save_predictor(create_run("exps", "mine") / "predictor.safetensors", guide, record)
+    inside, denoiser = page_blocks("python")
+    names: dict = {}
+    exec(inside, names)
+    assert [image.size for image in names["images"]] == [(16, 16)] * 2
+
+    class Network(torch.nn.Module):
+        """Says the noise of data that are all zero, and where it was asked."""
+
+        def __init__(self):
+            super().__init__()
+            self.middle = torch.nn.Conv2d(3, 5, 1)
+
+        def forward(self, y, time):
+            assert time.shape == y.shape[:1] and not self.middle.weight.requires_grad
+            self.middle(y)
+            alpha2 = torch.exp(-0.5 * 19.9 * (time / 999) ** 2 - 0.1 * time / 999)
+            return y / (1 - alpha2).sqrt().reshape(-1, 1, 1, 1)
+
+    exec(denoiser, names)
+    mine = names["MyDenoiser"](Network())
+    x = torch.randn(2, 3, 4, 4)
+    for sigma in (torch.tensor(5.0, dtype=torch.float64), torch.full((2, 1, 1, 1), 0.5)):
+        out = mine(x * sigma.to(x), sigma.requires_grad_())
+        assert out.feat.shape == (2, 4, 4) and float(out.x0.abs().max()) < 1e-3
+        assert torch.autograd.grad(out.feat.sum(), sigma)[0].shape == sigma.shape
