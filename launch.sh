@@ -296,7 +296,7 @@ fi
 export PYTHONUNBUFFERED=1
 case $RECIPE in
     test) setup dev ;;
-    lsun_bedroom_ldm | ms_coco) setup diffusion ;;
+    ms_coco) setup diffusion ;;
     *) setup "" ;;
 esac
 "recipe_$RECIPE"

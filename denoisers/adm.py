@@ -23,7 +23,7 @@ from .files import Files
 from .nets.openai import Classifier, UNet, settings_from
 from .noise_schedules import LinearVP
 from .snapshots import read_state_dict
-from .weights import Unfilled, fill, read_safetensors
+from .weights import filled, read_safetensors
 
 LAST_STEP = 999  #: the network counts the model's time in [0, 1] in steps of a thousandth
 
@@ -139,6 +139,12 @@ class ADMModel:
 
         Its gradients are too small for half precision.
         """
+        with torch.inference_mode(False):  # else the weights could not be part of a graph
+            net = self._read_classifier()
+            net.cast(self.net.wide)
+            return net.to(next(self.net.parameters()).device)
+
+    def _read_classifier(self) -> Classifier:
         if self.companion is None:
             raise UserError(
                 f"guidance of '{self.card.name}' needs its classifier: give its file with "
@@ -156,13 +162,7 @@ class ADMModel:
                 f"{self.companion} tells {found[1]} classes of {found[0]}-channel images apart "
                 f"where '{self.card.name}' has {self.card.label_dim} and {self.card.channels}"
             )
-        with torch.inference_mode(False):  # else the weights could not be part of a graph
-            with Unfilled():
-                net = Classifier(**settings)
-            fill(net, tensors, str(self.companion))
-            net.eval().requires_grad_(False)
-            net.cast(self.net.wide)
-            return net.to(next(self.net.parameters()).device)
+        return filled(lambda: Classifier(**settings), tensors, str(self.companion))
 
 
 def check_conditions(
@@ -237,10 +237,7 @@ def load_unet(
             f"{path} is for samples {own.shape} with {own.label_dim} classes where '{card.name}' "
             f"has {card.shape} and {card.label_dim}; choose the dataset it belongs to"
         )
-    with Unfilled():
-        net = UNet(**own.config)
-    fill(net, tensors, str(path))
-    net.eval().requires_grad_(False)
+    net = filled(lambda: UNet(**own.config), tensors, str(path))
     net.cast(dtype)
     return net.to(device), own, sha256_file(path)
 

@@ -28,7 +28,7 @@ class Card:
     sigma_max: float
     bottleneck: str = ""  #: module of the network whose channel mean is the feature
     file: str = ""  #: file name: bundled (safetensors) or as published
-    url: str | None = None  #: where to fetch it; None if bundled, "" if it has to be fetched by hand
+    url: str | None = None  #: None if bundled, "" if it has to be fetched by hand
     sha256: str | None = None  #: of the file; None until it is known
     config: Mapping[str, Any] = field(default_factory=dict)  #: constructor settings, as published
     #: default plan of the Restart teacher; empty where none is known

@@ -12,9 +12,8 @@ from .adm import read_openai, resolved
 from .cards import Card, cards
 from .edm import describe_edm, is_edm
 from .ldm import NETWORK, part
-from .nets.openai import is_openai, settings_from
+from .nets.openai import is_openai
 from .pipelines import inspect_diffusers, is_diffusers
-from .snapshots import read_state_dict
 
 #: The published model whose conventions (time, noise levels, preconditioning) a family follows.
 EXAMPLES = {"adm": "imagenet256", "cm": "lsun_bedroom", "ldm": "lsun_bedroom_ldm"}
@@ -56,40 +55,25 @@ def _pipeline(name: str, path: Path) -> Card:
     return Card(name=name, file=path.name, url=None, sha256=None, **inspect_diffusers(path))
 
 
-def _openai(family: str) -> Callable[[str, Path], Card]:
+def _openai(family: str, prefix: str = "") -> Callable[[str, Path], Card]:
     def make(name: str, path: Path) -> Card:
         example = cards()[EXAMPLES[family]]
-        base = replace(example, name=name, file=path.name, url=None, sha256=None)
-        tensors, config = read_openai(path)
+        everything, config = read_openai(path)
+        tensors = part(everything, prefix)
         if not is_openai(tensors):
             raise UserError(f"{path} holds no network of the family '{family}'")
+        base = replace(
+            example, name=name, file=path.name, url=None, sha256=None, image_resolution=None
+        )
         return resolved(base, tensors, config)
 
     return make
-
-
-def _latent(name: str, path: Path) -> Card:
-    example = cards()[EXAMPLES["ldm"]]
-    tensors = part(read_state_dict(path), NETWORK)
-    if not is_openai(tensors):
-        raise UserError(f"{path} holds no network of the family 'ldm' under '{NETWORK}'")
-    settings = settings_from(tensors, example.config)
-    return replace(
-        example,
-        name=name,
-        file=path.name,
-        url=None,
-        sha256=None,
-        channels=settings["in_channels"],
-        image_resolution=None,
-        config=settings,
-    )
 
 
 DESCRIBE: dict[str, Callable[[str, Path], Card]] = {
     "edm": describe_edm,
     "adm": _openai("adm"),
     "cm": _openai("cm"),
-    "ldm": _latent,
+    "ldm": _openai("ldm", NETWORK),
     "diffusers": _pipeline,
 }
