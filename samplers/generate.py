@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.prior import start
+from denoisers.prior import check_jumps, start
 from denoisers.registry import Model
-from restart.plan import run_plan
+from restart.plan import Jump, run_plan
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from samplers.sampler import Sampler
@@ -52,12 +53,19 @@ def generate(
         raise UserError(f"a batch of {batch} images makes nothing: give --batch 1 or more")
     given = replace(conditions or Conditions(), guidance_rate=sampler.guidance_rate)
     given.check(model.card, seeds)
+    check_plan(sampler, model.card)
     device = torch.device(device)
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
     return (
         _batch(sampler, model, tuple(chunk), device, dtype, given, keep_trajectory)
         for chunk in chunks
     )
+
+
+def check_plan(sampler: Sampler, card: Card) -> None:
+    """Raise UserError for a plan that the model of ``card`` cannot follow."""
+    if any(isinstance(part, Jump) for part in sampler.plan):
+        check_jumps(card)
 
 
 @torch.inference_mode()

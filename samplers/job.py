@@ -23,7 +23,7 @@ from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
 from samplers.build import build, build_learned
 from samplers.folder import Folder
-from samplers.generate import generate
+from samplers.generate import check_plan, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -149,6 +149,7 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
         setup.guidance_type,
     )
     conditions.check(card, seeds)
+    check_plan(sampler, card)
     path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
     folder = Folder(Path(path), setup.subdirs, setup.return_inters)
     return Job(sampler, card, setup, seeds, folder, conditions)

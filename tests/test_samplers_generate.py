@@ -1,5 +1,6 @@
 """Images belong to their seeds: closed forms, batches, processes, budgets."""
 
+import dataclasses
 import json
 import math
 import os
@@ -271,3 +272,13 @@ def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
         found = {**ranks[0], **ranks[1]}[seed]
         assert torch.equal(found[0], whole.trajectory.x[0, i])
         assert (found - whole.trajectory.x[:, i]).abs().max() < 1e-10
+
+
+def test_jumps_are_refused_where_they_would_be_of_the_wrong_kind() -> None:
+    """A model of PFGM++ adds noise that is not Gaussian."""
+    card = dataclasses.replace(make_card(), pfgmpp=128)
+    model = GaussianModel(card)
+    jumping = sampler("restart", num_steps=8, restart_info='{"0": [3, 1, 0.06, 0.3]}')
+    with pytest.raises(UserError, match="'tiny' adds noise by the kernels of PFGM"):
+        generate(jumping, model, SEEDS, batch=5, device="cpu")
+    generate(sampler("heun", num_steps=8), model, SEEDS, batch=5, device="cpu")
