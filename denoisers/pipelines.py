@@ -76,16 +76,16 @@ def fetch_pipeline(repo: str, folder: Path) -> Path:
     whole = sorted(folder.glob(f"models--{repo.replace('/', '--')}/snapshots/*/{NOTE}"))
     if whole:
         return whole[0].parent
-    diffusers = require_diffusers()
+    download = require_diffusers().DiffusionPipeline.download
     try:
-        main = Path(
-            diffusers.DiffusionPipeline.download(repo, cache_dir=folder, **dict.fromkeys(UNWANTED))
-        )
+        with _quiet():
+            main = Path(download(repo, cache_dir=folder, **dict.fromkeys(UNWANTED)))
     except (OSError, ValueError) as error:
+        reason = _first_line(error.__cause__ or error)
         raise UserError(
             f"{repo} could not be fetched from https://huggingface.co/{repo} into {folder} "
-            f"({_first_line(error)}): run again to carry on, or fetch it elsewhere and give its "
-            "folder with --model_path"
+            f"({reason}): run again to carry on, or fetch it elsewhere and give its folder with "
+            "--model_path"
         ) from error
     with atomic_write(main / NOTE) as temporary:
         temporary.write_text(sha256_pipeline(main) + "\n")
@@ -104,7 +104,7 @@ def require_diffusers() -> ModuleType:
     return diffusers
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """What an error of a library says, for a sentence of ours."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
