@@ -29,7 +29,8 @@ class Card:
     bottleneck: str = ""  #: module of the network whose channel mean is the feature
     file: str = ""  #: file name: bundled (safetensors) or as published
     url: str | None = None  #: None if bundled, "" if it has to be fetched by hand
-    sha256: str | None = None  #: of the file; None until it is known
+    #: of the file; where it is None, that of the first download is kept and checked ever after
+    sha256: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  #: constructor settings, as published
     #: default plan of the Restart teacher; empty where none is known
     restart_info: Mapping[str, list[float]] = field(default_factory=dict)
