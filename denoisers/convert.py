@@ -91,15 +91,12 @@ def check_target(target: Path) -> None:
 
 
 def _network(found: EDMSnapshot, source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    config = dict(found.config)
-    if "D" in found.attributes:  # PFGM++ sets it on the network; it is none of its settings
-        config["D"] = found.attributes["D"]
     try:
         with torch.device("meta"):
-            bottleneck = build(config).model.bottleneck
+            bottleneck = build(found.config).model.bottleneck
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{source} has settings that make no network: {error}") from error
-    return found.tensors, {"config": json.dumps(config), "bottleneck_module": bottleneck}
+    return found.tensors, {"config": json.dumps(found.config), "bottleneck_module": bottleneck}
 
 
 def _settings_of(name: str) -> dict[str, str]:

@@ -183,10 +183,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors, metadata = read_safetensors(path)
         return Checkpoint(tensors, _settings(metadata, path), metadata.get("bottleneck_module"))
     found = read_edm(path)
-    config = dict(found.config)
-    if "D" in found.attributes:  # PFGM++ sets it on the network; it is none of its settings
-        config["D"] = found.attributes["D"]
-    return Checkpoint(found.tensors, config)
+    return Checkpoint(found.tensors, found.config)
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:

@@ -74,9 +74,12 @@ def find_network(content: Any, source: str) -> EDMSnapshot:
         )
     if record.name == PREDICTOR_CLASS:
         raise UserError(f"{source} holds a predictor, not a network; give it as --predictor_path")
+    attributes = _attributes(record)
     config = {"class_name": record.name, **_constructor(record, source)}
     config.pop("use_fp16", None)  # the precision is chosen when the network is loaded
-    return EDMSnapshot(config, flattened(record, source), _attributes(record))
+    if "D" in attributes:  # PFGM++ sets it on the network; it is none of its settings
+        config["D"] = attributes["D"]
+    return EDMSnapshot(config, flattened(record, source), attributes)
 
 
 def is_predictor(content: Any) -> bool:

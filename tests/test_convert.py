@@ -89,7 +89,8 @@ def test_snapshots_of_every_protocol(protocol: int, numpy: int, tmp_path: Path) 
     path.write_bytes(pickled(content, protocol, numpy))
     assert SOURCE.strip()[:20].encode() in path.read_bytes()
     found = read_edm(path)
-    assert found.config == CONFIG  # without use_fp16, which is no property of the weights
+    # use_fp16 is no property of the weights, D one of the network that is no setting
+    assert found.config == CONFIG | {"D": 2048}
     assert equal(found.tensors, weights())
     expected = {"sigma_min": 0.0, "sigma_max": float("inf"), "D": 2048, "layers": [1, 2]}
     assert found.attributes == expected and type(found.attributes["D"]) is int
@@ -308,7 +309,7 @@ def test_score_sde_averages_find_their_names(golden_json: Any, tmp_path: Path) -
     named = {
         name: shape for name, shape in golden_json("net_ncsnpp_meta")["ncsnpp_cifar"]["params"]
     }
-    model = {"module.sigmas": torch.zeros(1000)}
+    model = {"module.sigmas": torch.zeros(1000), "module.table": torch.zeros(7, 5)}
     model |= {f"module.{name}": torch.zeros(shape) for name, shape in named.items()}
     trained = [name for name in named if name != "all_modules.0.W"]
     shadows = [torch.full(named[name], float(i + 1)) for i, name in enumerate(trained)]
@@ -316,8 +317,8 @@ def test_score_sde_averages_find_their_names(golden_json: Any, tmp_path: Path) -
     content = {"optimizer": {}, "model": model, "ema": ema, "step": 8}
     path.write_bytes(saved(content))
     found = read_state_dict(path)
-    assert list(found) == ["sigmas", *named]
-    assert not found["sigmas"].any() and not found["all_modules.0.W"].any()
+    assert list(found) == ["sigmas", "table", *named]
+    assert not found["table"].any() and not found["all_modules.0.W"].any()
     for i, name in enumerate(trained):
         assert torch.equal(found[name], shadows[i]), name
     ema["shadow_params"] = [*shadows, torch.ones(77)]

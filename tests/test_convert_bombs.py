@@ -23,7 +23,6 @@ from tests.test_convert_hostile import (
     legacy,
     put,
     refusal,
-    storage,
 )  # fmt: skip
 
 
@@ -79,10 +78,13 @@ def doubled(steps: int, last: bytes = b"") -> bytes:
     return put(0) + b"".join(b"2\x86" for _ in range(steps)) + last
 
 
+FLOATS = persistent(4)
+NESTED = glob("torch.storage", "_load_from_bytes")
 BIG = put("x" * 10**5) + b"q\x090"
 #: Small files that ask for endless work or memory.
 BOMBS: dict[str, bytes] = {
     "storage of 4 EB": persistent(2**60),
+    "storage of 40 GB": persistent(10**10),
     "negative storage": persistent(-1),
     "storages beyond the file": b"(" + b"".join(persistent(50, key=k) for k in "abcdefghi") + b"t",
     "storage in two types": b"(" + persistent(1) + persistent(1, "IntStorage") + b"t",
@@ -100,9 +102,7 @@ BOMBS: dict[str, bytes] = {
     + 9000 * (called(glob("collections", "OrderedDict"), b"h\x09") + b"0"),
     "the same storage again and again": put(with_storage(persistent(4))) + b"q\x090"
     + 900 * (called(glob("torch.storage", "_load_from_bytes"), b"h\x09") + b"0"),
-    "a storage in a storage": called(
-        glob("torch.storage", "_load_from_bytes"), put(storage(persistent(0)))
-    ),
+    "a storage in a storage": called(NESTED, put(bare(called(NESTED, put(with_storage(FLOATS)))))),
 }  # fmt: skip
 
 
@@ -130,6 +130,18 @@ DEEP: dict[str, bytes] = {
 }
 
 
+def test_storages_need_their_contents(tmp_path: Path) -> None:
+    """No memory is taken for more than the file can hold, and none is left as it was found."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(legacy(FLOATS))
+    assert "1 of its storages have no contents" in refusal(path)
+    for name in ("storage of 4 EB", "storage of 40 GB", "storages beyond the file"):
+        path.write_bytes(with_storage(BOMBS[name]))
+        assert "its storages are larger than the file" in refusal(path)
+    path.write_bytes(with_storage(BOMBS["a storage in a storage"]))
+    assert "calls 'torch.storage._load_from_bytes'" in refusal(path)
+
+
 @pytest.mark.parametrize("name", DEEP)
 @pytest.mark.parametrize("reader", [read_edm, read_predictor, read_state_dict])
 def test_depth_is_no_danger(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> None:
@@ -151,7 +163,7 @@ def test_archives_that_unpack_to_too_much(tmp_path: Path) -> None:
         made.writestr("model.ckpt", bytes(10**8))
     assert "model.ckpt would unpack from" in refusal(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
-        made.writestr("archive/data.pkl", bare(b"]" * 10**5))
+        made.writestr("archive/data.pkl", bare(b"N"))
     assert "data.pkl is compressed" in refusal(path)
     data = bytearray(path.read_bytes())
     place = data.index(b"PK\x01\x02") + 24  # the size in the directory: 4 GB in a file of 1 kB

@@ -194,8 +194,10 @@ def _read_zip(archive: ZipFile, root: str, size: int) -> Any:
 def _stored(archive: ZipFile, name: str, most: int) -> bytes:
     """A member that is not compressed, of at most so many bytes; its check sum is checked."""
     info = archive.getinfo(name)
-    if info.compress_type != ZIP_STORED or info.file_size > most:
-        raise ValueError(f"{shown(name)} is compressed or larger than declared")
+    if info.compress_type != ZIP_STORED:
+        raise ValueError(f"{shown(name)} is compressed")
+    if info.file_size > most:
+        raise ValueError(f"{shown(name)} has {info.file_size} bytes, more than {most}")
     return archive.read(info)
 
 
