@@ -138,6 +138,8 @@ def test_storages_need_their_contents(tmp_path: Path) -> None:
     for name in ("storage of 4 EB", "storage of 40 GB", "storages beyond the file"):
         path.write_bytes(with_storage(BOMBS[name]))
         assert "its storages are larger than the file" in refusal(path)
+    path.write_bytes(with_storage(BOMBS["storage in two types"]))
+    assert "declares the storage '0' in two ways" in refusal(path)
     path.write_bytes(with_storage(BOMBS["a storage in a storage"]))
     assert "calls 'torch.storage._load_from_bytes'" in refusal(path)
 
