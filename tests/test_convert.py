@@ -238,7 +238,7 @@ def test_weights_are_unwrapped(tmp_path: Path) -> None:
     module = nn.Linear(2, 1)  # a state_dict has metadata set as an attribute of its dict
     forms: list[tuple[Any, dict[str, Tensor]]] = [
         (good, good),
-        ({"state_dict": good, "epoch": 3, "lr": torch.device("cuda", 0)}, good),
+        ({"state_dict": good, "epoch": 3, "lr": torch.device("mps", 0)}, good),
         ({"model": good, "optimizer": {"state": {}}}, good),
         ({"ema": good, "model": {"a.weight": torch.zeros(2)}}, good),
         ({**good, "num_updates": 7}, good),
