@@ -131,7 +131,8 @@ def test_discrete_differs_knowingly_from_the_published_rule(golden, name):
 # --- properties -----------------------------------------------------------------------------
 
 schedules = st.sampled_from(SCHEDULES)
-ranges = st.tuples(st.floats(1e-3, 0.05), st.floats(1.0, 200.0))
+# Above 0.037 no VP process rises all the way from its level at t = 1e-3 to 1 at t = 1.
+ranges = st.tuples(st.floats(1e-3, 0.035), st.floats(1.0, 200.0))
 exponents = st.floats(0.5, 10.0)
 
 
