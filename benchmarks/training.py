@@ -95,7 +95,7 @@ def trainer(
     loop = Loop(total=batch, batch=batch, micro=batch, tick=batch, snap=0, lr=5e-3)
 
     def update(denoiser: Denoiser) -> None:
-        data = Data(lambda _: denoiser, card.shape, 0, 0, card.sigma_max, torch.float32, device)
+        data = Data(lambda noise, stream: denoiser, card, 0, torch.float32, device)
         predictor = AMEDPredictor(0.01, 0.2, seed=0).to(device)
         out, err = contextlib.redirect_stdout(StringIO()), contextlib.redirect_stderr(StringIO())
         with tempfile.TemporaryDirectory() as folder, out, err:

@@ -90,12 +90,12 @@ def test_bundled_model_matches_its_records(
 
 
 def test_cards_agree_with_their_settings() -> None:
-    for name, card in cards().items():
+    for card in cards().values():
         if card.family != "edm":
             continue
         with torch.device("meta"):
             net = build(card.config, card.bottleneck)
-        assert net.model.bottleneck == list(net.model.enc)[-1] and net.D == card.pfgmpp
+        assert net.model.bottleneck == list(net.model.enc)[-1] and card.pfgmpp == net.D
         config = card.config
         assert (config["img_channels"], config["img_resolution"]) == card.shape[:2]
         assert config["label_dim"] == card.label_dim
