@@ -159,6 +159,8 @@ def _np_dtype(kind: Any, *_flags: Any) -> np.dtype[Any]:
 
 
 def _np_numbers(kind: Any, data: Any) -> np.ndarray[Any, Any]:
+    if type(data) is str:  # bytes that Python 2 wrote, as CIFAR-10's, are read as latin1
+        data = data.encode("latin1")
     if not isinstance(kind, np.dtype) or type(data) not in (bytes, bytearray):
         raise Refusal("holds numpy numbers without a type or without bytes")
     return np.frombuffer(data, kind)
@@ -185,9 +187,10 @@ def set_array(array: np.ndarray[Any, Any], state: Any) -> None:
     if type(state) is not tuple or len(state) != 5:
         raise Refusal("holds a numpy array in an unknown form")
     _, shape, kind, fortran, data = state
-    if _np_numbers(kind, data).size != math.prod(_naturals(shape, "shape")):
+    numbers = _np_numbers(kind, data)
+    if numbers.size != math.prod(_naturals(shape, "shape")):
         raise Refusal("holds a numpy array with more or fewer numbers than its shape says")
-    contents: Any = (1, shape, kind, bool(fortran), bytes(data))
+    contents: Any = (1, shape, kind, bool(fortran), numbers.tobytes())
     array.__setstate__(contents)
 
 
