@@ -1,48 +1,77 @@
 """EDM training of a preconditioned network (Karras et al. 2022, arXiv:2206.00364, section 5).
 
-Every draw is a function of (seed, step, rank) and every image of (seed, number of images before
-it), so a run that was killed and continued equals one that was not.
+What is random about an image is a function of (seed, number of the image), so N processes train
+what one does, and a run that was killed and continued equals one that was not.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
+from runtime.noise import SeedNoise
 
+from .augment import LABELS, Change
 from .edm import EDMPrecond
+from .registry import DTYPES
+from .training_data import PARTS, Batch
 
 #: Settings that a continued run may change: how long it is, and how it ends.
 FREE = frozenset({"kimg", "decay_kimg"})
+POSITIVE = frozenset({"kimg", "batch", "lr", "p_std"})
+PORTION = 64  #: held-out images at a time
+
+
+def _setting(help: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on besides its data and its first weights."""
+    """What a training run depends on besides its data and its first weights.
 
-    kimg: float  #: thousands of images to see
-    batch: int = 512  #: over all processes
-    lr: float = 1e-3
-    rampup_kimg: float = 10.0  #: linear rise of the learning rate
-    decay_kimg: float = 0.0  #: linear fall to zero at the end
-    ema_kimg: float = 500.0  #: half-life of the average
-    ema_rampup: float = 0.05  #: ... and at most this share of the images seen
-    p_mean: float = -1.2  #: of ln sigma
-    p_std: float = 1.2
-    flip: bool = True
-    dtype: str = "float32"  #: of the network's convolutions
-    seed: int = 0
+    Raises UserError for values that make no sense.
+    """
+
+    kimg: float = _setting("thousands of images to see")
+    batch: int = _setting("images in a step, over all processes", 512)
+    lr: float = _setting("learning rate of Adam", 1e-3)
+    rampup_kimg: float = _setting("kimg of linear rise of the learning rate", 10.0)
+    decay_kimg: float = _setting("kimg of linear fall to zero at the end", 0.0)
+    ema_kimg: float = _setting("half-life of the averaged weights", 500.0)
+    ema_rampup: float = _setting("... but at most this share of the images seen", 0.05)
+    p_mean: float = _setting("mean of ln sigma", -1.2)
+    p_std: float = _setting("deviation of ln sigma", 1.2)
+    flip: bool = _setting("mirror half of the images", True)
+    augment: float = _setting("probability of each non-leaky augmentation", 0.0)
+    dtype: str = _setting("of the network's convolutions", "float32")
+    seed: int = _setting("of the first weights and of every draw", 0)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype '{self.dtype}' is unknown; known: {', '.join(DTYPES)}")
+        for name, value in asdict(self).items():
+            if name in ("dtype", "flip", "p_mean", "seed"):
+                good, wanted = not isinstance(value, float) or math.isfinite(value), "a number"
+            elif name in POSITIVE:
+                good, wanted = 0 < value < math.inf, "a number above 0"
+            elif name == "augment":
+                good, wanted = 0 <= value <= 1, "a probability"
+            else:
+                good, wanted = 0 <= value < math.inf, "a number from 0 on"
+            if not good:
+                raise UserError(f"--{name} is {value}; give {wanted}")
 
     def learning_rate(self, images: int) -> float:
         """For the step after ``images`` images."""
@@ -56,54 +85,34 @@ class Recipe:
         return 0.5 ** (self.batch / max(half_life, 1e-8))
 
 
-class Order:
-    """Batches of indices into ``count`` images: a fresh permutation for every pass over the data.
+class Examples(NamedTuple):
+    """What a network is asked, and what it should answer."""
 
-    Yields this rank's part of every batch from image number ``start`` on, without end.
-    """
-
-    def __init__(self, count: int, recipe: Recipe, start: int, rank: int = 0, size: int = 1):
-        self.count, self.recipe, self.start, self.rank, self.size = count, recipe, start, rank, size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        at = self.start
-        epoch, order = -1, torch.empty(0)
-        while True:
-            batch = []
-            for number in range(at + self.rank, at + self.recipe.batch, self.size):
-                if number // self.count != epoch:
-                    epoch = number // self.count
-                    order = torch.randperm(self.count, generator=_generator(self.recipe, epoch, -1))
-                batch.append(int(order[number % self.count]))
-            yield batch
-            at += self.recipe.batch
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The chance in one batch: noise levels (B, 1, 1, 1), unit noise like x, flips (B,)."""
-
-    sigma: Tensor
-    noise: Tensor
-    flip: Tensor
+    clean: Tensor  #: (B, C, H, W) in [-1, 1]
+    noisy: Tensor
+    sigma: Tensor  #: (B, 1, 1, 1)
+    labels: Tensor | None  #: one-hot (B, K), zero where the class is withheld
+    augment_labels: Tensor | None
 
     @classmethod
-    def make(cls, recipe: Recipe, x: Tensor, step: int, rank: int) -> Draw:
-        generator = _generator(recipe, step, rank, x.device)
-        level = torch.randn(len(x), 1, 1, 1, generator=generator, device=x.device)
-        return cls(
-            (level * recipe.p_std + recipe.p_mean).exp(),
-            torch.randn(x.shape, generator=generator, device=x.device),
-            torch.rand(len(x), generator=generator, device=x.device) < 0.5 * recipe.flip,
-        )
-
-
-def _generator(
-    recipe: Recipe, step: int, rank: int, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    # 64 bits without collisions for fewer than 2^20 ranks and 2^36 steps of one seed
-    key = (recipe.seed << 56) ^ ((step + 1) << 20) ^ (rank + 1)
-    return torch.Generator(device).manual_seed(key & ((1 << 63) - 1))
+    def make(
+        cls, batch: Batch, recipe: Recipe, classes: int, withhold: float, device: torch.device
+    ) -> Examples:
+        """From images of one of ``classes``, if any, told with probability 1 - ``withhold``."""
+        clean = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
+        chance = batch.chance.to(device, non_blocking=True)
+        level, told, turns, noise = chance.split([*PARTS, clean[0].numel()], dim=1)
+        sigma = (level * recipe.p_std + recipe.p_mean).exp()[..., None, None]
+        labels = None
+        if classes:
+            labels = F.one_hot(batch.classes, classes).to(device, non_blocking=True)
+            labels = labels * (torch.special.ndtr(told) >= withhold)
+        change = Change.draw(turns, recipe.augment, recipe.flip)
+        clean = change.flip(clean)
+        if recipe.augment:
+            clean = change.warp(clean)
+        noisy = clean + sigma * noise.view_as(clean)
+        return cls(clean, noisy, sigma, labels, change.labels() if recipe.augment else None)
 
 
 def weight(sigma: Tensor, sigma_data: float) -> Tensor:
@@ -120,29 +129,50 @@ class Trainer:
     """A network in training: float32 weights, their average, the optimizer, images seen.
 
     The forward and backward passes run on ``work``, whose convolutions have ``recipe.dtype``; its
-    weights are cast from the float32 ones in every step, so gradients reach those.
+    weights are cast from the float32 ones in every step, so gradients reach those.  Raises
+    UserError for a network or a number of processes that the recipe does not fit.
     """
 
     def __init__(self, net: EDMPrecond, recipe: Recipe, world: World, *, compiled: bool = False):
+        if recipe.batch % world.size:
+            raise UserError(
+                f"--batch {recipe.batch} cannot be dealt out to {world.size} processes; "
+                f"give a multiple of {world.size}"
+            )
+        if recipe.augment and _told(net) != LABELS:
+            raise UserError(
+                f"--augment {recipe.augment} needs a network with augment_dim {LABELS}, not "
+                f"{_told(net)}; leave it out, or give --config with that"
+            )
         self.recipe, self.world, self.images = recipe, world, 0
         self.net = net.to(world.device).train().requires_grad_(True)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.work = copy.deepcopy(self.net).cast(getattr(torch, recipe.dtype))
+        self.work = copy.deepcopy(self.net).cast(DTYPES[recipe.dtype])
+        self.withhold, self.work.model.label_dropout = self.work.model.label_dropout, 0.0
         if compiled:
             self.work.model.compile()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=recipe.lr)
+        #: entries of gradients that were not finite and were replaced
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
 
     @property
     def done(self) -> bool:
         return self.images >= 1e3 * self.recipe.kimg
 
-    def step(self, clean: Tensor, labels: Tensor | None = None) -> float:
-        """One optimizer step on this rank's ``clean`` (B, C, H, W) in [-1, 1]; returns its loss."""
-        draw = Draw.make(self.recipe, clean, self.images // self.recipe.batch, self.world.rank)
-        clean = torch.where(draw.flip[:, None, None, None], clean.flip(3), clean)
-        noisy = clean + draw.sigma * draw.noise
-        x0 = functional_call(self.work, self._cast(), (noisy, draw.sigma, labels)).x0
-        loss = weighted_error(x0, clean, draw.sigma, self.net.sigma_data).mean()
+    def step(self, batch: Batch) -> Tensor:
+        """One optimizer step on this rank's part of the next images; its mean loss (0-d).
+
+        Dropout inside the network, where there is any, is drawn anew for (seed, step, rank) from
+        torch's global generator: the one thing that does not belong to an image.
+        """
+        name = ("dropout", self.recipe.seed, self.world.rank)
+        torch.manual_seed(int(SeedNoise([self.images]).integers(name, 1 << 32)))
+        made = Examples.make(
+            batch, self.recipe, self.net.label_dim, self.withhold, self.world.device
+        )
+        asked = (made.noisy, made.sigma, made.labels, made.augment_labels)
+        x0 = functional_call(self.work, self._cast(), asked).x0
+        loss = weighted_error(x0, made.clean, made.sigma, self.net.sigma_data).mean()
         loss.backward()
         self._share_gradients()
         for group in self.optimizer.param_groups:
@@ -151,7 +181,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.images += self.recipe.batch
         self._average()
-        return loss.item()
+        return loss.detach()
 
     def _cast(self) -> dict[str, Tensor]:
         """The float32 weights in the dtypes and layouts of ``work``."""
@@ -164,10 +194,12 @@ class Trainer:
         }
 
     def _share_gradients(self) -> None:
-        """The mean over all ranks; what is not finite is dropped, as in the published training."""
+        """The mean over all ranks; what is not finite is replaced as published, and counted."""
         parameters = [p for p in self.net.parameters() if p.grad is not None]
         flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
-        flat = self.world.sum_(flat).div_(self.world.size).nan_to_num_(0.0, 1e5, -1e5)
+        flat = self.world.sum_(flat).div_(self.world.size)
+        self.nonfinite += flat.numel() - flat.isfinite().sum()
+        flat.nan_to_num_(0.0, 1e5, -1e5)
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = grad.view_as(p)
 
@@ -178,17 +210,17 @@ class Trainer:
             mean.lerp_(value, 1 - keep)
 
     @torch.no_grad()
-    def validate(self, clean: Tensor, labels: Tensor | None, parts: int = 64) -> float:
-        """The loss of the averaged weights on held-out images, with the same draws every time."""
-        draw = Draw.make(self.recipe, clean, -1, 0)
+    def validate(self, held_out: Batch) -> float:
+        """The loss of the averaged weights on images as they are, every class told."""
+        plain = replace(self.recipe, flip=False, augment=0.0)
         total = 0.0
-        for i in range(0, len(clean), parts):
-            part = slice(i, i + parts)
-            sigma = draw.sigma[part]
-            noisy = clean[part] + sigma * draw.noise[part]
-            x0 = self.ema(noisy, sigma, None if labels is None else labels[part]).x0
-            total += weighted_error(x0, clean[part], sigma, self.net.sigma_data).sum().item()
-        return total / len(clean)
+        for i in range(0, len(held_out.images), PORTION):
+            part = Batch(*(tensor[i : i + PORTION] for tensor in held_out))
+            made = Examples.make(part, plain, self.net.label_dim, 0.0, self.world.device)
+            x0 = self.ema(made.noisy, made.sigma, made.labels).x0
+            error = weighted_error(x0, made.clean, made.sigma, self.net.sigma_data)
+            total += error.sum().item()
+        return total / len(held_out.images)
 
     def save(self, path: Path, about: dict[str, Any]) -> None:
         """Everything that :meth:`resume` needs, in one file."""
@@ -206,12 +238,20 @@ class Trainer:
             )
 
     def resume(self, path: Path, about: dict[str, Any]) -> None:
-        """Continue from ``path``; UserError if it is of a run with other settings."""
+        """Continue from ``path``; UserError if it is of a run with other settings.
+
+        A setting that an older version did not have counts as having its default.
+        """
+        defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
         try:
             saved = torch.load(path, weights_only=True, map_location=self.world.device)
-            before = {**saved["recipe"], **saved["about"]}
-        except (RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
-            raise UserError(f"{path} is no state of a training run ({error}); remove it") from error
+            before = {**defaults, **saved["recipe"], **saved["about"]}
+            images, net, ema, optimizer = (saved[k] for k in ("images", "net", "ema", "optimizer"))
+        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+            raise UserError(
+                f"{path} is no state of a training run ({type(error).__name__}); remove it, or "
+                "choose another folder"
+            ) from error
         now = {**asdict(self.recipe), **about}
         for name in sorted((set(before) | set(now)) - FREE):
             if before.get(name) != now.get(name):
@@ -219,13 +259,13 @@ class Trainer:
                     f"{path} is of a run with {name} {before.get(name)}, not {now.get(name)}; "
                     "repeat that run's options, or choose another folder"
                 )
-        self.images = int(saved["images"])
-        self.net.load_state_dict(saved["net"])
-        self.ema.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.images = int(images)
+        self.net.load_state_dict(net)
+        self.ema.load_state_dict(ema)
+        self.optimizer.load_state_dict(optimizer)
 
 
-def noise_levels(sigma_min: float, sigma_max: float, count: int) -> Sequence[float]:
-    """``count`` levels spaced evenly in ln sigma, for curves of the loss against sigma."""
-    low, high = math.log(sigma_min), math.log(sigma_max)
-    return [math.exp(low + (high - low) * i / (count - 1)) for i in range(count)]
+def _told(net: EDMPrecond) -> int:
+    """How many augmentation labels ``net`` takes."""
+    layer = net.model.map_augment
+    return 0 if layer is None else layer.in_features

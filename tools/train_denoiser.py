@@ -1,7 +1,7 @@
 """Train a denoiser of the EDM family on a zip or a folder of images (Karras et al. 2022).
 
 Progress, TensorBoard with sample grids, and a state that a killed run continues from lie in
---outdir; at the end (and at every tick) it holds model.safetensors and card.json, which
+--outdir; from the first report on it holds model.safetensors and card.json, which
 `sample.py --model_path` and `denoisers/cards.json` take.
 
 Examples:
@@ -17,245 +17,155 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
-import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from denoisers.edm import EDMDenoiser, EDMPrecond, build  # noqa: E402
-from denoisers.registry import cards  # noqa: E402
-from denoisers.training import Order, Recipe, Trainer  # noqa: E402
+from denoisers.augment import LABELS  # noqa: E402
+from denoisers.cards import cards  # noqa: E402
+from denoisers.edm import EDMPrecond, build, read_checkpoint  # noqa: E402
+from denoisers.training import Recipe, Trainer  # noqa: E402
+from denoisers.training_data import Images, Stream, shares  # noqa: E402
+from denoisers.training_report import STATE, Reporter  # noqa: E402
 from denoisers.weights import fill, read_safetensors  # noqa: E402
-from metrics.sources import ImageSource  # noqa: E402
 from runtime import cli  # noqa: E402
 from runtime.dist import world  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
-from runtime.files import atomic_write, sha256_file  # noqa: E402
-from runtime.images import image_grid, to_uint8  # noqa: E402
-from runtime.log import JsonLines, TextLog, progress, tensorboard  # noqa: E402
-from runtime.noise import SeedNoise  # noqa: E402
-from solvers.driver import integrate  # noqa: E402
-from solvers.grids import get_grid  # noqa: E402
-from solvers.registry import make_solver  # noqa: E402
+from runtime.files import sha256_file  # noqa: E402
+from runtime.log import progress  # noqa: E402
+from runtime.record import RunRecord  # noqa: E402
 
-GRID = 8  #: rows and columns of a sample grid
 HELD_OUT = 1024  #: images of --valid that the loss is measured on
 
 
-class Images(Dataset[tuple[np.ndarray, int]]):
-    """The images and labels of a zip or folder; each worker opens it for itself."""
-
-    def __init__(self, path: Path, labelled: bool) -> None:
-        self.path = path
-        with ImageSource(path) as source:
-            self.count = len(source)
-            self.shape = source.read(0).shape
-            self.labels = source.labels() if labelled else np.zeros(self.count, np.int64)
-        self._source: ImageSource | None = None
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        self._source = self._source or ImageSource(self.path)
-        image = self._source.read(index)
-        if image.shape != self.shape:
-            raise UserError(
-                f"{self._source.names[index]} in {self.path} is {image.shape} where the first "
-                f"image is {self.shape}; make one size of them with tools/dataset_tool.py"
-            )
-        return image.copy(), int(self.labels[index])
-
-
-def batch_of(
-    images: Tensor, labels: Tensor, net: EDMPrecond, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """uint8 (B, C, H, W) and (B,) -> [-1, 1] float32, and one-hot classes if the net has any."""
-    x = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return x, F.one_hot(labels, net.label_dim).to(device) if net.label_dim else None
-
-
 def first_network(
-    init: Path | None, config: Path | None, like: str | None, seed: int
+    init: Path | None, config: Path | None, like: str | None, recipe: Recipe
 ) -> tuple[EDMPrecond, dict[str, Any]]:
-    """The network to train, and what its card has to say about it."""
+    """The network to train and, in plain values, what it is.
+
+    Raises UserError where nothing, or too much, says what to train.
+    """
     if sum(x is not None for x in (init, config, like)) != 1:
         raise UserError("say what to train by one of --init, --config and --like")
     tensors = None
+    seen = 0
     if init is not None:
-        tensors, metadata = read_safetensors(init)
-        if "config" not in metadata:
-            raise UserError(f"{init} does not hold its settings; it was not written by this tool")
-        settings, bottleneck = json.loads(metadata["config"]), metadata.get("bottleneck_module")
-    elif config is not None:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        bottleneck = settings.pop("bottleneck", None)
+        found = read_checkpoint(init)
+        if found.config is None:
+            raise UserError(f"{init} does not hold the settings of its network; give --config")
+        settings, bottleneck, tensors = found.config, found.bottleneck, found.tensors
+        if init.suffix == ".safetensors":
+            seen = int(read_safetensors(init)[1].get("images_seen", "0"))
     else:
-        known = cards()
-        if like not in known:
-            raise UserError(f"unknown dataset '{like}'; known: {', '.join(known)}")
-        settings, bottleneck = dict(known[like].config), known[like].bottleneck
-    torch.manual_seed(seed)
+        settings, bottleneck = read_settings(config) if config else settings_like(str(like))
+        if recipe.augment:
+            settings.setdefault("augment_dim", LABELS)
+    torch.manual_seed(recipe.seed)
     try:
         net = build(settings, bottleneck)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"these are no settings of a network: {error}") from error
-    if not isinstance(net, EDMPrecond):
+    if not isinstance(net, EDMPrecond) or net.D is not None:
         raise UserError(
-            f"the EDM loss trains networks with EDM's preconditioning, not {settings['class_name']}; "
-            "give class_name EDMPrecond"
+            "the loss is that of networks with EDM's preconditioning and Gaussian noise, not of "
+            f"{settings['class_name']}{' with D, PFGM++' if net.D else ''}; train an EDMPrecond"
         )
     if tensors is not None:
         fill(net, tensors, str(init))
-    return net, {"config": settings, "bottleneck": net.model.bottleneck}
-
-
-def write_model(folder: Path, trainer: Trainer, about: dict[str, Any]) -> None:
-    """``model.safetensors`` with the averaged weights in float16, and ``card.json``."""
-    settings, bottleneck = about["config"], about["bottleneck"]
-    file = folder / "model.safetensors"
-    metadata = {
-        "config": json.dumps(settings),
-        "bottleneck_module": bottleneck,
-        "images_seen": str(trainer.images + about["images_before"]),
-        "recipe": json.dumps(asdict(trainer.recipe)),
-    }
-    tensors = {k: v.half().contiguous().cpu() for k, v in trainer.ema.state_dict().items()}
-    with atomic_write(file) as temporary:
-        save_file(tensors, temporary, metadata)
-    card = {
-        "family": "edm",
-        "resolution": settings["img_resolution"],
-        "channels": settings["img_channels"],
-        "label_dim": settings.get("label_dim", 0),
-        "sigma_min": settings.get("sigma_min", 0.002),
-        "sigma_max": settings.get("sigma_max", 80.0),
-        "bottleneck": bottleneck,
-        "file": file.name,
-        "url": None,
-        "sha256": sha256_file(file),
+    about = {
         "config": settings,
+        "bottleneck": net.model.bottleneck,
+        "init": init and sha256_file(init),
+        "images_before": seen,
     }
-    with atomic_write(folder / "card.json") as temporary:
-        temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return net, about
 
 
-@torch.no_grad()
-def sample_grid(trainer: Trainer, shape: tuple[int, ...]) -> np.ndarray:
-    """GRID x GRID images of the averaged weights by Heun at 23 NFE, seeds 0, 1, ..."""
-    net, device = trainer.ema, trainer.world.device
-    count = GRID * GRID
-    ts = get_grid("polynomial", 12, 0.002, 80.0, 7.0)
-    labels = None
-    if net.label_dim:
-        labels = F.one_hot(torch.arange(count) % net.label_dim, net.label_dim).to(device)
-    x = SeedNoise(range(count)).normal("latent", shape, device=device) * ts[0].float()
-    out = integrate(make_solver("heun"), EDMDenoiser(net, labels), x, ts.to(device)).x[-1]
-    return image_grid(to_uint8(out), GRID)
+def read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Constructor settings from a JSON file, and the bottleneck if it names one."""
+    try:
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no JSON object of constructor settings ({error})") from error
+    return settings, settings.pop("bottleneck", None)
 
 
-class Reporter:
-    """What a run leaves behind, at every tick: figures, pictures, the state and the model."""
-
-    def __init__(
-        self, folder: Path, trainer: Trainer, about: dict[str, Any], held_out: Any
-    ) -> None:
-        main = trainer.world.is_main
-        self.folder, self.trainer, self.about, self.held_out = folder, trainer, about, held_out
-        self.say = TextLog(folder / "log.txt", main)
-        self.rows = JsonLines(folder / "stats.jsonl", trainer.images, main)
-        self.board = tensorboard(folder, trainer.images, main)
-        self.losses: list[float] = []
-        self.since, self.seen = time.monotonic(), trainer.images
-
-    def tick(self, shape: tuple[int, ...]) -> None:
-        """Called on every rank, writes on rank 0."""
-        trainer = self.trainer
-        sums = torch.tensor([sum(self.losses), len(self.losses)], device=trainer.world.device)
-        total, count = trainer.world.sum_(sums).tolist()
-        seconds, images = time.monotonic() - self.since, trainer.images - self.seen
-        row: dict[str, Any] = {
-            "step": trainer.images,
-            "loss": total / max(count, 1),
-            "lr": trainer.recipe.learning_rate(trainer.images),
-            "images_per_second": round(images / seconds, 1),
-        }
-        if trainer.world.is_main:
-            if self.held_out is not None:
-                row["valid"] = trainer.validate(*self.held_out)
-            trainer.save(self.folder / "state.pt", self.about)
-            write_model(self.folder, trainer, self.about)
-            self.rows.append(row)
-            self.say("  ".join(f"{k} {v:.5g}" for k, v in row.items()))
-            assert self.board is not None
-            for name, value in row.items():
-                self.board.add_scalar(name, value, trainer.images)
-            grid = sample_grid(trainer, shape)
-            self.board.add_image("samples", grid, trainer.images, dataformats="HWC")
-            self.board.flush()
-        trainer.world.barrier()
-        self.losses.clear()
-        self.since, self.seen = time.monotonic(), trainer.images
+def settings_like(name: str) -> tuple[dict[str, Any], str | None]:
+    """Those of a card of the EDM family."""
+    known = {key: card for key, card in cards().items() if card.family == "edm"}
+    if name not in known:
+        raise UserError(f"--like {name} is unknown; known: {', '.join(known)}")
+    return dict(known[name].config), known[name].bottleneck
 
 
-def held_out_images(path: Path, labelled: bool, net: EDMPrecond, device: torch.device) -> Any:
-    """The first HELD_OUT images of ``path`` and their classes, as the trainer takes them."""
-    data = Images(path, labelled)
-    rows = [data[i] for i in range(min(HELD_OUT, len(data)))]
-    images = torch.from_numpy(np.stack([image for image, _ in rows]))
-    return batch_of(images, torch.tensor([label for _, label in rows]), net, device)
-
-
-def fit(trainer: Trainer, data: Images, reporter: Reporter, workers: int, tick: int) -> None:
+def fit(trainer: Trainer, stream: Stream, reporter: Reporter, workers: int, tick: int) -> None:
     """Train to the end of the recipe."""
-    recipe, world = trainer.recipe, trainer.world
-    order = Order(len(data), recipe, trainer.images, world.rank, world.size)
-    loader = iter(DataLoader(data, batch_sampler=order, num_workers=workers,
-                             pin_memory=world.device.type == "cuda"))  # fmt: skip
-    goal = round(1e3 * recipe.kimg)
+    batch, world = trainer.recipe.batch, trainer.world
+    goal = round(1e3 * trainer.recipe.kimg)
+    loader = DataLoader(
+        stream,
+        sampler=shares(trainer.images, batch, world),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+    )
     with progress(goal, "training", "img", trainer.images, world.is_main) as bar:
-        while not trainer.done:
-            images, labels = next(loader)
-            reporter.losses.append(
-                trainer.step(*batch_of(images, labels, trainer.net, world.device))
-            )
-            bar.update(recipe.batch)
-            if trainer.done or trainer.images // tick > (trainer.images - recipe.batch) // tick:
-                reporter.tick(data.shape)
+        for item in loader:
+            if isinstance(item, Exception):
+                raise item
+            loss = trainer.step(item)
+            reporter.losses += torch.stack([loss, torch.ones_like(loss)])
+            bar.update(batch)
+            if trainer.done or trainer.images // tick > (trainer.images - batch) // tick:
+                reporter.tick()
+            if trainer.done:
+                return
 
 
-def recipe_options(command: Any) -> Any:
+def prepare_folder(folder: Path, trainer: Trainer, about: dict[str, Any]) -> None:
+    """Continue the run in ``folder``, or begin one in a new or empty folder."""
+    if (folder / STATE).is_file():
+        trainer.resume(folder / STATE, about)
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no {STATE}; choose another --outdir")
+    trainer.world.barrier()  # all have looked
+    if trainer.world.is_main and trainer.images == 0:
+        trainer.save(folder / STATE, about)  # before any other file, which marks the folder as ours
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One option for every field of Recipe, with its default."""
+    types = get_type_hints(Recipe)
     for field in reversed(fields(Recipe)):
-        kind = {"float": float, "int": int, "str": str, "bool": bool}[str(field.type)]
-        flag = f"--{field.name}/--no-{field.name}" if kind is bool else f"--{field.name}"
-        required = field.name == "kimg"
-        default = {} if required else {"default": field.default}
-        command = click.option(flag, type=kind, required=required, **default)(command)
+        name = field.name
+        flag = f"--{name}/--no-{name}" if types[name] is bool else f"--{name}"
+        default = {"required": True} if field.default is MISSING else {"default": field.default}
+        help = field.metadata["help"]
+        command = click.option(flag, type=types[name], help=help, **default)(command)
     return command
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="EDM zip or folder")
 @click.option("--valid", type=click.Path(path_type=Path), help="held-out images, for the loss")
-@click.option("--outdir", type=click.Path(path_type=Path), required=True)
+@click.option("--outdir", type=click.Path(path_type=Path), required=True, help="of this run alone")
 @click.option("--init", type=click.Path(path_type=Path), help="continue from these weights")
 @click.option("--config", type=click.Path(path_type=Path), help="JSON of constructor settings")
-@click.option("--like", help="settings of the card of this name")
+@click.option("--like", metavar="NAME", help="settings of the card of this name")
 @click.option("--tick", type=click.IntRange(min=1), default=20_000, help="images between reports")
 @click.option("--workers", type=click.IntRange(min=0), default=1, help="processes that read images")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [torch's choice]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]"
+)
 @cli.device_option
 @recipe_options
 def main(
@@ -266,19 +176,30 @@ def main(
     """Train a denoiser; run the same command again to continue."""
     if threads:
         torch.set_num_threads(threads)
+    recipe = Recipe(**settings)
     with world(device) as here:
-        recipe = Recipe(**settings)
-        net, about = first_network(init, config, like, recipe.seed)
-        about |= {"data": data.name, "init": init and sha256_file(init), "images_before": 0}
-        if init is not None:
-            about["images_before"] = int(read_safetensors(init)[1].get("images_seen", "0"))
-        source = Images(data, bool(net.label_dim))
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+        net, about = first_network(init, config, like, recipe)
+        about["data"] = data.name
+        wanted = (net.img_channels, net.img_resolution, net.label_dim)
+        images = Images(data, *wanted)
+        held_out = None
+        if valid is not None:
+            some = range(min(HELD_OUT, len(held := Images(valid, *wanted))))
+            held_out = held.batch(some, some, ("valid", recipe.seed))
         trainer = Trainer(net, recipe, here, compiled=compiled)
-        if (outdir / "state.pt").is_file():
-            trainer.resume(outdir / "state.pt", about)
-        outdir.mkdir(parents=True, exist_ok=True)
-        held_out = valid and held_out_images(valid, bool(net.label_dim), net, here.device)
-        fit(trainer, source, Reporter(outdir, trainer, about, held_out), workers, tick)
+        prepare_folder(outdir, trainer, about)
+        if trainer.done:
+            if here.is_main:
+                click.echo(f"already trained: {outdir}; give a larger --kimg to go on", err=True)
+            return
+        options = {
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in click.get_current_context().params.items()
+        }
+        record = RunRecord.make("train_denoiser", options, {"init": about["init"]}, {})
+        with closing(Reporter(outdir, trainer, about, held_out, record)) as reporter:
+            fit(trainer, Stream(images, recipe.seed), reporter, workers, tick)
 
 
 if __name__ == "__main__":

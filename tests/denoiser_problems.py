@@ -1,0 +1,58 @@
+"""Small networks, and images that they can learn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from denoisers.edm import EDMPrecond
+from denoisers.precond import build
+from denoisers.training import Trainer
+from denoisers.training_data import PARTS, Batch
+from runtime.dist import World
+from runtime.noise import SeedNoise
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+SONG: dict[str, Any] = {
+    "class_name": "EDMPrecond",
+    "img_resolution": 8,
+    "img_channels": 3,
+    "model_type": "SongUNet",
+    "model_channels": 16,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+DHARIWAL: dict[str, Any] = {
+    **{k: v for k, v in SONG.items() if k != "model_type"},
+    "model_channels": 16,
+    "attn_resolutions": [8],
+    "label_dim": 4,
+    "augment_dim": 9,
+    "label_dropout": 0.2,
+    "dropout": 0.1,
+}
+
+
+def network(settings: dict[str, Any], **more: Any) -> EDMPrecond:
+    torch.manual_seed(0)
+    return build({**settings, **more})
+
+
+def flat_batch(first: int, count: int, shape: tuple[int, int, int] = (3, 8, 8)) -> Batch:
+    """Images of one grey each, N(0, 1/4) in [-1, 1]; class 0 to 3 by brightness."""
+    numbers = range(first, first + count)
+    grey = SeedNoise(numbers).normal("grey", (1, 1, 1)) * 0.5
+    images = ((grey.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).repeat(1, *shape)
+    chance = SeedNoise(numbers).normal("train", (sum(PARTS) + math.prod(shape),))
+    return Batch(images, torch.bucketize(grey.flatten(), torch.tensor([-0.3, 0, 0.3])), chance)
+
+
+def train(trainer: Trainer) -> Trainer:
+    while not trainer.done:
+        trainer.step(flat_batch(trainer.images, trainer.recipe.batch))
+    return trainer
