@@ -173,18 +173,19 @@ def convert(
     with progress(min(source.count, most or source.count), "images", "img") as bar:
         for item in source.items:
             bar.update()
+            name = f"{item.name} in {source.path}"
             try:
                 image = item.load()
             except Broken as error:
                 if not skip_broken:
                     raise UserError(
-                        f"{item.name} in {source.path} cannot be read ({error}): replace it, or "
+                        f"{name} cannot be read ({error}): replace it, or "
                         "pass --skip-broken to leave out such images"
                     ) from error
-                say(f"skipped {item.name}: {error}")
+                say(f"skipped {name}: {error}")
                 tally.skipped += 1
                 continue
-            write(name_of(len(tally.labels)), encode(_shaped(image, item.name, shape, tally)))
+            write(name_of(len(tally.labels)), encode(_shaped(image, name, shape, tally)))
             tally.labels.append(item.label)
             if len(tally.labels) == most:
                 break
@@ -219,12 +220,12 @@ def report(dest: Path, source: Source, tally: Tally) -> None:
     size = f"{tally.side}x{tally.side}"
     click.echo(f"wrote {dest}: {len(tally.labels)} images of {size}, {source.classes}")
     if tally.skipped:
-        click.echo(f"skipped {tally.skipped} images that cannot be read")
+        click.echo(f"skipped, as they cannot be read: {tally.skipped}")
     if tally.enlarged:
-        click.echo(f"enlarged {tally.enlarged} images below {size}, first {tally.first_enlarged}")
+        click.echo(f"enlarged to {size}: {tally.enlarged}, first {tally.first_enlarged}")
     if source.left_out:
         endings = ", ".join(sorted(EXTENSIONS))
-        click.echo(f"left out {source.left_out} files that do not end in {endings}")
+        click.echo(f"left out, as they do not end in {endings}: {source.left_out}")
 
 
 def parse_resolution(_context: object, _option: object, text: str | None) -> int | None:
