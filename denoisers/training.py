@@ -73,6 +73,11 @@ class Recipe:
             if not good:
                 raise UserError(f"--{name} is {value}; give {wanted}")
 
+    @property
+    def wide(self) -> torch.dtype:
+        """Of weights, images and noise: float32, or float64 for a network in float64."""
+        return torch.promote_types(DTYPES[self.dtype], torch.float32)
+
     def learning_rate(self, images: int) -> float:
         """For the step after ``images`` images."""
         up = (images + self.batch) / max(1e3 * self.rampup_kimg, 1e-9)
@@ -99,8 +104,8 @@ class Examples(NamedTuple):
         cls, batch: Batch, recipe: Recipe, classes: int, withhold: float, device: torch.device
     ) -> Examples:
         """From images of one of ``classes``, if any, told with probability 1 - ``withhold``."""
-        clean = batch.images.to(device, non_blocking=True).float() / 127.5 - 1
-        chance = batch.chance.to(device, non_blocking=True)
+        clean = batch.images.to(device, non_blocking=True).to(recipe.wide) / 127.5 - 1
+        chance = batch.chance.to(device, non_blocking=True).to(recipe.wide)
         level, told, turns, noise = chance.split([*PARTS, clean[0].numel()], dim=1)
         sigma = (level * recipe.p_std + recipe.p_mean).exp()[..., None, None]
         labels = None
@@ -126,10 +131,10 @@ def weighted_error(x0: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float) 
 
 
 class Trainer:
-    """A network in training: float32 weights, their average, the optimizer, images seen.
+    """A network in training: wide weights, their average, the optimizer, images seen.
 
     The forward and backward passes run on ``work``, whose convolutions have ``recipe.dtype``; its
-    weights are cast from the float32 ones in every step, so gradients reach those.  Raises
+    weights are cast from the wide ones in every step, so gradients reach those.  Raises
     UserError for a network or a number of processes that the recipe does not fit.
     """
 
@@ -145,7 +150,8 @@ class Trainer:
                 f"{_told(net)}; leave it out, or give --config with that"
             )
         self.recipe, self.world, self.images = recipe, world, 0
-        self.net = net.to(world.device).train().requires_grad_(True)
+        net.to(world.device).train().requires_grad_(True).cast(recipe.wide)
+        self.net = net
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.work = copy.deepcopy(self.net).cast(DTYPES[recipe.dtype])
         self.withhold, self.work.model.label_dropout = self.work.model.label_dropout, 0.0
@@ -184,11 +190,11 @@ class Trainer:
         return loss.detach()
 
     def _cast(self) -> dict[str, Tensor]:
-        """The float32 weights in the dtypes and layouts of ``work``."""
+        """The wide weights in the dtypes and layouts of ``work``."""
         own = dict(self.net.named_parameters())
         return {
             name: own[name].to(p.dtype, memory_format=torch.channels_last)
-            if p.ndim == 4 and p.dtype != torch.float32
+            if p.ndim == 4 and p.dtype != self.recipe.wide
             else own[name].to(p.dtype)
             for name, p in self.work.named_parameters()
         }

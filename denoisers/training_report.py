@@ -91,7 +91,8 @@ class Reporter:
 
     def clear(self) -> None:
         trainer = self.trainer
-        self.losses = torch.zeros(2, device=trainer.world.device)  # their sum and their number
+        # the sum and the number of losses
+        self.losses = torch.zeros(2, dtype=trainer.recipe.wide, device=trainer.world.device)
         trainer.nonfinite.zero_()
         self.since, self.seen = time.monotonic(), trainer.images
 

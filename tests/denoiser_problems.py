@@ -40,7 +40,9 @@ DHARIWAL: dict[str, Any] = {
 
 def network(settings: dict[str, Any], **more: Any) -> EDMPrecond:
     torch.manual_seed(0)
-    return build({**settings, **more})
+    net = build({**settings, **more})
+    assert isinstance(net, EDMPrecond)
+    return net
 
 
 def flat_batch(first: int, count: int, shape: tuple[int, int, int] = (3, 8, 8)) -> Batch:

@@ -147,6 +147,10 @@ def test_transformations_are_as_frequent_and_as_strong_as_published(p: float) ->
         done = int((getattr(drawn, name) != 0).sum())
         assert abs(done - 4000 * chance) <= 4 * (4000 * chance * (1 - chance)) ** 0.5, name
     assert torch.equal(drawn.right != 0, drawn.down != 0)
+    assert torch.equal(drawn.stretch != 0, drawn.axis != 0)
+    if p < 1:  # whether one is done says nothing about another
+        moved = torch.stack([getattr(drawn, name) != 0 for name in list(chances)[:-1]])
+        assert np.abs(np.corrcoef(moved) - np.eye(6)).max() < 4 / 4000**0.5
     turn = (-math.pi, 2 * math.pi)
     for name, law in (
         *((name, ("norm",)) for name in ("scale", "stretch", "right", "down")),

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
+from denoisers.augment import DRAWS, Change
 from denoisers.training import Examples, Recipe
 from denoisers.training_data import PARTS, Batch, Order, shares
 from runtime.dist import World
@@ -92,6 +93,19 @@ def test_classes_are_withheld_as_often_as_the_network_says() -> None:
     assert abs(int((told == 0).sum()) - 800) < 4 * (4000 * 0.2 * 0.8) ** 0.5
     assert torch.equal(made.labels.argmax(1)[told == 1], torch.arange(4000)[told == 1] % 4)
     assert (examples(400, Recipe(kimg=1), 4).labels.sum(1) == 1).all()
+
+
+def test_images_are_augmented_and_labelled_by_the_same_draw() -> None:
+    batch = flat_batch(0, 32)
+    batch.images.copy_(torch.randint(0, 256, batch.images.shape, dtype=torch.uint8))
+    plain = batch.images / 127.5 - 1
+    change = Change.draw(batch.chance[:, 2 : 2 + DRAWS], 0.5, mirror=True)
+    made = Examples.make(batch, Recipe(kimg=1, augment=0.5), 0, 0.0, CPU)
+    assert torch.equal(made.clean, change.warp(change.flip(plain)))
+    assert torch.equal(made.augment_labels, change.labels())
+    noise = ((made.noisy - made.clean) / made.sigma).flatten(1)
+    assert (noise - batch.chance[:, 2 + DRAWS :]).abs().max() < 1e-3
+    assert Examples.make(batch, Recipe(kimg=1), 0, 0.0, CPU).augment_labels is None
 
 
 # Schedules

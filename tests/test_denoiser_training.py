@@ -57,7 +57,7 @@ def test_a_linear_network_reaches_the_known_optimum() -> None:
     """
     shape, sigma = (3, 2, 2), 1.0
     net = network(SONG, img_resolution=2)
-    net.model = Linear(12)
+    net.model = Linear(12)  # type: ignore[assignment]
     recipe = Recipe(
         kimg=6.4, batch=64, lr=0.05, rampup_kimg=1, decay_kimg=5, ema_kimg=1,
         p_mean=math.log(sigma), p_std=1e-6,
@@ -120,16 +120,21 @@ def test_the_network_is_told_what_was_done() -> None:
 
 
 def test_the_averaged_weights_are_the_average_of_the_weights() -> None:
-    recipe = Recipe(kimg=0.1, batch=8, ema_kimg=0.02, ema_rampup=1, rampup_kimg=0)
+    recipe = Recipe(kimg=0.1, batch=8, ema_kimg=0.02, ema_rampup=1, rampup_kimg=0.03)
     trainer = Trainer(network(SONG), recipe, ALONE)
     name, weights = next(iter(trainer.net.named_parameters()))
     expected = weights.detach().double().clone()
     for _ in range(5):
+        rate = recipe.learning_rate(trainer.images)
         trainer.step(flat_batch(trainer.images, 8))
+        assert trainer.optimizer.param_groups[0]["lr"] == rate
         keep = 0.5 ** (8 / min(20, trainer.images))
         expected = keep * expected + (1 - keep) * weights.detach().double()
     found = dict(trainer.ema.named_parameters())[name]
     assert (found - expected).abs().max() < 1e-6 < (found - weights).abs().max()
+    before = trainer.validate(flat_batch(0, 8))
+    weights.data.zero_()
+    assert trainer.validate(flat_batch(0, 8)) == before  # it is the average that is judged
 
 
 # Precision, many processes, compilation
@@ -137,7 +142,8 @@ def test_the_averaged_weights_are_the_average_of_the_weights() -> None:
 
 def test_bfloat16_learns_what_float32_learns() -> None:
     """Gradients of the same examples within 2 %, the loss of a trained network within 2 %."""
-    gradients, losses = {}, {}
+    gradients: dict[str, list[Tensor]] = {}
+    losses = {}
     for dtype in ("float32", "bfloat16"):
         recipe = Recipe(kimg=0.48, batch=32, lr=2e-3, rampup_kimg=0.1, dtype=dtype, ema_rampup=1)
         trainer = Trainer(network(SONG), recipe, ALONE)
@@ -166,6 +172,21 @@ def test_gradients_that_are_not_finite_are_replaced_and_counted() -> None:
     trainer._share_gradients()
     assert int(trainer.nonfinite) == 3
     assert first.grad.view(-1)[:4].tolist() == [0, 1e5, -1e5, 1] and (second.grad == 1).all()
+
+
+class Twins(World):
+    """Two processes with equal gradients."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(2)
+
+
+def test_gradients_are_means_over_processes() -> None:
+    trainer = Trainer(network(SONG), Recipe(kimg=1, batch=4), Twins(0, 2, CPU))
+    for p in trainer.net.parameters():
+        p.grad = torch.ones_like(p)
+    trainer._share_gradients()
+    assert all((p.grad == 1).all() for p in trainer.net.parameters())
 
 
 def test_a_batch_has_to_be_dealt_out_evenly() -> None:
