@@ -64,7 +64,7 @@ def sample_grid(trainer: Trainer) -> np.ndarray:
         labels = F.one_hot(torch.arange(count) % net.label_dim, net.label_dim).to(device)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     x = SeedNoise(range(count)).normal("latent", shape, device=device) * ts[0].float()
-    out = integrate(make_solver("heun"), EDMDenoiser(net, labels), x, ts.to(device)).x[-1]
+    out = integrate(make_solver("heun"), EDMDenoiser(net, labels), x, ts).x[-1]
     return image_grid(to_uint8(out), GRID)
 
 
@@ -131,8 +131,8 @@ class Reporter:
             "  ".join(f"{k} {v if isinstance(v, int) else f'{v:.5g}'}" for k, v in row.items())
         )
         assert self.board is not None
-        for name, value in row.items():
-            self.board.add_scalar(name, value, trainer.images)
+        for name in row.keys() - {"step"}:
+            self.board.add_scalar(name, row[name], trainer.images)
         grid = sample_grid(trainer)
         self.board.add_image("samples", grid, trainer.images, dataformats="HWC")
         self.board.flush()

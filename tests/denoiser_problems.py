@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import zipfile
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from denoisers.edm import EDMPrecond
 from denoisers.precond import build
@@ -58,3 +64,19 @@ def train(trainer: Trainer) -> Trainer:
     while not trainer.done:
         trainer.step(flat_batch(trainer.images, trainer.recipe.batch))
     return trainer
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_zip(path: Path, count: int, classes: int = 4, side: int = 8, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
+    labels = [[f"{i:03d}.png", i % classes] for i in range(count)] if classes else None
+    with zipfile.ZipFile(path, "w") as file:
+        for i, image in enumerate(pixels):
+            file.writestr(f"{i:03d}.png", png(image))
+        file.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
