@@ -185,8 +185,9 @@ def main(
         images = Images(data, *wanted)
         held_out = None
         if valid is not None:
-            some = range(min(HELD_OUT, len(held := Images(valid, *wanted))))
-            held_out = held.batch(some, some, ("valid", recipe.seed))
+            others = Images(valid, *wanted)
+            numbers = range(min(HELD_OUT, len(others)))
+            held_out = others.batch(numbers, numbers, ("valid", recipe.seed))
         trainer = Trainer(net, recipe, here, compiled=compiled)
         prepare_folder(outdir, trainer, about)
         if trainer.done:
