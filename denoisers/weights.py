@@ -29,7 +29,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(path), metadata
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a safetensors file ({error}); give --model_path a .safetensors file"
+            f"{path} is not a safetensors file ({error}); give one, or another copy of it"
         ) from error
 
 
