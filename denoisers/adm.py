@@ -18,7 +18,7 @@ from runtime.files import sha256_file
 from solvers.types import Denoised
 
 from .cards import Card
-from .conditions import check_class
+from .conditions import check_batch, check_class
 from .files import Files
 from .nets.openai import Classifier, UNet, settings_from
 from .noise_schedules import LinearVP
@@ -179,12 +179,6 @@ def check_conditions(
             f"'{card.name}' was trained with classes: give every sample one of 0 to "
             f"{net.num_classes - 1}"
         )
-
-
-def check_batch(labels: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless there is a label for every sample."""
-    if labels is not None and len(labels) != len(x):
-        raise ValueError(f"{len(labels)} labels are bound but the batch has {len(x)}")
 
 
 def read_openai(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from runtime.errors import UserError
 from solvers.types import Denoised
 
-from .adm import check_batch, check_conditions, load_unet
+from .adm import check_conditions, load_unet
 from .cards import Card
+from .conditions import check_batch, refuse_guidance
 from .files import Files
 from .nets.openai import UNet
 
@@ -71,10 +72,7 @@ class CMModel:
         Raises UserError for labels that are missing, unwanted or out of range, guidance, or
         prompts.
         """
-        if guidance_rate not in (None, 0.0, 1.0):
-            raise UserError(
-                f"'{self.card.name}' has no guidance, but the rate is {guidance_rate}; leave it out"
-            )
+        refuse_guidance(self.card, guidance_rate)
         check_conditions(self.card, self.net, labels, prompts)
         return CMDenoiser(self.net, labels)
 

@@ -131,3 +131,15 @@ def check_class(card: Card, label: int | None) -> None:
             f"--class {label} is not one of the {card.label_dim} classes of {card.name!r}: "
             f"give 0 to {card.label_dim - 1}"
         )
+
+
+def check_batch(labels: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless there is a label for every sample."""
+    if labels is not None and len(labels) != len(x):
+        raise ValueError(f"{len(labels)} labels are bound but the batch has {len(x)}")
+
+
+def refuse_guidance(card: Card, rate: float | None) -> None:
+    """Raise UserError for a rate that asks for guidance, of a model without it."""
+    if rate not in (None, 0.0, 1.0):
+        raise UserError(f"'{card.name}' has no guidance, but the rate is {rate}; leave it out")

@@ -18,6 +18,7 @@ from runtime.files import sha256_file
 from solvers.types import Denoised
 
 from .cards import Card
+from .conditions import check_batch, refuse_guidance
 from .files import Files
 from .precond import EDMPrecond, Precond, build
 from .snapshots import find_network, read, read_edm
@@ -42,8 +43,7 @@ class EDMDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
         """Denoise ``x`` (B, C, H, W) at ``sigma``, 0-d or (B, 1, 1, 1); ``x0`` has its dtype."""
         labels = self.labels
-        if labels is not None and len(labels) != len(x):
-            raise ValueError(f"{len(labels)} labels are bound but the batch has {len(x)}")
+        check_batch(labels, x)
         if x.device.type != "cpu" or len(x) <= MICRO_BATCH:
             return self.net(x, sigma, labels)
         outs = []
@@ -76,10 +76,7 @@ class EDMModel:
 
         Raises UserError for labels out of range, labels of an unconditional model, or guidance.
         """
-        if guidance_rate not in (None, 0.0, 1.0):
-            raise UserError(
-                f"'{self.card.name}' has no guidance, but the rate is {guidance_rate}; leave it out"
-            )
+        refuse_guidance(self.card, guidance_rate)
         if prompts is not None:
             raise UserError(f"'{self.card.name}' takes no text; leave the prompts out")
         if labels is None:

@@ -21,6 +21,7 @@ from solvers.types import Denoised
 
 from .adm import check_conditions, read_openai
 from .cards import Card
+from .conditions import refuse_guidance
 from .files import Files
 from .first_stage import VQDecoder, load_first_stage
 from .nets.openai import UNet, is_openai, settings_from
@@ -76,10 +77,7 @@ class LDMModel:
         prompts: Sequence[str] | None = None,
     ) -> LDMDenoiser:
         """Nothing can be fixed: UserError for labels, guidance or prompts."""
-        if guidance_rate not in (None, 0.0, 1.0):
-            raise UserError(
-                f"'{self.card.name}' has no guidance, but the rate is {guidance_rate}; leave it out"
-            )
+        refuse_guidance(self.card, guidance_rate)
         check_conditions(self.card, self.net, labels, prompts)
         return LDMDenoiser(self.net, self.schedule)
 

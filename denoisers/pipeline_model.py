@@ -19,6 +19,7 @@ from runtime.errors import UserError
 from solvers.types import Denoised
 
 from .cards import Card
+from .conditions import refuse_guidance
 from .noise_schedules import DiscreteVP
 from .pipeline_files import WEIGHTED, describe, first_stage, noise_schedule
 
@@ -158,10 +159,7 @@ class DiffusersModel:
         if not self.card.text:
             if prompts is not None:
                 raise UserError(f"'{name}' takes no text; leave the prompts out")
-            if guidance_rate not in (None, 0.0, 1.0):
-                raise UserError(
-                    f"'{name}' has no guidance, but the rate is {guidance_rate}; leave it out"
-                )
+            refuse_guidance(self.card, guidance_rate)
             return PipelineDenoiser(self, None, {})
         if prompts is None:
             raise UserError(f"'{name}' is conditioned on text; give --prompt or --prompt_path")
