@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,6 +104,13 @@ class ModelSource:
                 f"unknown dataset '{self.dataset_name}'; known: {', '.join(known)}; a model of "
                 "your own takes any other name together with --model_path"
             )
+        return self._described
+
+    @cached_property
+    def _described(self) -> Card:
+        """Made once: it takes reading the whole file."""
+        own = self._own()
+        assert own is not None  # card() has seen to it
         return describe(self.dataset_name, own, self.model_family)
 
     def files(self, card: Card) -> Files:

@@ -67,6 +67,7 @@ class Job:
     """A run that is ready to start; nothing has been written yet."""
 
     sampler: Sampler
+    source: ModelSource
     card: Card
     setup: Setup
     seeds: list[int]
@@ -136,9 +137,11 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
     if predictor_path is None and options.sampler is None:
         raise UserError("nothing says how to sample: give --predictor_path or --sampler")
     if predictor_path is not None:
-        card, sampler = _learned(options, predictor_path, setup, world)
+        source, sampler = _learned(options, predictor_path, setup, world)
+        card = source.card()
     else:
-        card = setup.source(setup.dataset_name or DEFAULT_DATASET).card()
+        source = setup.source(setup.dataset_name or DEFAULT_DATASET)
+        card = source.card()
         sampler = build(options, card)
     conditions = Conditions.of(
         card,
@@ -152,13 +155,13 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
     check_plan(sampler, card)
     path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
     folder = Folder(Path(path), setup.subdirs, setup.return_inters)
-    return Job(sampler, card, setup, seeds, folder, conditions)
+    return Job(sampler, source, card, setup, seeds, folder, conditions)
 
 
 def run(job: Job, world: World) -> Summary:
     """Make the images that the folder lacks, on all processes, and complete its record."""
     setup, folder = job.setup, job.folder
-    model = setup.source(job.card.name).load(setup.dtype, world)
+    model = job.source.load(setup.dtype, world)
     note = _other_weights(job.sampler, model.sha256)
     if note and world.is_main:
         tqdm.write(note, file=sys.stderr)
@@ -198,13 +201,13 @@ def run(job: Job, world: World) -> Summary:
 
 def _learned(
     options: SamplerOptions, spec: str, setup: Setup, world: World
-) -> tuple[Card, Sampler]:
+) -> tuple[ModelSource, Sampler]:
     root = Path("exps")
     predictor, student, record = load_predictor(spec, root)
     predictor = predictor.to(dtype=setup.state_dtype).to(world.device)
-    card = setup.source(setup.dataset_name or student.dataset_name).card()
+    source = setup.source(setup.dataset_name or student.dataset_name)
     name = _name(find_run(spec, root))
-    return card, build_learned(options, predictor, student, record, name, card)
+    return source, build_learned(options, predictor, student, record, name, source.card())
 
 
 def _other_weights(sampler: Sampler, sha256: str) -> str | None:
