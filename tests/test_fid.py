@@ -178,7 +178,10 @@ def test_errors_are_one_sentence(run: Run, tmp_path: Path) -> None:
         (["--images", tmp_path / "empty"], "holds no image"),
         (["--images", big], "takes 32x32 images, got 64x48: use --detector inception"),
         (["--images", folder, "--num", 5], "5 images were asked for, found 3"),
-        (["--images", folder, "--ref", "cifar"], "'cifar' is neither one of cifar10-small nor"),
+        (
+            ["--images", folder, "--ref", "cifar"],
+            "'cifar' is neither one of cifar10-small, ",
+        ),
         (["--images", tmp_path / "s.npz", "--num", 5], "--num 5 draws images, but"),
         (["--images", tmp_path / "s.npz"], "do not exist: make them with fid.py ref"),
         (["--images", folder, "--detector-path", tmp_path / "d"], "d does not exist: check"),
