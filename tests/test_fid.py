@@ -146,7 +146,8 @@ def test_fetched_detector_is_kept_and_checked(
 
 def test_published_moments_become_a_reference_once_declared(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "published.npz"
-    np.savez(path, mu=np.zeros(192), sigma=np.eye(192))
+    dim = load_detector("cifar10-small", device="cpu").dim
+    np.savez(path, mu=np.zeros(dim), sigma=np.eye(dim))
     code, _, err = run("calc", "--images", path)
     assert code == 1 and "lack detector, detector_sha256, n, source: make them with fid.py" in err
     code, _, err = run("ref", "--data", path, "--dest", tmp_path / "r.npz")
