@@ -105,7 +105,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes, colors = figure.add_subplot(), colormaps["tab20"]
-    for index, (label, group) in enumerate(_lines(rows).items()):
+    for index, (label, group) in enumerate(series(rows).items()):
         nfe, fid = [r["nfe_planned"] for r in group], [r["fid"] for r in group]
         spread = [r["fid_block_spread"] for r in group]
         style = {"learned": "o-", "restart": "s--", "classic": "^:"}[group[0]["group"]]
@@ -125,15 +125,16 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each method that a plot joins, by its label; without the ceilings."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["budget"] is not None:
-            lines.setdefault(_short(row), []).append(row)
+            lines.setdefault(short(row), []).append(row)
     return lines
 
 
-def _short(row: dict[str, Any]) -> str:
+def short(row: dict[str, Any]) -> str:
     """Method, and for a student its teacher."""
     teacher = row["detail"].split(",")[0] if row["group"] == "learned" else ""
     return f"{row['method']} ({teacher})" if teacher else row["method"]
@@ -156,6 +157,6 @@ def _picture(path: Path, folder: Path, rows: list[dict[str, Any]]) -> None:
             images,
             columns,
             labels=[f"seed {seed + i}" for i in range(columns)],
-            row_labels=[f"{_short(r)}, {r['nfe_planned']} NFE, FID {r['fid']:.2f}" for r in rows],
+            row_labels=[f"{short(r)}, {r['nfe_planned']} NFE, FID {r['fid']:.2f}" for r in rows],
         ),
     )

@@ -1,0 +1,194 @@
+"""The report on solver errors: JSON, Markdown and three plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comparison.report import series, short
+from runtime.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILE = "errors.json"
+HEAD = ("method", "NFE", "x", "features", "largest interval", "NFE metered", "detail")
+STYLES = {"learned": "o-", "classic": "^:"}
+CLOSE = 3.0  #: noise level below which the end of a trajectory is shown enlarged
+
+
+def write_errors(folder: Path, content: dict[str, Any]) -> list[Path]:
+    """Write the report of ``content`` (see :func:`comparison.errors_run.run`); returns paths."""
+    rows = content["rows"]
+    text = {"errors.md": markdown(content), FILE: json.dumps(content, indent=2)}
+    for name, whole in text.items():
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(whole.rstrip("\n") + "\n", encoding="utf-8")
+    plots: dict[str, Callable[[Figure], None]] = {
+        "errors-nfe.png": lambda figure: _against_nfe(figure, rows),
+        "errors-local.png": lambda figure: _local(figure, rows),
+        "trajectories.png": lambda figure: _trajectories(figure, content["trajectory"], rows),
+    }
+    for name, draw in plots.items():
+        _save(folder / name, draw)
+    return [folder / name for name in (*text, *plots)]
+
+
+def sentence(content: dict[str, Any]) -> str:
+    """What the figures are, in words."""
+    exact, plane = content["exact"], content["plane"]
+    words = [
+        f"Model {exact['model']}; distance to the exact solution of the ODE (dopri5 at a tolerance "
+        f"of {exact['tol']:g}, {exact['nfe']:.0f} NFE) from the same latents, seeds "
+        f"{exact['seeds']}. x: root mean square over the pixels of an image in [-1, 1], the mean "
+        "over the images and its standard error. Largest interval: the same for one interval that "
+        "starts from the exact state, and the noise level where it ends."
+    ]
+    if exact["detector"]:
+        words.append(
+            f"Features: Euclidean distance in those of detector {exact['detector']}, where two "
+            f"different exact images lie {exact['feature_scale']:.4g} apart (root mean square)."
+        )
+    words.append(
+        f"Of the variance of an exact trajectory ({plane['points']} points), "
+        f"{plane['both_mean']:.3%} lies in a plane (least {plane['both_least']:.3%}; along one "
+        f"line {plane['one_mean']:.3%}); no point is farther from it than {plane['off_most']:.2%} "
+        "of the distance from start to end."
+    )
+    return " ".join(words)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table under ``HEAD``; plain text."""
+    worst = max(range(len(row["local"])), key=lambda i: row["local"][i])
+    features = row["features"]
+    return [
+        row["method"],
+        str(row["nfe_planned"]),
+        f"{row['x']:.4f} +- {row['x_error']:.4f}",
+        "" if features is None else f"{features:.3f} +- {row['features_error']:.3f}",
+        f"{row['local'][worst]:.4f} (to {row['times'][worst + 1]:.3g})",
+        str(row["nfe_metered"]),
+        row["detail"],
+    ]
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The table, best row of each budget first, and what was left out."""
+    out = [sentence(content), "", "| " + " | ".join(HEAD) + " |"]
+    out.append("|" + "|".join("---" if h in ("method", "detail") else "---:" for h in HEAD) + "|")
+    for row in content["rows"]:
+        name, *rest = cells(row)
+        name = f"**{name}**" if row["group"] == "learned" else name
+        out.append("| " + " | ".join(c.replace("|", "\\|") for c in (name, *rest)) + " |")
+    if content["skipped"]:
+        out += ["", *(f"Left out: {s['method']}: {s['why']}." for s in content["skipped"])]
+    return "\n".join(out) + "\n"
+
+
+def by_error(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By budget, the closest row of each first; ceilings last."""
+    return sorted(results, key=lambda r: (r["budget"] is None, r["budget"] or 0, r["x"]))
+
+
+def _save(path: Path, draw: Callable[[Figure], None]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _colors(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A colour for each method, the same in every plot."""
+    from matplotlib import colormaps
+
+    names = sorted({short(row) for row in rows})
+    return {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
+
+
+def _budgets(rows: list[dict[str, Any]]) -> list[int]:
+    return sorted({row["budget"] for row in rows if row["budget"]})
+
+
+def _against_nfe(figure: Figure, rows: list[dict[str, Any]]) -> None:
+    """Distance against NFE, in x and in features; a line per method, ceilings as levels."""
+    panels = {"x": "RMS distance in x"}
+    if all(row["features"] is not None for row in rows):
+        panels["features"] = "distance in features"
+    figure.set_size_inches(5 * len(panels) + 3, 4.5)
+    colors = _colors(rows)
+    for index, (key, title) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for name, group in series(rows).items():
+            nfe, values = [r["nfe_planned"] for r in group], [r[key] for r in group]
+            style = STYLES[group[0]["group"]]
+            axes.plot(nfe, values, style, color=colors[name], lw=1, label=name)
+        for row in rows:
+            if row["budget"] is None:
+                axes.axhline(row[key], color="grey", ls="--", lw=1, label=row["method"])
+        axes.set_yscale("log")
+        axes.set_xlabel("network evaluations (NFE)")
+        axes.set_ylabel(title)
+        axes.set_xticks(_budgets(rows))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _local(figure: Figure, rows: list[dict[str, Any]]) -> None:
+    """The error of each interval against the noise level where it ends, a panel per NFE."""
+    budgets = _budgets(rows)
+    figure.set_size_inches(4 * len(budgets) + 2, 4)
+    colors = _colors(rows)
+    for index, nfe in enumerate(budgets):
+        axes = figure.add_subplot(1, len(budgets), index + 1)
+        for row in (r for r in rows if r["budget"] == nfe):
+            ends = [(t, e) for t, e in zip(row["times"][1:], row["local"], strict=True) if t > 0]
+            style = STYLES[row["group"]]
+            axes.loglog(*zip(*ends, strict=True), style, color=colors[short(row)], lw=1, ms=4,
+                        label=short(row))  # fmt: skip
+        axes.invert_xaxis()
+        axes.set_title(f"{nfe} NFE")
+        axes.set_xlabel("noise level at the end of the interval")
+        axes.legend(fontsize=6)
+        if index == 0:
+            axes.set_ylabel("error of one interval, RMS")
+
+
+def _trajectories(figure: Figure, shown: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """One seed's trajectories in the plane of the exact one: whole, and its end enlarged."""
+    budgets = _budgets(rows)
+    figure.set_size_inches(11, 3.6 * len(budgets))
+    colors = _colors(rows)
+    one, two = shown["explained"]
+    curve = list(zip(*shown["exact"], strict=True))
+    for index, nfe in enumerate(budgets):
+        mine = [(r, shown["rows"][r["key"]]) for r in rows if r["budget"] == nfe]
+        for column, title in enumerate(("whole", f"end (noise below {CLOSE:g})")):
+            axes = figure.add_subplot(len(budgets), 2, 2 * index + column + 1)
+            axes.plot(*curve, "k-", lw=1.5, label="exact")
+            for row, points in mine:
+                style = STYLES[row["group"]]
+                axes.plot(*zip(*points, strict=True), style, color=colors[short(row)], lw=0.8,
+                          ms=4, label=short(row))  # fmt: skip
+            axes.set_title(f"{nfe} NFE, {title}", fontsize=9)
+            axes.set_xlabel(f"first component ({one:.2%} of the variance)", fontsize=8)
+            axes.set_ylabel(f"second ({two:.2%})", fontsize=8)
+            if column:
+                near = [p for p, t in zip(shown["exact"], shown["times"], strict=True) if t < CLOSE]
+                _enclose(axes, near + [points[-1] for _, points in mine])
+                axes.legend(fontsize=6)
+
+
+def _enclose(axes: Any, points: list[list[float]]) -> None:
+    """Limits around some points, with a margin."""
+    for values, limit in zip(
+        zip(*points, strict=True), (axes.set_xlim, axes.set_ylim), strict=True
+    ):
+        low, high = min(values), max(values)
+        margin = 0.08 * (high - low) or 1.0
+        limit(low - margin, high + margin)

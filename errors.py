@@ -1,0 +1,65 @@
+"""How far samplers are from the exact solution of the ODE, on the same latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from comparison.errors_job import prepare
+from comparison.errors_run import run
+from denoisers.cards import cards
+from denoisers.registry import DTYPES
+from fid import open_detector
+from metrics.detectors import DETECTORS
+from runtime import cli
+from runtime.dist import world
+from solvers.grids import SCHEDULES
+
+EXAMPLES = """\b
+Examples:
+  python errors.py --budgets 5 --predictors 1,2
+  python errors.py --dataset_name mine --model_path FILE --detector none --seeds 0-7
+  python errors.py --budgets 3,5,7,9 --outdir samples/compare     (goes into its report.html)
+"""
+NONE = "none"
+
+
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--dataset_name", default="cifar10-small", help=f"model: {', '.join(cards())}")
+@cli.model_options
+@click.option(
+    "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
+)
+@click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma")
+@cli.seeds_option("0-31")
+@click.option("--tol", type=click.FloatRange(0, min_open=True), default=1e-4, help="rtol = atol")
+@click.option("--check", is_flag=True, help="also Heun with 200 nodes: how exact is exact?")
+@click.option("--ceilings", type=bool, default=True, help="also Heun-35")
+@click.option(
+    "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
+)
+@click.option("--detector", type=click.Choice([*DETECTORS, NONE]), default="cifar10-small")
+@click.option("--detector-path", "detector_path", type=click.Path(path_type=Path))
+@click.option("--outdir", type=click.Path(path_type=Path), default=Path("samples/errors"))
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network")
+@click.option("--batch", type=click.IntRange(1), default=32, help="images that are solved together")
+@cli.device_option
+@cli.dry_run_option
+def main(dry_run: bool, device: str | None, **options: Any) -> None:
+    """Measure solver error without a reference: the distance to the exact solution of the ODE.
+
+    Classic solvers and trained predictors (--predictors, at their own NFE).  A killed run goes on
+    with what is missing.
+    """
+    with world(device) as here:
+        detector = None if options["detector"] == NONE else open_detector(options, here)
+        job = prepare(options, here, detector)
+        text = job.outline() if dry_run else run(job)
+        if here.is_main:
+            click.echo(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
