@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ class Statistics:
         self.n = 0
         self._sum = torch.zeros(detector.dim, dtype=torch.float64)
         self._outer = torch.zeros(detector.dim, detector.dim, dtype=torch.float64)
+        #: Mean and covariance as a file gave them: not rounded once more by way of the sums.
+        self._given: tuple[np.ndarray, np.ndarray] | None = None
 
     def update(self, features: Tensor) -> None:
         """Add a batch of features (B, dim) of any floating type on any device."""
@@ -55,6 +58,7 @@ class Statistics:
             raise ValueError(
                 "the detector returned NaN or infinite features: check the images and the device."
             )
+        self._given = None
         self.n += len(x)
         self._sum += x.sum(0)
         self._outer += x.T @ x
@@ -74,28 +78,27 @@ class Statistics:
 
         Call it once, on every rank, after the last ``update``.
         """
-        if dist.is_available() and dist.is_initialized():
-            count = torch.tensor([self.n], dtype=torch.float64)
-            packed = torch.cat([count, self._sum, self._outer.flatten()])
-            # gloo sums on the CPU; a group of NCCL alone needs the tensor on its GPU
-            on_gpu = dist.get_backend() == "nccl"
-            packed = packed.cuda() if on_gpu else packed
-            dist.all_reduce(packed)
-            packed, dim = packed.cpu(), self.detector.dim
-            self.n = int(packed[0])
-            self._sum, self._outer = packed[1 : dim + 1], packed[dim + 1 :].view(dim, dim)
+        count = torch.tensor([self.n], dtype=torch.float64)
+        packed = sum_over_ranks(torch.cat([count, self._sum, self._outer.flatten()]))
+        dim, self._given = self.detector.dim, None
+        self.n = int(packed[0])
+        self._sum, self._outer = packed[1 : dim + 1], packed[dim + 1 :].view(dim, dim)
         return self
 
     @property
     def mean(self) -> np.ndarray:
         """Mean of the features (dim,)."""
         self._require_two()
+        if self._given is not None:
+            return self._given[0]
         return (self._sum / self.n).numpy()
 
     @property
     def cov(self) -> np.ndarray:
         """Unbiased covariance of the features (dim, dim)."""
         self._require_two()
+        if self._given is not None:
+            return self._given[1]
         return ((self._outer - torch.outer(self._sum, self._sum) / self.n) / (self.n - 1)).numpy()
 
     def fid(self, reference: Statistics) -> float:
@@ -114,15 +117,18 @@ class Statistics:
     def save(self, path: str | Path) -> None:
         """Write an .npz that ``load`` reads (the name is kept as it is)."""
         with open(path, "wb") as file:
-            np.savez_compressed(
-                file,
-                mu=self.mean,
-                sigma=self.cov,
-                detector=self.detector.name,
-                detector_sha256=self.detector.sha256,
-                n=self.n,
-                source=self.source,
-            )
+            np.savez_compressed(file, **self.arrays())
+
+    def arrays(self) -> dict[str, Any]:
+        """What ``save`` writes, by key."""
+        return {
+            "mu": self.mean,
+            "sigma": self.cov,
+            "detector": self.detector.name,
+            "detector_sha256": self.detector.sha256,
+            "n": self.n,
+            "source": self.source,
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -132,7 +138,11 @@ class Statistics:
             FileNotFoundError: there is no such file.
             ValueError: not an .npz, keys are missing, or the values make no sense.
         """
-        content = _read(Path(path))
+        return cls.of_arrays(path, read_arrays(Path(path)))
+
+    @classmethod
+    def of_arrays(cls, path: str | Path, content: dict[str, np.ndarray]) -> Statistics:
+        """Statistics of what ``arrays`` gave; ``path`` names them in errors, as in ``load``."""
         missing = [key for key in _KEYS if key not in content]
         if missing:
             raise ValueError(
@@ -149,7 +159,7 @@ class Statistics:
         Raises:
             ValueError: as ``load``; also where the file already names its detector.
         """
-        content = _read(Path(path))
+        content = read_arrays(Path(path))
         if "detector" in content:
             raise ValueError(
                 f"statistics {path} already name their detector: use them as they are."
@@ -181,7 +191,7 @@ class Statistics:
         if not (np.isfinite(mu).all() and np.isfinite(cov).all()):
             raise ValueError(f"statistics {path} hold NaN or infinite values: make them again.")
         stats = cls(DetectorId(name, sha, len(mu)), source)
-        stats.n = count
+        stats.n, stats._given = count, (mu, cov)
         stats._sum = torch.from_numpy(mu * count)
         stats._outer = torch.from_numpy(cov * (count - 1) + np.outer(mu, mu) * count)
         return stats
@@ -191,7 +201,17 @@ class Statistics:
             raise ValueError(f"statistics need at least 2 images, got {self.n}: add images.")
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of a CPU tensor over all ranks, which may take its place; itself without a group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    # gloo sums on the CPU; a group of NCCL alone needs the tensor on its GPU
+    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+    dist.all_reduce(shared)
+    return shared.cpu()
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz; pickled objects are refused."""
     if not path.is_file():
         raise FileNotFoundError(f"statistics {path} do not exist: make them with fid.py ref.")

@@ -137,9 +137,11 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
             load_detector("inception", path=tmp_path / name, device="cpu")
         with pytest.raises(ValueError, match="is not a detector file of tools/train_detector.py"):
             load_detector("cifar10-small", path=tmp_path / name, device="cpu")
-    for name in DETECTORS:
+    for name in DETECTORS.keys() - {"pixels"}:
         with pytest.raises(FileNotFoundError, match=r"none.pt does not exist"):
             load_detector(name, path=tmp_path / "none.pt", device="cpu")
+    with pytest.raises(ValueError, match="detector pixels has no weights: leave"):
+        load_detector("pixels", path=tmp_path / "none.pt", device="cpu")
     with pytest.raises(
         ValueError, match="unknown detector 'vgg': choose one of cifar10-small, inc"
     ):
