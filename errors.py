@@ -35,7 +35,9 @@ NONE = "none"
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma")
 @cli.seeds_option("0-31")
 @click.option("--tol", type=click.FloatRange(0, min_open=True), default=1e-4, help="rtol = atol")
-@click.option("--check", is_flag=True, help="also Heun with 200 nodes: how exact is exact?")
+@click.option(
+    "--check", type=bool, default=False, help="also Heun with 200 nodes: is the solution exact?"
+)
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35")
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"

@@ -53,9 +53,9 @@ def sentence(content: dict[str, Any]) -> str:
         )
     words.append(
         f"Of the variance of an exact trajectory ({plane['points']} points), "
-        f"{plane['both_mean']:.3%} lies in a plane (least {plane['both_least']:.3%}; along one "
-        f"line {plane['one_mean']:.3%}); no point is farther from it than {plane['off_most']:.2%} "
-        "of the distance from start to end."
+        f"{plane['one_mean']:.4%} lies along one line and {plane['both_mean']:.4%} in a plane "
+        f"(least {plane['both_least']:.4%}): {plane['rest_mean']:.1%} of what the line leaves. No "
+        f"point is farther from it than {plane['off_most']:.2%} of the way from start to end."
     )
     return " ".join(words)
 
@@ -164,7 +164,7 @@ def _trajectories(figure: Figure, shown: dict[str, Any], rows: list[dict[str, An
     budgets = _budgets(rows)
     figure.set_size_inches(11, 3.6 * len(budgets))
     colors = _colors(rows)
-    one, two = shown["explained"]
+    one = shown["explained"][0]
     curve = list(zip(*shown["exact"], strict=True))
     for index, nfe in enumerate(budgets):
         mine = [(r, shown["rows"][r["key"]]) for r in rows if r["budget"] == nfe]
@@ -176,19 +176,19 @@ def _trajectories(figure: Figure, shown: dict[str, Any], rows: list[dict[str, An
                 axes.plot(*zip(*points, strict=True), style, color=colors[short(row)], lw=0.8,
                           ms=4, label=short(row))  # fmt: skip
             axes.set_title(f"{nfe} NFE, {title}", fontsize=9)
-            axes.set_xlabel(f"first component ({one:.2%} of the variance)", fontsize=8)
-            axes.set_ylabel(f"second ({two:.2%})", fontsize=8)
+            axes.set_xlabel(f"first component ({one:.4%} of the variance)", fontsize=8)
+            axes.set_ylabel(f"second ({shown['rest']:.1%} of the rest)", fontsize=8)
             if column:
                 near = [p for p, t in zip(shown["exact"], shown["times"], strict=True) if t < CLOSE]
-                _enclose(axes, near + [points[-1] for _, points in mine])
+                _enclose(axes, near)
                 axes.legend(fontsize=6)
 
 
 def _enclose(axes: Any, points: list[list[float]]) -> None:
-    """Limits around some points, with a margin."""
+    """Limits around some points, with room for what passes them by."""
     for values, limit in zip(
         zip(*points, strict=True), (axes.set_xlim, axes.set_ylim), strict=True
     ):
         low, high = min(values), max(values)
-        margin = 0.08 * (high - low) or 1.0
-        limit(low - margin, high + margin)
+        room = 0.3 * (high - low) or 1.0
+        limit(low - room, high + room)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from comparison.errors import Errors, measure_errors, times, walk, walks
 from comparison.errors_job import ErrorsJob, curve
 from comparison.errors_report import by_error, markdown, write_errors
 from comparison.exact import Exact
+from comparison.page import write_page
 from comparison.rows import Row
 from comparison.trajectories import fit_plane
 from denoisers.registry import Model
@@ -49,7 +51,7 @@ def run(job: ErrorsJob) -> str:
         "skipped": job.skipped,
         "trajectory": _trajectory(job),
     }
-    files = write_errors(job.folder, content)
+    files = [*write_errors(job.folder, content), write_page(job.folder)]
     return "\n".join([markdown(content), *map(str, files)])
 
 
@@ -65,10 +67,10 @@ def _solve(job: ErrorsJob, exact: Exact, tick: Callable[[int], object]) -> dict[
         if stats is not None and features is not None:
             stats.update(features)
         fits = [fit_plane(states) for states in exact.states(seeds, points).unbind(1)]
-        figures = [[f.explained[0], sum(f.explained), f.off] for f in fits]
+        figures = [[f.explained[0], sum(f.explained), f.rest, f.off] for f in fits]
         planes.append((place, torch.tensor(figures, dtype=torch.float64).T))
         tick(len(seeds) * job.world.size)
-    one, both, off = job.gather(iter(planes), 3)
+    one, both, rest, off = job.gather(iter(planes), 4)
     nfe = job.world.sum_(torch.tensor([spent], dtype=torch.float64))
     scale = None if stats is None else math.sqrt(2 * float(stats.reduce().cov.trace()))
     return {
@@ -85,6 +87,7 @@ def _solve(job: ErrorsJob, exact: Exact, tick: Callable[[int], object]) -> dict[
             "points": len(points),
             "one_mean": float(one.mean()),
             "both_mean": float(both.mean()),
+            "rest_mean": float(rest.mean()),
             "both_least": float(both.min()),
             "off_most": float(off.max()),
         },
@@ -112,6 +115,7 @@ def _row(job: ErrorsJob, row: Row, exact: Exact, tick: Callable[[int], object]) 
             yield place, torch.cat([found.along, found.local, far[None]])
             tick(len(seeds) * job.world.size)
 
+    begin = time.perf_counter()
     whole = job.gather(measured(), 2 * len(levels))
     along, local, far = whole[: len(levels)], whole[len(levels) : -1], whole[-1]
     result = {
@@ -127,6 +131,7 @@ def _row(job: ErrorsJob, row: Row, exact: Exact, tick: Callable[[int], object]) 
         "x_error": _standard_error(along[-1]),
         "features": float(far.mean()) if job.detector else None,
         "features_error": _standard_error(far) if job.detector else None,
+        "seconds": time.perf_counter() - begin,
         "times": levels,
         "along": along.mean(1).tolist(),
         "local": local.mean(1).tolist(),
@@ -181,6 +186,7 @@ def _trajectory(job: ErrorsJob) -> dict[str, Any]:
         "seed": group[0],
         "times": levels,
         "explained": list(plane.explained),
+        "rest": plane.rest,
         "off": plane.off,
         "exact": plane.project(states).tolist(),
         "rows": paths,

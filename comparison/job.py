@@ -10,6 +10,7 @@ import torch
 
 from comparison.choose import choose_restart, selection_cost
 from comparison.measure import Harness, measure
+from comparison.page import write_page
 from comparison.report import markdown, ordered, write_report
 from comparison.rows import (
     Row,
@@ -120,7 +121,7 @@ def run(job: Job, world: World) -> str:
     world.barrier()
     if not world.is_main:
         return ""
-    files = write_report(job.folder, job.record, results)
+    files = [*write_report(job.folder, job.record, results), write_page(job.folder)]
     return "\n".join([markdown(ordered(results)), *map(str, files)])
 
 

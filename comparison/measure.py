@@ -109,6 +109,7 @@ def measure(
     if found is not None and found["identity"] == identity:
         tick(len(harness.seeds))
         return found
+    begin = time.perf_counter()
     fid, nfe, rate = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
     result = {
         "method": row.method,
@@ -124,6 +125,7 @@ def measure(
         "nfe_planned": row.sampler.nfe,
         "nfe_metered": nfe,
         "images_per_second": rate,
+        "seconds": time.perf_counter() - begin,
         "detector": harness.detector.name,
         "identity": identity,
         "pictures": f"rows/{row.key}.png",

@@ -16,12 +16,18 @@ from runtime.images import image_grid, save_png
 from runtime.record import RunRecord
 
 ZOOM = 2  #: small images are shown larger
-HEAD = ("method", "NFE", "FID", "blocks", "vs own solver", "images/s", "NFE metered", "detail")
+HEAD = (
+    "method", "NFE", "FID", "blocks", "excess", "vs own solver", "images/s", "NFE metered",
+    "detail",
+)  # fmt: skip
+#: What the excess of a row is measured by: no solver error to speak of, and a good plain solver.
+CEILING, YARDSTICK = "Heun-35", "iPNDM(4) + AFS"
 
 
 def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]]) -> list[Path]:
     """Write all five files into ``folder``; returns their paths, the table first."""
-    rows = ordered(results)
+    listed = ordered(results)
+    rows = [{**row, "excess": excess(row, listed)} for row in listed]
     text = {
         "table.md": markdown(rows),
         "table.csv": _csv(rows),
@@ -42,36 +48,65 @@ def ordered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(results, key=lambda r: (r["budget"] is None, r["budget"] or 0, r["fid"]))
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of ordered rows."""
+def caption(rows: list[dict[str, Any]]) -> str:
+    """What the figures of ordered rows are, in words."""
     first = rows[0]["identity"]["harness"]
     per_block = rows[0]["n"] // first["blocks"]
-    lines = [
+    return (
         f"Model {first['model']}; FID by detector **{first['detector']}** against "
         f"{first['reference']} ({first['reference_n']} images); seeds {first['seeds']} in every "
         f"row (N = {rows[0]['n']}); blocks: mean +- standard deviation over "
         f"{first['blocks']} disjoint blocks of {per_block}, whose FID is higher because they are "
-        "smaller. images/s is sampling alone.",
+        f"smaller. Excess: the share of {YARDSTICK}'s distance from {CEILING} that is left. "
+        "images/s is sampling alone."
+    )
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of ordered rows."""
+    lines = [
+        caption(rows),
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + "|".join("---" if h in ("method", "detail") else "---:" for h in HEAD) + "|",
     ]
-    lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
+    for row in rows:
+        name, *rest = (cell.replace("|", "\\|") for cell in cells(row, rows))
+        name = f"**{name}**" if row["group"] == "learned" else name
+        lines.append("| " + " | ".join((name, *rest)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    name = f"**{row['method']}**" if row["group"] == "learned" else row["method"]
+def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """One of ordered rows under ``HEAD``; plain text."""
+    left = excess(row, rows)
     return [
-        name,
+        row["method"],
         str(row["nfe_planned"]),
         f"{row['fid']:.2f}",
         f"{row['fid_block_mean']:.2f} +- {row['fid_block_spread']:.2f}",
+        "" if left is None else f"{left:.2f}",
         _gain(row, rows),
         f"{row['images_per_second']:.1f}",
         str(row["nfe_metered"]),
-        row["detail"].replace("|", "\\|"),
+        row["detail"],
     ]
+
+
+def excess(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """How much of a solver error is left: 1 is iPNDM(4) + AFS at this NFE, 0 is Heun-35.
+
+    ``(FID - FID of Heun-35) / (FID of iPNDM(4) + AFS - FID of Heun-35)``, which sets the error of
+    the model aside.  None without either row, and where the yardstick is no worse than the
+    ceiling, so that there is nothing to be measured by.
+    """
+    ceiling = next((r for r in rows if r["budget"] is None and r["method"] == CEILING), None)
+    same = (r for r in rows if r["budget"] == row["budget"] and r["method"] == YARDSTICK)
+    yardstick = next(same, None)
+    if row["budget"] is None or ceiling is None or yardstick is None:
+        return None
+    whole = yardstick["fid"] - ceiling["fid"]
+    return (row["fid"] - ceiling["fid"]) / whole if whole > 0 else None
 
 
 def own_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:

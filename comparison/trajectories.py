@@ -21,6 +21,12 @@ class Plane(NamedTuple):
     explained: tuple[float, float]  #: shares of the variance along each axis
     off: float  #: largest distance of a point from the plane, over that of the end from the start
 
+    @property
+    def rest(self) -> float:
+        """The second axis' share of the variance that the first leaves; 1 where it leaves none."""
+        left = 1 - self.explained[0]
+        return self.explained[1] / left if left > 1e-12 else 1.0
+
     def project(self, states: Tensor) -> Tensor:
         """(T, C, H, W) -> (T, 2), coordinates in the plane."""
         return (_flat(states) - self.center) @ self.axes.T
