@@ -1,0 +1,141 @@
+"""The metrics by name, each from the summaries of two sets of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from metrics.detectors import Detector
+from metrics.kid import kid
+from metrics.manifolds import density_coverage, precision_recall
+from metrics.statistics import Statistics
+from metrics.summary import Needs, Summary
+
+KEPT = 10_000  #: images whose features are kept, unless a person says otherwise
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure or two: ``compute(images, reference, seed)`` -> by key, ``text`` to print them."""
+
+    compute: Callable[[Summary, Summary, int], dict[str, float]]
+    text: str
+    features: bool = False
+    spatial: bool = False
+
+
+def _fid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+    return {"fid": images.moments.fid(reference.moments)}
+
+
+def _sfid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+    return {"sfid": _spatial(images).fid(_spatial(reference))}
+
+
+def _kid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+    found = kid(_features(images), _features(reference), seed=seed)
+    return {
+        "kid": found.mean, "kid_spread": found.spread,
+        "kid_subsets": found.subsets, "kid_subset_size": found.size,
+    }  # fmt: skip
+
+
+def _pr(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+    return dict(precision_recall(_features(reference), _features(images))._asdict())
+
+
+def _dc(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+    return dict(density_coverage(_features(reference), _features(images))._asdict())
+
+
+METRICS = {
+    "fid": Metric(_fid, "FID {fid:.6g}"),
+    "kid": Metric(
+        _kid,
+        "KID {kid:.6g} +- {kid_spread:.2g} ({kid_subsets} subsets of {kid_subset_size})",
+        features=True,
+    ),
+    "pr": Metric(_pr, "precision {precision:.4f}, recall {recall:.4f}", features=True),
+    "dc": Metric(_dc, "density {density:.4f}, coverage {coverage:.4f}", features=True),
+    "sfid": Metric(_sfid, "sFID {sfid:.6g}", spatial=True),
+}
+
+
+def parse_metrics(text: str) -> tuple[str, ...]:
+    """``"fid,kid"`` -> names, each once, in the order given.
+
+    Raises:
+        ValueError: an unknown metric, or none.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(
+            f"--metrics '{text}': '{''.join(unknown[:1])}' is no metric, choose from "
+            f"{', '.join(METRICS)}."
+        )
+    return names
+
+
+def needs_of(names: Sequence[str], kept: int | None = None, always: bool = False) -> Needs:
+    """What the metrics ask of a pass: features of ``kept`` images, if any or ``always``."""
+    wanted = always or any(METRICS[name].features for name in names)
+    count = (KEPT if kept is None else kept) if wanted else 0
+    return Needs(count, any(METRICS[name].spatial for name in names))
+
+
+def require(summary: Summary, needs: Needs) -> Summary:
+    """The summary itself, if it holds what the metrics need: asked before a pass, not after it."""
+    if needs.features:
+        _features(summary)
+    if needs.spatial:
+        _spatial(summary)
+    return summary
+
+
+def figures(
+    names: Sequence[str], images: Summary, reference: Summary, seed: int = 0
+) -> dict[str, float]:
+    """All figures of the metrics ``names`` by key, such as {"fid": ..., "precision": ...}."""
+    found: dict[str, float] = {}
+    for name in names:
+        found |= METRICS[name].compute(images, reference, seed)
+    return found
+
+
+def lines(
+    names: Sequence[str], found: dict[str, float], detector: Detector, images: Summary,
+    reference: Summary,
+) -> list[str]:  # fmt: skip
+    """A line a metric, with the detector and the honest number of images."""
+    made = []
+    for name in names:
+        count = f"{images.moments.n}"
+        if METRICS[name].features:
+            count = (
+                f"{images.kept} of {images.moments.n} against {reference.kept} of "
+                f"{reference.moments.n}"
+            )
+        text = METRICS[name].text.format(**found)
+        made.append(f"{text}  (detector {detector.name}, N = {count})")
+    return made
+
+
+def _features(summary: Summary) -> Tensor:
+    if summary.features is None:
+        raise ValueError(
+            f"statistics '{summary.moments.source}' hold no features, which kid, pr and dc "
+            "compare: make them again with fid.py ref --features 10000."
+        )
+    return summary.features
+
+
+def _spatial(summary: Summary) -> Statistics:
+    if summary.spatial is None:
+        raise ValueError(
+            f"statistics '{summary.moments.source}' hold no spatial moments, which sfid compares: "
+            "make them again with fid.py ref --metrics fid,sfid --detector inception-pt."
+        )
+    return summary.spatial

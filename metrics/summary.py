@@ -1,0 +1,163 @@
+"""What the metrics need of a set of images, gathered in one pass and kept in one file.
+
+Moments always; features of some of the images, and moments of the spatial features, where a metric
+asks for them. Memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metrics.detectors import REFERENCES, Detector
+from metrics.sources import choose
+from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is kept beside the moments."""
+
+    features: int = 0  #: of at most so many images, drawn from all
+    spatial: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A set of images in the features of one detector."""
+
+    moments: Statistics
+    spatial: Statistics | None = None
+    features: Tensor | None = None  #: float32 (K, dim), in the order of the images
+
+    @property
+    def kept(self) -> int:
+        """How many images' features are at hand."""
+        return 0 if self.features is None else len(self.features)
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz: that of the moments, which ``Statistics.load`` reads, and the rest."""
+        arrays = self.moments.arrays()
+        if self.spatial is not None:
+            arrays |= {"spatial_mu": self.spatial.mean, "spatial_sigma": self.spatial.cov}
+        if self.features is not None:
+            arrays["features"] = self.features.numpy()
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path, detector: Detector) -> Summary:
+        """Read what ``save`` or ``Statistics.save`` wrote, by path or by a bundled name.
+
+        Raises:
+            ValueError: unreadable, makes no sense, or made with another detector.
+            FileNotFoundError: neither a bundled name nor a file.
+        """
+        file = REFERENCES.get(str(path), Path(path))
+        if not file.is_file() and file.suffix != ".npz":
+            raise FileNotFoundError(
+                f"reference '{path}' is neither one of {', '.join(REFERENCES)} nor an .npz: "
+                "make it with fid.py ref."
+            )
+        content = read_arrays(file)
+        moments = Statistics.of_arrays(file, content)
+        moments.require(detector.id)
+        features = content.get("features")
+        if features is not None and not _sensible(features, moments):
+            raise ValueError(
+                f"the features in {file} make no sense (shape {features.shape} for {moments.n} "
+                f"images of {detector.dim} features, or not finite): make them again."
+            )
+        return cls(
+            moments, _spatial(file, content, detector),
+            None if features is None else torch.from_numpy(features).float(),
+        )  # fmt: skip
+
+
+def _sensible(features: np.ndarray, moments: Statistics) -> bool:
+    number = np.issubdtype(features.dtype, np.floating) and features.ndim == 2
+    fits = number and features.shape[1] == moments.detector.dim and len(features) <= moments.n
+    return bool(fits and np.isfinite(features).all())
+
+
+def _spatial(
+    path: Path, content: dict[str, np.ndarray], detector: Detector
+) -> Statistics | None:  # fmt: skip
+    id: DetectorId | None = detector.spatial_id
+    if id is None or "spatial_mu" not in content or "spatial_sigma" not in content:
+        return None
+    moments = {"mu": content["spatial_mu"], "sigma": content["spatial_sigma"]}
+    name = {"detector": np.array(id.name), "detector_sha256": np.array(id.sha256)}
+    spatial = Statistics.of_arrays(path, {**content, **moments, **name})
+    spatial.require(id)
+    return spatial
+
+
+class Collector:
+    """Fills a summary image by image; neither batches nor ranks leave a trace in it.
+
+    Args:
+        total: images over all ranks, of which ``needs.features`` are drawn by ``seed``.
+
+    Raises:
+        ValueError: spatial features of a detector that offers none.
+    """
+
+    def __init__(
+        self, detector: Detector, needs: Needs, total: int, seed: int = 0, source: str = ""
+    ) -> None:
+        if needs.spatial and detector.spatial_id is None:
+            raise ValueError(
+                f"detector {detector.name} offers no spatial features: use --detector inception-pt "
+                "for sfid."
+            )
+        self.detector = detector
+        self._moments = Statistics(detector.id, source)
+        self._spatial = None
+        if needs.spatial and detector.spatial_id is not None:
+            self._spatial = Statistics(detector.spatial_id, source)
+        self._chosen = choose(total, min(total, needs.features), seed)
+        self._rows = torch.zeros(len(self._chosen), detector.dim if needs.features else 0)
+
+    def update(self, images: Tensor, positions: Sequence[int]) -> None:
+        """Add uint8 (B, 3, H, W) images, which have these numbers among all."""
+        features, spatial = self.detector.both(images)
+        self._moments.update(features)
+        if self._spatial is not None and spatial is not None:
+            self._spatial.update(spatial)
+        if len(self._chosen):
+            _, mine, rows = np.intersect1d(
+                np.asarray(positions), self._chosen, assume_unique=True, return_indices=True
+            )
+            self._rows[rows] = features.cpu()[torch.from_numpy(mine)].float()
+
+    def finish(self) -> Summary:
+        """The summary over all ranks; call it once, on every rank."""
+        spatial = None if self._spatial is None else self._spatial.reduce()
+        # each row is zero on all ranks but one
+        features = sum_over_ranks(self._rows) if len(self._chosen) else None
+        return Summary(self._moments.reduce(), spatial, features)
+
+
+def collect(
+    batches: Iterable[Tensor], collectors: Sequence[Collector], shard: tuple[int, int] = (0, 1)
+) -> list[Summary]:
+    """One pass over the batches of rank ``shard[0]`` of ``shard[1]``, through all detectors.
+
+    The images of a rank have the numbers rank, rank + size, ... among all, as in
+    ``sources.image_batches``.
+    """
+    rank, size = shard
+    seen = 0
+    for images in batches:
+        first = rank + seen * size
+        positions = range(first, first + len(images) * size, size)
+        for collector in collectors:
+            collector.update(images, positions)
+        seen += len(images)
+    return [collector.finish() for collector in collectors]
