@@ -1,0 +1,221 @@
+"""The excess of a row, and the report as one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import compare
+import errors
+from comparison.page import command, write_page
+from comparison.report import cells, excess, ordered
+from runtime.errors import UserError
+from runtime.images import save_png
+from runtime.record import RunRecord
+from tools import report as tool
+
+HOSTILE = '<script src="http://bad">alert(\'1\')</script> & "co"'
+HARNESS = {
+    "model": "tiny", "model_sha256": "0" * 64, "detector": "pixels", "detector_sha256": "1" * 64,
+    "reference": "r", "reference_n": 50, "seeds": "0-11", "blocks": 2,
+}  # fmt: skip
+
+
+def row(method: str, budget: int | None, fid: float, group: str = "classic") -> dict[str, Any]:
+    nfe = budget or 35
+    return {
+        "method": method, "group": group, "budget": budget, "detail": "polynomial | 6 nodes",
+        "own_solver": None, "fid": fid, "fid_block_mean": fid + 1.25, "fid_block_spread": 0.125,
+        "fid_blocks": [fid + 1.0, fid + 1.5], "n": 12, "nfe_planned": nfe, "nfe_metered": nfe,
+        "images_per_second": 71.9625, "seconds": 3.0625, "detector": "pixels",
+        "identity": {"sampler": {"label": method, "times": [80.0, 0.002]}, "harness": HARNESS},
+        "pictures": "rows/a.png",
+    }  # fmt: skip
+
+
+ROWS = [
+    row("Euler", 5, 30.0),
+    row("iPNDM(4) + AFS", 5, 20.0),
+    row(HOSTILE, 5, 12.0, "learned"),
+    row("Euler", 3, 50.0),
+    row("Heun-35", None, 10.0, "ceiling"),
+]
+
+
+def left(rows: list[dict[str, Any]]) -> list[float | None]:
+    return [excess(r, rows) for r in rows]
+
+
+def test_the_excess_is_one_for_the_yardstick_and_measured_by_it() -> None:
+    assert left(ROWS) == [2.0, 1.0, pytest.approx(0.2), None, None]
+    better = [row("Euler", 5, 9.0), *ROWS[1:]]
+    assert excess(better[0], better) == pytest.approx(-0.1)  # below the ceiling
+
+
+@pytest.mark.parametrize("missing", ["iPNDM(4) + AFS", "Heun-35"])
+def test_no_excess_without_both_rows(missing: str) -> None:
+    assert set(left([r for r in ROWS if r["method"] != missing])) == {None}
+
+
+@pytest.mark.parametrize("fid", [10.0, 9.0, math.nan])
+def test_no_excess_where_the_yardstick_is_no_worse_than_the_ceiling(fid: float) -> None:
+    assert set(left([row("iPNDM(4) + AFS", 5, fid), row("Euler", 5, 30.0), ROWS[-1]])) == {None}
+
+
+class Page(HTMLParser):
+    """Tags, references and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.cells: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        assert not any(name.startswith("on") for name, _ in attrs)
+        self.references += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action")]
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, "tags are nested"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "td":
+            self.cells[-1] += data
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for one in value.values():
+            yield from leaves(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from leaves(one)
+    elif value is not None:
+        yield value
+
+
+def record(**options: Any) -> dict[str, Any]:
+    made = RunRecord.make(
+        "compare", options, {"name": "tiny", "sha256": "0" * 64}, {"device": "cpu", **HARNESS}
+    )
+    return json.loads(made.to_json())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    content = {"record": record(budgets="3,5", num=12), "rows": ordered(ROWS)}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    save_png(tmp_path / "grid.png", np.full((4, 6, 3), 7, dtype=np.uint8))
+    return tmp_path
+
+
+def read(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_figure_is_in_the_page_and_nothing_points_outside(folder: Path) -> None:
+    assert write_page(folder) == folder / "report.html"
+    page, results = read(folder), json.loads((folder / "results.json").read_text())
+    for value in leaves(results):
+        shown = value if isinstance(value, str) else json.dumps(value)
+        assert shown in page.text or json.dumps(shown)[1:-1] in page.text
+    table = [cell for r in results["rows"] for cell in cells(r, results["rows"])]
+    assert page.cells == table
+    assert page.open == []
+    assert "wall time" in page.text and "15 s: " in page.text  # five rows of 3.0625 s
+    assert "compare.py --budgets=3,5 --num=12" in page.text
+    (data,) = page.references  # the only picture that was made
+    kind, _, encoded = data.partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(encoded) == (folder / "grid.png").read_bytes()
+    source = (folder / "report.html").read_text()
+    assert "url(" not in source and "@import" not in source
+    assert [name for name in folder.iterdir() if name.suffix == ".tmp"] == []
+
+
+def test_a_hostile_name_is_only_shown(folder: Path) -> None:
+    write_page(folder)
+    page = read(folder)
+    assert "script" not in page.tags and page.cells.count(HOSTILE) == 1
+    assert "<script" not in (folder / "report.html").read_text()
+
+
+def test_the_command_gives_the_options_of_the_record() -> None:
+    for main, name in ((compare.main, "compare"), (errors.main, "errors")):
+        given = ["--budgets=5", "--outdir=a b", "--device=cpu", "--dataset_name=it's"]
+        options = main.make_context(name, given).params
+        options.pop("dry_run"), options.pop("device")
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+        words = shlex.split(command({**record(**plain), "command": name}))
+        assert words[:2] == ["python", f"{name}.py"]
+        again = main.make_context(name, words[2:]).params
+        assert {k: again[k] for k in options} == options
+
+
+def solver_errors(sha256: str) -> dict[str, Any]:
+    one = {
+        "method": HOSTILE, "group": "learned", "budget": 5, "detail": "d", "key": "k", "n": 4,
+        "nfe_planned": 5, "nfe_metered": 5, "x": 0.12345, "x_error": 0.01, "features": None,
+        "features_error": None, "seconds": 1.5, "times": [80.0, 3.0, 0.002], "along": [0, 0.2, 0.3],
+        "local": [0.2, 0.1],
+    }  # fmt: skip
+    exact = {"model": "tiny", "tol": 1e-4, "nfe": 87.0, "seeds": "0-3", "detector": None}
+    plane = dict.fromkeys(("one_mean", "both_mean", "both_least", "rest_mean", "off_most"), 0.5)
+    made = record()
+    made["model"]["sha256"] = sha256
+    return {"record": {**made, "command": "errors"}, "exact": exact, "rows": [one],
+            "plane": {"points": 33, **plane},
+            "skipped": [{"method": "<Restart>", "why": "noise"}]}  # fmt: skip
+
+
+def test_solver_errors_join_the_page_of_the_same_model(folder: Path) -> None:
+    (folder / "errors.json").write_text(json.dumps(solver_errors("0" * 64)))
+    save_png(folder / "trajectories.png", np.zeros((2, 2, 3), dtype=np.uint8))
+    write_page(folder)
+    page = read(folder)
+    assert "0.1235 +- 0.0100" in page.cells and "0.2000 (to 3)" in page.cells
+    assert "Left out: <Restart>: noise." in page.text and len(page.references) == 2
+    (folder / "errors.json").write_text(json.dumps(solver_errors("5" * 64)))
+    write_page(folder)
+    page = read(folder)
+    assert "0.1235 +- 0.0100" not in page.cells and "of another model (tiny)" in page.text
+    (folder / "results.json").unlink()
+    write_page(folder)
+    assert "0.1235 +- 0.0100" in read(folder).cells  # a page of its own
+
+
+def test_one_command_writes_it_anew(folder: Path) -> None:
+    done = CliRunner().invoke(tool.main, [str(folder)], catch_exceptions=False)
+    assert done.output.strip() == str(folder / "report.html") and read(folder).cells
+
+
+def test_what_cannot_be_read_is_one_sentence_and_leaves_the_old_page(folder: Path) -> None:
+    write_page(folder)
+    before = (folder / "report.html").read_bytes()
+    for damage, sentence in (("{ torn", "is no JSON"), ('{"rows": []}', "of another version")):
+        (folder / "results.json").write_text(damage)
+        with pytest.raises(UserError, match=sentence):
+            write_page(folder)
+        assert (folder / "report.html").read_bytes() == before
+    with pytest.raises(UserError, match="holds no results.json: give the --outdir"):
+        write_page(folder / "nowhere")
