@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from comparison.images import open_detector
 from comparison.job import prepare, run
 from denoisers.cards import cards
 from denoisers.registry import DTYPES
-from fid import open_detector
 from metrics.detectors import DETECTORS
 from runtime import cli
 from runtime.dist import world

@@ -9,9 +9,9 @@ import click
 
 from comparison.errors_job import prepare
 from comparison.errors_run import run
+from comparison.images import open_detector
 from denoisers.cards import cards
 from denoisers.registry import DTYPES
-from fid import open_detector
 from metrics.detectors import DETECTORS
 from runtime import cli
 from runtime.dist import world

@@ -1,60 +1,34 @@
-"""Frechet distance of images to reference statistics, and making such statistics.
+"""Figures of images against reference statistics, and making such statistics.
 
 Examples:
 
     python fid.py calc --images samples/00001 --num 2000 --json fid.json
-    python fid.py ref --data cifar10-32x32-train.zip --dest stats.npz
+    python fid.py calc --images samples/00001 --metrics fid,kid,pr,dc --ref stats.npz
+    python fid.py ref --data cifar10-32x32-train.zip --features 10000 --dest stats.npz
     torchrun --standalone --nproc_per_node=2 fid.py calc --images images.zip --num_images 5000
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from torch import Tensor
 
-from metrics.detectors import DETECTORS, Detector, detector_entry, load_detector, load_reference
-from metrics.fid import gather
-from metrics.sources import count_images, image_batches
+from comparison.images import entry_of, image_summaries, listed, open_detectors, open_references
+from metrics.detectors import DETECTORS, parse_detectors
+from metrics.measures import METRICS, figures, lines, needs_of, parse_metrics, require
 from metrics.statistics import Statistics
+from metrics.summary import Summary
 from runtime import cli
-from runtime.dist import World, world
+from runtime.dist import world
 from runtime.errors import UserError
-from runtime.files import atomic_write, cache_folder, download
-from runtime.log import progress
+from runtime.files import atomic_write
 from runtime.record import RunRecord
 
 PATH = click.Path(path_type=Path)
-
-
-def open_detector(options: Mapping[str, Any], world: World) -> Detector:
-    """The detector of the options; a published file is fetched into the cache once, by rank 0."""
-    name, path = options["detector"], options["detector_path"]
-    url, folder = detector_entry(name).url, cache_folder(options["cache_dir"])
-    if path is None and url is not None:
-        path = world.broadcast_object(download(url, folder) if world.is_main else None)
-    return load_detector(name, path=path, device=world.device)
-
-
-def image_statistics(
-    path: Path, detector: Detector, world: World, batch: int, num: int | None, seed: int
-) -> Statistics:
-    """Statistics of the images in a folder or zip, summed over all ranks."""
-    share = -(-batch // world.size)
-    total = count_images(path, num)
-    with progress(total, path.name, "img", enabled=world.is_main) as bar:
-
-        def watched() -> Iterator[Tensor]:
-            for images in image_batches(path, share, (world.rank, world.size), num, seed):
-                yield images
-                bar.update(min(len(images) * world.size, total - bar.n))
-
-        return gather(watched(), detector, path.name).reduce()
 
 
 def common_options(function: Any) -> Any:
@@ -64,12 +38,22 @@ def common_options(function: Any) -> Any:
         cli.device_option,
         cli.cache_option,
         cli.batch_option(256),
-        click.option("--seed", type=int, default=0, help="draws the N images"),
+        click.option("--seed", type=int, default=0, help="draws the N images, and subsets"),
         # torchrun takes --num for a prefix of its own options, hence the longer name
         click.option("--num", "--num_images", type=click.IntRange(min=2), help="use N images"),
+        click.option(
+            "--features", type=click.IntRange(min=2), metavar="N",
+            help="of at most N images, for kid, pr and dc  [default: 10000]",
+        ),
+        click.option(
+            "--metrics", default="fid", metavar="LIST", help=f"of {', '.join(METRICS)}, by comma"
+        ),
         click.option("--detector-path", type=PATH, help="file of a detector that is not bundled"),
-        click.option("--detector", type=click.Choice([*DETECTORS]), default="cifar10-small"),
-    ):
+        click.option(
+            "--detector", default="cifar10-small", metavar="LIST",
+            help=f"{', '.join(DETECTORS)}, a TorchScript file, or name=path; by comma",
+        ),
+    ):  # fmt: skip
         function = option(function)
     return function
 
@@ -81,45 +65,48 @@ def record_of(command: str, options: dict[str, Any]) -> RunRecord:
 
 @click.group(context_settings={"show_default": True})
 def main() -> None:
-    """Frechet distances of images, with the detector's name beside every figure."""
+    """Quality of images, with the detector's name beside every figure."""
 
 
 @main.command()
 @click.option("--images", type=PATH, required=True, help="folder, zip, or .npz of statistics")
-@click.option("--ref", default="cifar10-small", help="bundled name, or .npz")
+@click.option("--ref", default="cifar10-small", help="bundled name, or .npz; one for each detector")
 @click.option("--json", "result_path", type=PATH, help="write the result to this file")
 @common_options
 def calc(dry_run: bool, **options: Any) -> None:
-    """FID of images, or of saved statistics, to a reference."""
+    """Figures of images, or of saved statistics, against a reference."""
     record, images, num = record_of("fid calc", options), options["images"], options["num"]
+    names = parse_metrics(options["metrics"])
+    needs = needs_of(names, options["features"])
     if dry_run:
         return click.echo(record.to_json())
     with world(options["device"]) as w:
-        detector = open_detector(options, w)
-        reference = load_reference(options["ref"], detector)
+        detectors = open_detectors(options, w)
+        references = open_references(options["ref"], detectors, needs)
         if images.suffix == ".npz":
             if num is not None:
                 raise UserError(f"--num {num} draws images, but {images} holds statistics: omit it")
-            stats = Statistics.load(images)
+            made = [require(Summary.load(images, d), needs) for d in detectors]
         else:
-            stats = image_statistics(images, detector, w, options["batch"], num, options["seed"])
-        result = {
-            "fid": stats.fid(reference),
-            "n": stats.n,
-            "detector": asdict(detector.id),
-            "reference": {"source": reference.source, "n": reference.n},
-            "record": asdict(record),
-        }
-        if w.is_main:
-            click.echo(f"FID {result['fid']:.6g}  (detector {detector.name}, N = {stats.n})")
-            if options["result_path"]:
-                with atomic_write(options["result_path"]) as temporary:
-                    temporary.write_text(json.dumps(result, indent=2) + "\n")
+            made = image_summaries(
+                images, detectors, needs, w, options["batch"], num, options["seed"]
+            )
+        if not w.is_main:
+            return
+        results = []
+        for detector, summary, reference in zip(detectors, made, references, strict=True):
+            found = figures(names, summary, reference, options["seed"])
+            click.echo("\n".join(lines(names, found, detector, summary, reference)))
+            results.append(entry_of(found, detector, summary, reference))
+        if options["result_path"]:  # the first detector's figures at the top, as ever
+            content = {**results[0], "results": results, "record": asdict(record)}
+            with atomic_write(options["result_path"]) as temporary:
+                temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @main.command()
 @click.option("--data", type=PATH, required=True, help="folder or zip; or .npz of mu and sigma")
-@click.option("--dest", type=PATH, required=True, help=".npz to write")
+@click.option("--dest", required=True, help=".npz to write; one for each detector")
 @common_options
 def ref(dry_run: bool, **options: Any) -> None:
     """Statistics of images, to compare with later.
@@ -127,23 +114,30 @@ def ref(dry_run: bool, **options: Any) -> None:
     Published statistics that hold mu and sigma alone become a reference when you state which
     detector (--detector) and how many images (--num) made them.
     """
+    data, num = options["data"], options["num"]
+    dests = listed("--dest", options["dest"], len(parse_detectors(options["detector"])))
+    kept = options["features"]
+    needs = needs_of(parse_metrics(options["metrics"]), kept, always=kept is not None)
     if dry_run:
         return click.echo(record_of("fid ref", options).to_json())
-    data, dest, num = options["data"], options["dest"], options["num"]
-    if dest.suffix != ".npz":
-        raise UserError(f"--dest {dest} has to end in .npz, by which statistics are known")
+    for dest in dests:
+        if not dest.endswith(".npz"):
+            raise UserError(f"--dest {dest} has to end in .npz, by which statistics are known")
     with world(options["device"]) as w:
-        detector = open_detector(options, w)
+        detectors = open_detectors(options, w)
         if data.suffix == ".npz":
             if num is None:
                 raise UserError(f"{data} does not say how many images it is of: add --num")
-            stats = Statistics.adopt(data, detector.id, num)
+            made = [Summary(Statistics.adopt(data, d.id, num)) for d in detectors]
         else:
-            stats = image_statistics(data, detector, w, options["batch"], num, options["seed"])
-        if w.is_main:
-            with atomic_write(dest) as file:
-                stats.save(file)
-            click.echo(f"wrote {dest}  (detector {detector.name}, N = {stats.n})")
+            made = image_summaries(
+                data, detectors, needs, w, options["batch"], num, options["seed"]
+            )
+        for detector, summary, dest in zip(detectors, made, dests, strict=True):
+            if w.is_main:
+                with atomic_write(dest) as file:
+                    summary.save(file)
+                click.echo(f"wrote {dest}  (detector {detector.name}, N = {summary.moments.n})")
 
 
 if __name__ == "__main__":

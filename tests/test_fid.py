@@ -194,4 +194,4 @@ def test_errors_are_one_sentence(run: Run, tmp_path: Path) -> None:
     code, _, err = run("ref", "--data", folder, "--dest", tmp_path / "stats")
     assert code == 1 and "has to end in .npz" in err
     code, _, err = run("calc", "--images", folder, "--detector", "vgg")
-    assert code == 2 and "'vgg' is not one of" in err
+    assert code == 1 and "unknown detector 'vgg': choose one of cifar10-small, " in err
