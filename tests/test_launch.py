@@ -326,7 +326,8 @@ def test_every_option_can_be_given_through_torchrun() -> None:
     """torchrun refuses what abbreviates two options of its own, even behind a script's name."""
     theirs = [o for action in get_args_parser()._actions for o in action.option_strings]
     mains = [
-        importlib.import_module(script).main for script in ("train", "sample", "fid", "compare")
+        importlib.import_module(script).main
+        for script in ("train", "sample", "fid", "compare", "errors")
     ]
     for main in mains:
         for command in main.commands.values() if isinstance(main, click.Group) else [main]:
