@@ -13,7 +13,7 @@ from denoisers.cards import Card
 from denoisers.conditions import Conditions
 from denoisers.prior import check_jumps, start
 from denoisers.registry import Model
-from restart.plan import Jump, run_plan
+from restart.plan import Jump, run_plan, visit_plan
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from samplers.sampler import Sampler
@@ -92,8 +92,8 @@ def _batch(
         states = [model.decode(state) for state in trajectory.x]
         trajectory = trajectory._replace(x=torch.stack(states))
     else:
-        for part in sampler.plan:  # part by part, so that a long plan does not keep every state
-            x = run_plan((part,), meter, x, normal).x[-1]
+        for state in visit_plan(sampler.plan, meter, x, normal):
+            x = state
     if meter.nfe != sampler.nfe:
         raise RuntimeError(
             f"{sampler.label} spent {meter.nfe} NFE where its plan says {sampler.nfe}: "
