@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from runtime.errors import UserError
 
-CLASSIC = ("euler", "heun", "dpm", "dpmpp", "dpmpp3c", "ipndm")
+CLASSIC = ("euler", "heun", "dpm", "dpm3", "dpmpp", "dpmpp3c", "ipndm")
 SAMPLERS = (*CLASSIC, "edm", "restart")
 
 
@@ -55,6 +55,7 @@ TAKES: dict[str, frozenset[str]] = {
     "euler": _WALK,
     "heun": _WALK,
     "dpm": _WALK | {"r"},
+    "dpm3": _WALK,
     "dpmpp": _WALK | _FORM | {"max_order"},
     "dpmpp3c": _WALK | _FORM,
     "ipndm": _WALK | {"max_order"},

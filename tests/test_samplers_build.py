@@ -35,11 +35,14 @@ def sampler(name: str, **options: object) -> Sampler:
         ("heun", {"num_steps": 4}, 6),
         ("dpm", {"num_steps": 4, "afs": True}, 5),
         ("dpm", {"num_steps": 4, "guidance_rate": 7.5}, 12),
+        ("dpm3", {"num_steps": 4, "afs": True}, 8),
         ("edm", {"num_steps": 18}, 35),
         ("edm", {"num_steps": 18, "S_churn": 40.0}, 35),
         ("restart", {"num_steps": 18, "restart_info": INFO}, 43),
         ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "euler"}, 26),
         ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "ipndm"}, 39),
+        ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "dpm3"}, 60),
+        ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "dpm3"}, 47),
     ],
 )
 def test_lengths_and_budgets_are_inverse(name: str, options: dict, nfe: int) -> None:
