@@ -112,14 +112,13 @@ def _card(name: str, weights: Path) -> Card | None:
     from .own import describe  # the families read their checkpoints through this module
 
     known = cards().get(name)
-    found: Card | None
-    try:
-        found = describe(name, weights)
-    except UserError:  # of no family that we know, or its tensors do not tell
-        found = known
-    if found is None:
-        return None
-    if known is not None:
+    if known is None:
+        try:
+            found = describe(name, weights)
+        except UserError:  # of no family that we know, or its tensors do not tell
+            return None
+    else:
+        found = describe(name, weights, known.family)
         if (found.shape, found.label_dim) != (known.shape, known.label_dim):
             raise UserError(
                 f"the weights are for samples {found.shape} with {found.label_dim} classes where "
