@@ -89,7 +89,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 # Restart
 @click.option(
     "--restart_info",
-    metavar="JSON|FILE",
+    metavar="JSON|FILE[:LINE]",
     help='{"0": [N_restart, K, t_min, t_max], ...}  [default: the model\'s]',
 )
 @click.option("--restart_config", metavar="NAME", help=f"published: {', '.join(configurations())}")

@@ -84,7 +84,10 @@ def configuration(name: str) -> Configuration:
     """The configuration ``name`` (``imagenet64-203``); UserError lists what there is."""
     known = configurations()
     if name not in known:
-        raise UserError(f"unknown restart configuration {name!r}; choose one of {', '.join(known)}")
+        raise UserError(
+            f"unknown restart configuration {name!r}; choose one of {', '.join(known)}, or give "
+            "intervals of your own, or a line of a file, as --restart_info"
+        )
     return known[name]
 
 

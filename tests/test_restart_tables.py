@@ -56,7 +56,8 @@ def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError) as error:
         configuration("cifar10-44")
     assert str(error.value) == (
-        f"unknown restart configuration 'cifar10-44'; choose one of {', '.join(configurations())}"
+        f"unknown restart configuration 'cifar10-44'; choose one of {', '.join(configurations())}, "
+        "or give intervals of your own, or a line of a file, as --restart_info"
     )
 
 

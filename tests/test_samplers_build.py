@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,23 @@ def test_defaults() -> None:
         assert sampler(name).describe()["times"][-1] == 0
     assert sampler("restart").settings["restart_info"] == RESTART
     assert sampler("restart", restart_info=f"7 {INFO}").settings["num_steps"] == 7
+
+
+def test_a_line_of_a_published_file_is_a_whole_configuration(tmp_path: Path) -> None:
+    row = configurations()["imagenet64-39"]
+    info = json.dumps({i: dataclasses.astuple(v) for i, v in enumerate(row.intervals)})
+    (tmp_path / "params.txt").write_text(f"18 {INFO}\n{row.n_main} {info}\n")
+    options = {"restart_info": f"{tmp_path / 'params.txt'}:2"}
+    noise = {"S_noise": 1.003, "S_min": 0.01, "S_max": 1.0, "restart_gamma": 0.05}
+    built, named = (
+        sampler("restart", **options, **noise),
+        sampler("restart", restart_config=row.name),
+    )
+    assert (built.nfe, built.settings["num_steps"]) == (39, 14)
+    assert built.describe()["parts"] == named.describe()["parts"]
+    assert built.describe()["times"] == named.describe()["times"]
+    with pytest.raises(UserError, match="contradicts the 14 main nodes"):
+        sampler("restart", **options, num_steps=18)
 
 
 def test_options_reach_the_plan() -> None:
