@@ -20,6 +20,7 @@ Examples:
   python sample.py --predictor_path=1 --seeds 0-63 --grid
   python sample.py --sampler=ipndm --nfe 5 --afs=True --seeds 0-49999 --subdirs
   python sample.py --sampler=restart --restart_info '{"0": [3, 2, 0.06, 0.3]}' --num_steps 18
+  python sample.py --sampler=pds --speed_up 20 --seeds 0-15
   python sample.py --sampler=edm --num_steps 18 --S_churn 30 --S_min 0.05 --S_max 50
   torchrun --standalone --nproc_per_node=2 sample.py --predictor_path=1 --seeds 0-999
 """
@@ -59,7 +60,9 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @cli.dry_run_option
 # Grid
 @click.option(
-    "--num_steps", type=click.IntRange(2), help="grid nodes  [default: 6; edm, restart: 18]"
+    "--num_steps",
+    type=click.IntRange(2),
+    help="grid nodes  [default: 6; edm, restart: 18; pds: the model's, else 1000]",
 )
 @click.option("--nfe", type=click.IntRange(1), help="budget, instead of --num_steps")
 @click.option("--afs", type=bool, help="free analytical first step  [default: False]")
@@ -96,6 +99,15 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--restart_gamma", type=click.FloatRange(0), help="[default: 0]")
 @click.option("--main_solver", type=click.Choice(CLASSIC), help="[default: heun]")
 @click.option("--restart_solver", type=click.Choice(CLASSIC), help="[default: heun]")
+# Predictor-corrector
+@click.option("--speed_up", type=click.IntRange(1), help="pds: divides --num_steps  [default: 1]")
+@cli.mask_options
+@click.option("--alpha", type=click.FloatRange(1, min_open=True), help="of masks  [default: 5]")
+@click.option("--snr", type=POSITIVE, help="of the corrector  [default: the model's, else 0.16]")
+@click.option("--n_steps", type=click.IntRange(0), help="of the corrector  [default: 1]")
+@click.option(
+    "--batch_coupled", type=bool, help="step sizes of a batch, as published  [default: False]"
+)
 # Guidance
 @cli.guidance_options
 def main(dry_run: bool, device: str | None, predictor_path: str | None, **flags: Any) -> None:

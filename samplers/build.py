@@ -19,6 +19,7 @@ from restart.plan import Plan, Solve, plan_nfe
 from restart.tables import configuration, published_grid
 from runtime.errors import UserError
 from runtime.record import RunRecord
+from samplers.build_pds import pds_sampler
 from samplers.options import (
     CLASSIC,
     CONFIG_TAKES,
@@ -63,6 +64,8 @@ def build(options: SamplerOptions, card: Card) -> Sampler:
         return _edm(options, card, low, high)
     if name == "restart":
         return _restart(options, card, low, high)
+    if name == "pds":
+        return pds_sampler(options, card, low, high)
     return _classic(options, card, low, high)
 
 

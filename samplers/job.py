@@ -18,12 +18,12 @@ from denoisers.registry import ModelSource
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import sha256_file
-from runtime.log import progress
+from runtime.log import progress, watch_batch
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
 from samplers.build import build, build_learned
 from samplers.folder import Folder
-from samplers.generate import check_plan, generate
+from samplers.generate import check_coupled, check_plan, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -96,9 +96,10 @@ class Job:
             "outdir": str(self.folder.path),
         }
         model = {"name": self.card.name, "sha256": weights_sha256}
-        return RunRecord.make(
-            "sample", options, model, {**self.sampler.describe(), "nfe_metered": None}
-        )
+        plan = {**self.sampler.describe(), "nfe_metered": None}
+        if self.sampler.coupled:  # other seeds make other images, even of the same seeds
+            plan["coupled_seeds"] = setup.seeds
+        return RunRecord.make("sample", options, model, plan)
 
     def known_sha256(self) -> str | None:
         """Hash of the weights as far as it is known without loading or fetching them."""
@@ -153,6 +154,7 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
     )
     conditions.check(card, seeds)
     check_plan(sampler, card)
+    check_coupled(sampler, len(seeds), setup.batch, world.size)
     path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
     folder = Folder(Path(path), setup.subdirs, setup.return_inters)
     return Job(sampler, source, card, setup, seeds, folder, conditions)
@@ -168,6 +170,8 @@ def run(job: Job, world: World) -> Summary:
     record, missing = world.broadcast_object(
         folder.open(job.record(model.sha256, world), job.seeds) if world.is_main else None
     ) or (None, [])
+    if job.sampler.coupled and missing:
+        missing = job.seeds
     spent = torch.zeros(2, dtype=torch.float64)  # NFE of all images, images
     begin = time.perf_counter()
     with progress(len(missing), job.sampler.label, "img", enabled=world.is_main) as bar:
@@ -180,6 +184,7 @@ def run(job: Job, world: World) -> Summary:
             dtype=setup.state_dtype,
             conditions=job.conditions,
             keep_trajectory=setup.return_inters,
+            watch=watch_batch(bar),
         ):
             folder.save(batch)
             count = len(batch.seeds)

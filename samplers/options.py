@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from runtime.errors import UserError
 
 CLASSIC = ("euler", "heun", "dpm", "dpm3", "dpmpp", "dpmpp3c", "ipndm")
-SAMPLERS = (*CLASSIC, "edm", "restart")
+SAMPLERS = (*CLASSIC, "edm", "restart", "pds")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ class SamplerOptions:
     S_min: float | None = None
     S_max: float | None = None
     S_noise: float | None = None
+    speed_up: int | None = None  #: divides the number of iterations of pds
+    freq_mask_path: str | None = None
+    space_mask_path: str | None = None
+    alpha: float | None = None
+    snr: float | None = None
+    n_steps: int | None = None
+    batch_coupled: bool | None = None
     guidance_rate: float | None = None
 
     def given(self) -> dict[str, object]:
@@ -50,6 +57,7 @@ _WALK = _ANY | {"afs", "schedule_type"}
 _FORM = {"predict_x0", "lower_order_final", "thresholding"}
 _NOISE = {"S_churn", "S_min", "S_max", "S_noise"}
 _RESTART = {"restart_info", "restart_config", "main_solver", "restart_solver", "restart_gamma"}
+_PDS = {"speed_up", "freq_mask_path", "space_mask_path", "alpha", "snr", "n_steps", "batch_coupled"}
 
 TAKES: dict[str, frozenset[str]] = {
     "euler": _WALK,
@@ -61,6 +69,7 @@ TAKES: dict[str, frozenset[str]] = {
     "ipndm": _WALK | {"max_order"},
     "edm": _ANY | _NOISE,
     "restart": _ANY | _NOISE | _RESTART,
+    "pds": _ANY - {"schedule_rho"} | _PDS,
 }
 #: A published configuration fixes the main grid and the noise.
 CONFIG_TAKES = _ANY - {"num_steps", "nfe"} | {"restart_config", "main_solver", "restart_solver"}

@@ -18,6 +18,7 @@ class Sampler:
     settings: dict[str, Any] = field(default_factory=dict)  #: all options, resolved; JSON values
     cost: int = 1  #: evaluations per network call: 2 under classifier-free guidance
     guidance_rate: float | None = None
+    coupled: bool = False  #: an image depends on the others of its batch
 
     def __post_init__(self) -> None:
         check_plan(self.plan)
