@@ -21,7 +21,7 @@ from denoisers.edm import build
 from denoisers.nets.openai import Classifier
 from runtime import cli
 from runtime.record import RunRecord
-from tests import published
+from tests import ncsnpp_problem, published
 from tests.test_denoisers_own import unet
 
 WIDTHS = {"model_channels": 64, "num_res_blocks": 1, "channel_mult": [1, 1]}
@@ -82,7 +82,12 @@ def pfgmpp(folder: Path) -> list[str]:
     return edm_kind(folder, "EDMPrecond", D=128)
 
 
-@pytest.mark.parametrize("make", [adm, cm, vp, pfgmpp])
+def ncsnpp(folder: Path) -> list[str]:
+    ncsnpp_problem.checkpoint(folder / "m.pt", ncsnpp_problem.weights(ncsnpp_problem.settings()))
+    return []
+
+
+@pytest.mark.parametrize("make", [adm, cm, vp, pfgmpp, ncsnpp])
 def test_a_model_of_ones_own_trains_and_samples(
     make: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
