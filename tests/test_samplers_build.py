@@ -22,7 +22,10 @@ INFO = json.dumps(RESTART)
 
 
 def sampler(name: str, **options: object) -> Sampler:
-    return build(SamplerOptions(sampler=name, **options), make_card())  # type: ignore[arg-type]
+    card = make_card()
+    if name == "pds":  # there are masks for it
+        card = dataclasses.replace(card, name="cifar10-small", resolution=32)
+    return build(SamplerOptions(sampler=name, **options), card)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,9 @@ def sampler(name: str, **options: object) -> Sampler:
         ("restart", {"num_steps": 18, "restart_info": INFO}, 43),
         ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "euler"}, 26),
         ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "ipndm"}, 39),
+        ("pds", {"num_steps": 20}, 40),
+        ("pds", {"num_steps": 20, "n_steps": 0, "freq_mask_path": "none"}, 20),
+        ("pds", {"num_steps": 20, "n_steps": 2, "guidance_rate": 2.0}, 120),
         ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "dpm3"}, 60),
         ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "dpm3"}, 47),
     ],
@@ -63,6 +69,8 @@ def test_lengths_and_budgets_are_inverse(name: str, options: dict, nfe: int) -> 
         ("restart", {"nfe": 42}, "41 or 43"),
         ("restart", {"nfe": 45, "restart_info": f"18 {INFO}"}, "43"),
         ("euler", {"nfe": 5, "guidance_rate": 2.0}, "4 or 6"),
+        ("pds", {"nfe": 45}, "44 or 46"),
+        ("pds", {"nfe": 3, "n_steps": 2}, "6"),
     ],
 )
 def test_a_budget_that_does_not_fit_names_its_neighbours(
@@ -134,8 +142,8 @@ DPMPP = {"dpmpp", "dpmpp3c"}
 #: Who takes what, as docs/sampling.md says it, with a value that works.
 USERS: dict[str, tuple[object, set[str]]] = {
     "num_steps": (20, set(SAMPLERS)),
-    "nfe": (45, set(SAMPLERS) - {"heun", "dpm"}),  # two evaluations an interval: never odd
-    "schedule_rho": (6.0, set(SAMPLERS)),
+    "nfe": (45, set(SAMPLERS) - {"heun", "dpm", "pds"}),  # two evaluations an interval: never odd
+    "schedule_rho": (6.0, set(SAMPLERS) - {"pds"}),
     "sigma_min": (0.01, set(SAMPLERS)),
     "sigma_max": (70.0, set(SAMPLERS)),
     "guidance_rate": (1.0, set(SAMPLERS)),
@@ -155,6 +163,13 @@ USERS: dict[str, tuple[object, set[str]]] = {
     "S_min": (0.5, STOCHASTIC),
     "S_max": (1.0, STOCHASTIC),
     "S_noise": (1.1, STOCHASTIC),
+    "speed_up": (20, {"pds"}),
+    "freq_mask_path": ("none", {"pds"}),
+    "space_mask_path": ("bundled", {"pds"}),
+    "alpha": (3.0, {"pds"}),
+    "snr": (0.1, {"pds"}),
+    "n_steps": (2, {"pds"}),
+    "batch_coupled": (True, {"pds"}),
 }
 
 
@@ -200,12 +215,31 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "restart", "nfe": 5, "restart_info": '{"0": [2, 1, 90, 95]}'},
          "lies outside the grid"),
         ({"sampler": "restart", "main_solver": "amed"}, "no solver 'amed' walks a restart grid"),
+        ({"sampler": "pds"}, "'tiny' has no bundled masks: fit one with python -m pds fit"),
+        ({"sampler": "pds", "freq_mask_path": "none", "alpha": 4.0}, "--alpha 4 means nothing"),
+        ({"sampler": "pds", "speed_up": 600}, "leaves 1 of 1000 iterations: give 500 or less"),
+        ({"sampler": "pds", "speed_up": 2, "nfe": 50}, "both fix the length of the chain"),
+        ({"sampler": "pds", "schedule_rho": 7.0}, "--schedule_rho 7.0 means nothing to"),
+        ({"sampler": "pds", "sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
     ],
 )  # fmt: skip
 def test_nonsense_is_one_sentence(options: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=".") as caught:
         build(SamplerOptions(**options), make_card())
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_chain_of_pds_has_the_settings_of_its_card() -> None:
+    """Those published for CIFAR-10, where a card has none; the published speed-ups round down."""
+    options = SamplerOptions(sampler="pds", freq_mask_path="none")
+    built = build(options, make_card())
+    assert built.nfe == 2000 and built.settings["snr"] == 0.16 and built.label == "pds-plain"
+    langevin = {"N": 2000, "n_steps": 1, "snr": 0.075}
+    card = dataclasses.replace(make_card(), langevin=langevin)
+    fast = build(dataclasses.replace(options, speed_up=30), card)
+    assert fast.nfe == 2 * 66 and fast.settings["snr"] == 0.075
+    with pytest.raises(UserError, match="by the kernels of PFGM"):
+        build(options, dataclasses.replace(make_card(), pfgmpp=128))
 
 
 @pytest.mark.parametrize(("afs", "nfe"), [(False, 4), (True, 3)])

@@ -44,6 +44,7 @@ ALL: dict[str, dict] = {
     "ipndm": {"afs": True},
     "edm": {"num_steps": 5, "S_churn": 3.0},
     "restart": {"num_steps": 6},
+    "pds": {"num_steps": 8, "freq_mask_path": "none"},
 }
 
 
@@ -183,7 +184,7 @@ def test_a_plan_that_miscounts_is_a_defect() -> None:
         images(Sampler(right.label, right.plan, {}, 2), GaussianModel(), 10)
 
 
-@pytest.mark.parametrize("name", ["restart", "edm", "ipndm"])
+@pytest.mark.parametrize("name", ["restart", "edm", "ipndm", "pds"])
 def test_the_trajectory_ends_in_the_image_and_has_the_described_times(name: str) -> None:
     chosen, model = samplers()[name], MixtureModel()
     final, (plain,) = images(chosen, model, 10)
