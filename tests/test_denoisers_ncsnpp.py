@@ -259,6 +259,19 @@ def test_other_networks_are_refused_in_a_sentence(tmp_path: Path) -> None:
         ModelSource("mine", str(path), model_family="ncsnpp").card()
 
 
+def test_trained_weights_never_stand_in_for_averages(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c.pth", weights(settings()))
+    content = torch.load(path, weights_only=True)
+    del content["ema"]["shadow_params"][-1]
+    torch.save(content, path)
+    with pytest.raises(UserError, match="averaged weights, too few for its model; fetch it again"):
+        load(path)
+    del content["ema"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match="holds no network of the family 'ncsnpp'"):
+        load(path)
+
+
 def test_metadata_tell_what_weights_cannot(tmp_path: Path) -> None:
     """No attention outside the middle: the images' size has to be said."""
     config = settings(attn_resolutions=[])
