@@ -216,7 +216,7 @@ def test_converted_files_are_the_same_network(tmp_path: Path) -> None:
         ("lsun_church-ncsnpp", "resolutions"),
         ("cifar10-ncsnpp", "model_"),
     ):
-        with pytest.raises(UserError, match=f"has .*{has}.* where its settings say"):
+        with pytest.raises(UserError, match=f"is another model: {path} has .*{has}.* where"):
             convert(path, tmp_path / "b.safetensors", published_name)
     assert not (tmp_path / "b.safetensors").exists()
 
