@@ -20,6 +20,7 @@ EXAMPLES = """\b
 Examples:
   python compare.py --predictors 1,2,3 --budgets 5 --num 2000 --outdir samples/compare
   python compare.py --predictors exps/00001-... --budgets 3,5,7,9 --num 50000 --dtype float32
+  python compare.py --budgets none --ceilings False --with pds --iterations 1000,200,100,50,30
   torchrun --standalone --nproc_per_node=2 compare.py --budgets 5 --num 2000
 """
 
@@ -30,7 +31,7 @@ Examples:
 @click.option(
     "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
 )
-@click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma")
+@click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma, or 'none'")
 @click.option(  # torchrun takes --num for an abbreviation of its own option
     "--num_images", "--num", "num", type=click.IntRange(4), default=2000, help="images per row"
 )
@@ -39,6 +40,15 @@ Examples:
     "--select", default="64,256", metavar="LIST", help="images per candidate, Restart's choice"
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35 and Restart-43")
+@click.option(
+    "--with",
+    "extra",
+    type=click.Choice(["pds"]),
+    multiple=True,
+    help="rows at budgets of their own",
+)
+@click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
+@cli.mask_options
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )

@@ -18,14 +18,18 @@ from comparison.rows import (
     distinct,
     learned_rows,
     load_students,
+    pds_rows,
     restart_row,
 )
+from denoisers.cards import Card
 from denoisers.registry import ModelSource
 from metrics.detectors import Detector, load_reference
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import progress
 from runtime.record import RunRecord
+
+PDS_ITERATIONS = "50"  #: 20 times fewer than published without preconditioning
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Job:
 
     harness: Harness
     rows: dict[int, list[Row]]  #: per budget, all rows but Restart's, which is chosen first
+    extra: list[Row]  #: what was asked for beside, at its own budgets
     ceilings: list[Row]
     rounds: list[int]  #: images per candidate in Restart's selection
     folder: Path
@@ -48,6 +53,7 @@ class Job:
         lines = [self.record.to_json()]
         for budget, rows in self.rows.items():
             lines.append(f"{budget} NFE: {', '.join(r.method for r in rows)}, Restart (chosen)")
+        lines += [f"{row.budget} NFE: {row.method}, {row.detail}" for row in self.extra]
         lines.append(f"ceilings: {', '.join(r.method for r in self.ceilings) or 'none'}")
         return "\n".join(lines)
 
@@ -57,7 +63,8 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    budgets = _numbers("--budgets", options["budgets"], 1)
+    asked = options["budgets"]
+    budgets = [] if asked == "none" else _numbers("--budgets", asked, 1)
     rounds = _numbers("--select", options["select"], 2)
     num, blocks = options["num"], options["blocks"]
     if num % blocks or num // blocks < 2:
@@ -68,6 +75,10 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
     model = ModelSource.from_options(options).load(options["dtype"], world)
     specs = [s for s in options["predictors"].split(",") if s]
     students = load_students(specs, model.card, "exps", world.device)
+    extra = _extra(options, model.card)
+    ceilings = ceiling_rows(model.card) if options["ceilings"] else []
+    if not budgets and not extra and not ceilings:
+        raise UserError("--budgets none leaves no row: give budgets, or --with pds")
     unused = [s.name for s in students if s.settings.nfe() not in budgets]
     if unused:
         raise UserError(
@@ -101,14 +112,14 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
             "device": str(world.device),
         },
     )
-    ceilings = ceiling_rows(model.card) if options["ceilings"] else []
-    return Job(harness, rows, ceilings, rounds, options["outdir"], record)
+    return Job(harness, rows, extra, ceilings, rounds, options["outdir"], record)
 
 
 def run(job: Job, world: World) -> str:
     """Choose, measure and report; returns the table and where the report lies."""
     num = len(job.harness.seeds)
-    listed = sum(len(rows) + 1 for rows in job.rows.values()) + len(job.ceilings)
+    others = len(job.extra) + len(job.ceilings)
+    listed = sum(len(rows) + 1 for rows in job.rows.values()) + others
     spent = sum(selection_cost(b, job.harness, job.rounds) for b in job.budgets)
     if world.is_main:
         job.record.write(job.folder / "run.json")
@@ -131,7 +142,19 @@ def _rows(job: Job, tick: Any, say: Any) -> list[Row]:
         say(f"choosing Restart at {budget} NFE")
         sampler = choose_restart(budget, job.harness, job.rounds, job.folder, tick)
         rows += [*fixed, restart_row(budget, sampler)]
-    return distinct([*rows, *job.ceilings])
+    return distinct([*rows, *job.extra, *job.ceilings])
+
+
+def _extra(options: dict[str, Any], card: Card) -> list[Row]:
+    """The rows of ``--with``."""
+    given = [k for k in ("iterations", "freq_mask_path", "space_mask_path") if options[k]]
+    if "pds" not in options["extra"]:
+        if given:
+            raise UserError(f"--{given[0]} {options[given[0]]} means nothing without --with pds")
+        return []
+    iterations = _numbers("--iterations", options["iterations"] or PDS_ITERATIONS, 2)
+    masks = options["freq_mask_path"], options["space_mask_path"]
+    return pds_rows(iterations, card, *masks)
 
 
 def _numbers(flag: str, text: str, least: int) -> list[int]:

@@ -18,6 +18,8 @@ from runtime.record import RunRecord
 ZOOM = 2  #: small images are shown larger
 HEAD = ("method", "NFE", "FID", "blocks", "vs own solver", "images/s", "NFE metered", "detail")
 
+STYLES = {"learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-."}
+
 
 def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]]) -> list[Path]:
     """Write all five files into ``folder``; returns their paths, the table first."""
@@ -108,7 +110,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     for index, (label, group) in enumerate(_lines(rows).items()):
         nfe, fid = [r["nfe_planned"] for r in group], [r["fid"] for r in group]
         spread = [r["fid_block_spread"] for r in group]
-        style = {"learned": "o-", "restart": "s--", "classic": "^:"}[group[0]["group"]]
+        style = STYLES[group[0]["group"]]
         axes.errorbar(
             nfe, fid, spread, fmt=style, color=colors(index % 20), capsize=3, lw=1, label=label
         )
@@ -119,7 +121,11 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("network evaluations (NFE)")
     axes.set_ylabel(f"FID ({rows[0]['detector']}, N = {rows[0]['n']})")
-    axes.set_xticks(sorted({r["budget"] for r in rows if r["budget"]}))
+    budgets = sorted({r["budget"] for r in rows if r["budget"]})
+    if budgets and budgets[-1] > 20 * budgets[0]:
+        axes.set_xscale("log")
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -45,7 +45,7 @@ class Row:
     """One line of the table."""
 
     method: str  #: ``iPNDM(4) + AFS``
-    group: str  #: classic, learned, restart or ceiling
+    group: str  #: classic, learned, restart, pds or ceiling
     budget: int | None  #: None for a ceiling
     sampler: Sampler
     detail: str = ""  #: schedule, teacher or the chosen plan, in words
@@ -132,6 +132,24 @@ def learned_rows(budget: int, students: Iterable[Learned], card: Card) -> list[R
         own = _with_afs(CLASSIC[OWN_SOLVER[kind]][0], s.settings.afs)
         detail = f"{s.teacher}; {s.length}"
         rows.append(Row(STUDENT_NAMES[kind], "learned", budget, sampler, detail, own))
+    return rows
+
+
+def pds_rows(
+    iterations: Iterable[int],
+    card: Card,
+    freq_mask_path: str | None = None,
+    space_mask_path: str | None = None,
+) -> list[Row]:
+    """Predictor-corrector chains without and with preconditioning, at their real NFE."""
+    masks = {"freq_mask_path": freq_mask_path, "space_mask_path": space_mask_path}
+    rows = []
+    for number in iterations:
+        for title, chosen in (("predictor-corrector", {"freq_mask_path": "none"}), ("PDS", masks)):
+            sampler = build(SamplerOptions(sampler="pds", num_steps=number, **chosen), card)
+            kinds = [kind for kind in ("freq", "space") if sampler.settings[f"{kind}_mask"]]
+            detail = ", ".join([f"{number} iterations", *(f"{kind} mask" for kind in kinds)])
+            rows.append(Row(title, "pds", sampler.nfe, sampler, detail))
     return rows
 
 

@@ -16,7 +16,7 @@ import compare
 from comparison.choose import SELECTION_START, choose_restart, selection_cost
 from comparison.measure import SHOWN, Harness, measure
 from comparison.report import markdown, ordered, own_row, write_report
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct
+from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import cards
 from metrics.detectors import load_detector, load_reference
@@ -78,6 +78,24 @@ def test_ceilings_are_the_published_budgets():
         ("Heun-35", 35),
         ("Restart-43", 43),
     ]
+
+
+def test_pds_is_listed_with_and_without_masks_at_its_real_nfe(harness, tmp_path):
+    rows = pds_rows([3, 2], CARD)
+    assert [(r.method, r.budget, r.detail) for r in rows] == [
+        ("predictor-corrector", 6, "3 iterations"), ("PDS", 6, "3 iterations, freq mask"),
+        ("predictor-corrector", 4, "2 iterations"), ("PDS", 4, "2 iterations, freq mask"),
+    ]  # fmt: skip
+    both = pds_rows([4], CARD, "bundled", "bundled")[1]
+    assert (
+        both.sampler.label == "pds-freq-space"
+        and both.detail == "4 iterations, freq mask, space mask"
+    )
+    results = [measure(row, harness, tmp_path, lambda n: None) for row in rows]
+    assert [r["nfe_metered"] for r in results] == [6, 6, 4, 4]
+    assert len({r["fid"] for r in results}) == 4
+    write_report(tmp_path, RunRecord.make("compare", {}, {}, {}), results)
+    assert "| PDS | 6 |" in (tmp_path / "table.md").read_text()
 
 
 def test_rows_of_one_kind_keep_two_files():
@@ -210,6 +228,19 @@ def test_detectors_do_not_mix(harness, tmp_path):
         (["--budgets", "5,x"], "--budgets '5,x' is no list of whole numbers"),
         (["--budgets", ""], "--budgets '' is no list of whole numbers"),
         (["--num", "10", "--blocks", "4"], "give --num 8"),
+        (
+            ["--budgets", "none", "--ceilings", "False"],
+            "--budgets none leaves no row: give budgets",
+        ),
+        (["--iterations", "50"], "--iterations 50 means nothing without --with pds"),
+        (
+            ["--with", "pds", "--iterations", "1"],
+            "--iterations '1' is no list of whole numbers of 2",
+        ),
+        (
+            ["--with", "pds", "--space_mask_path", "no.npy"],
+            "--space_mask_path no.npy cannot be read",
+        ),
         (["--select", "1"], "--select '1' is no list of whole numbers of 2 or more"),
         (["--predictors", "no/such/run"], "there is no predictor at no/such/run"),
         (["--dataset_name", "cifar11"], "unknown dataset 'cifar11'"),
@@ -231,3 +262,8 @@ def test_a_dry_run_lists_the_rows_and_touches_nothing(tmp_path):
     done = CliRunner().invoke(compare.main, flags, catch_exceptions=False)
     assert done.exit_code == 0 and not out.exists()
     assert "DPM-Solver-2 + AFS" in done.output and "ceilings: Heun-35, Restart-43" in done.output
+    assert "PDS" not in done.output
+    flags = ["-n", "--budgets", "none", "--with", "pds", "--outdir", str(out), "--device", "cpu"]
+    done = CliRunner().invoke(compare.main, flags, catch_exceptions=False)
+    assert done.exit_code == 0 and not out.exists() and "DPM" not in done.output
+    assert "100 NFE: PDS, 50 iterations, freq mask" in done.output
