@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from restart.kernels import spread
 from solvers.driver import Meter, integrate, planned_nfe
 from solvers.types import Denoiser, Guide, Solver, Trajectory
 
@@ -83,13 +84,16 @@ class Solve:
 class Jump:
     """Noise that lifts the state: ``x + scale sqrt(t_to^2 - t_from^2) z``, ``z`` a named draw.
 
-    With ``scale = 1`` this is the forward process, which keeps the marginal distribution.
+    With ``scale = 1`` this is the forward process, which keeps the marginal distribution.  Under
+    PFGM++ ``z`` is multiplied by a random strength of its own (see `restart.kernels`), drawn by
+    the name ``(*name, "spread")``.
     """
 
     t_from: float
     t_to: float  #: at least ``t_from``; equal means that the jump does nothing and draws nothing
     name: tuple
     scale: float = 1.0
+    pfgmpp: int | None = None  #: dimensions D that a PFGM++ model adds to the data's
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_from <= self.t_to < math.inf:
@@ -103,7 +107,8 @@ class Jump:
         return self.scale * math.sqrt((self.t_to - self.t_from) * (self.t_to + self.t_from))
 
     def __str__(self) -> str:
-        return f"jump {self.t_from:g} -> {self.t_to:g} with noise {self.std:g}"
+        kernel = "" if self.pfgmpp is None else f" (PFGM++, D = {self.pfgmpp})"
+        return f"jump {self.t_from:g} -> {self.t_to:g} with noise {self.std:g}{kernel}"
 
     @property
     def start(self) -> float:
@@ -117,12 +122,23 @@ class Jump:
         return 0
 
     def visit(self, meter: Meter, x: Tensor, normal: Normal) -> Iterator[Tensor]:
-        if self.times:
-            yield x + self.std * normal(self.name).to(x)
+        if not self.times:
+            return
+        noise = self.std * normal(self.name).to(x)
+        if self.pfgmpp is not None:
+            ratio, draw = self.t_from / self.t_to, normal((*self.name, "spread"))
+            noise = noise * spread(ratio, self.pfgmpp, draw).to(x.dtype).to(x.device)
+        yield x + noise
 
 
 Plan = tuple[Solve | Jump, ...]
 AnyPlan = tuple[Part, ...]  #: that may have parts of other kinds
+P = TypeVar("P", Plan, AnyPlan)
+
+
+def with_kernel(plan: P, pfgmpp: int | None) -> P:
+    """``plan`` with the jumps of PFGM++ for that many added dimensions; None is Gaussian."""
+    return tuple(replace(part, pfgmpp=pfgmpp) if isinstance(part, Jump) else part for part in plan)
 
 
 def run_plan(plan: AnyPlan, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Trajectory:

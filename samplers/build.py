@@ -15,7 +15,7 @@ from amed.settings import StudentSettings
 from denoisers.cards import Card
 from restart.build import edm_plan, restart_plan
 from restart.intervals import Interval, parse_restart_line
-from restart.plan import Plan, Solve, plan_nfe
+from restart.plan import Plan, Solve, plan_nfe, with_kernel
 from restart.tables import configuration, published_grid
 from runtime.errors import UserError
 from runtime.record import RunRecord
@@ -257,6 +257,7 @@ def _sampler(
 ) -> Sampler:
     rate = options.guidance_rate
     settings = {"sampler": options.sampler, **settings}
+    plan = with_kernel(plan, card.pfgmpp)
     return Sampler(label, plan, settings, card.cost(rate), rate)
 
 

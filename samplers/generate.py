@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.prior import check_jumps, start
+from denoisers.prior import start
 from denoisers.registry import Model
-from restart.plan import Jump, plan_times, visit_plan
+from restart.plan import plan_times, visit_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from samplers.sampler import Sampler
@@ -55,7 +54,6 @@ def generate(
         raise UserError(f"a batch of {batch} images makes nothing: give --batch 1 or more")
     given = replace(conditions or Conditions(), guidance_rate=sampler.guidance_rate)
     given.check(model.card, seeds)
-    check_plan(sampler, model.card)
     check_coupled(sampler, len(seeds), batch)
     device = torch.device(device)
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
@@ -72,12 +70,6 @@ def check_coupled(sampler: Sampler, images: int, batch: int, processes: int = 1)
             f"--batch_coupled makes an image depend on its batch, and {images} images would come "
             f"in more than one: give --batch {images} on one process, or leave --batch_coupled out"
         )
-
-
-def check_plan(sampler: Sampler, card: Card) -> None:
-    """Raise UserError for a plan that the model of ``card`` cannot follow."""
-    if any(isinstance(part, Jump) for part in sampler.plan):
-        check_jumps(card)
 
 
 @torch.inference_mode()
@@ -100,7 +92,8 @@ def _batch(
     x = start(model.card, noise, sampler.start, dtype, device)
     times = plan_times(sampler.plan)
     kept = [model.decode(x)] if keep else []
-    states = visit_plan(sampler.plan, meter, x, normal)
+    plan = with_kernel(sampler.plan, model.card.pfgmpp)  # whatever it was built for
+    states = visit_plan(plan, meter, x, normal)
     for number, x in enumerate(states, 1):
         if keep:
             kept.append(model.decode(x))

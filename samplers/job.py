@@ -23,7 +23,7 @@ from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
 from samplers.build import build, build_learned
 from samplers.folder import Folder
-from samplers.generate import check_coupled, check_plan, generate
+from samplers.generate import check_coupled, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -153,7 +153,6 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
         setup.guidance_type,
     )
     conditions.check(card, seeds)
-    check_plan(sampler, card)
     check_coupled(sampler, len(seeds), setup.batch, world.size)
     path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
     folder = Folder(Path(path), setup.subdirs, setup.return_inters)
