@@ -14,6 +14,7 @@ from runtime.errors import UserError
 PUBLISHED = {
     "cifar10-vp": {43: 2.70, 55: 2.45, 75: 2.27, 115: 2.21, 519: 2.11},
     "cifar10": {43: 1.90},
+    "cifar10-pfgmpp": {43: 1.88},
     "imagenet64": {
         39: 2.38,
         67: 1.95,
