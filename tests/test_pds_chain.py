@@ -40,8 +40,8 @@ def run(chain: Chain, x: Tensor, normal: Callable[[tuple], Tensor] | None = None
 def test_recorded_run(golden) -> None:
     """Both masks, steps averaged over the batch; corrector before predictor in every iteration."""
     file, problem = golden("pds"), golden("denoiser")
-    masks = (torch.from_numpy(file[f"{kind}_mask_raw"][0]) for kind in ("freq", "space"))
-    operators = Preconditioner.of(*masks, 5.0, real_part_trick=True)
+    freq, space = (torch.from_numpy(file[f"{kind}_mask_raw"][0]) for kind in ("freq", "space"))
+    operators = Preconditioner.of(freq, space, 5.0, real_part_trick=True)
     random = np.random.RandomState(5)
     sizes: list[int] = []
 

@@ -198,6 +198,13 @@ def test_the_trajectory_ends_in_the_image_and_has_the_described_times(name: str)
     assert len(kept.trajectory.x) == len(described)
 
 
+def test_every_state_of_a_batch_is_told() -> None:
+    chosen, seen = sampler("restart", num_steps=6), []
+    images(chosen, MixtureModel(), 5, watch=lambda state, states: seen.append((state, states)))
+    states = len(chosen.describe()["times"]) - 1
+    assert seen == 2 * [(state, states) for state in range(1, states + 1)]
+
+
 def test_classes_belong_to_seeds_or_are_given() -> None:
     chosen, model = sampler("heun", num_steps=12), ClassModel()
     drawn = SeedNoise(SEEDS).integers("class", 4)
