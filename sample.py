@@ -62,7 +62,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option(
     "--num_steps",
     type=click.IntRange(2),
-    help="grid nodes  [default: 6; edm, restart: 18; pds: the model's, else 1000]",
+    help="grid nodes  [default: 6; ddpm, edm, restart: 18; pds: the model's, else 1000]",
 )
 @click.option("--nfe", type=click.IntRange(1), help="budget, instead of --num_steps")
 @click.option("--afs", type=bool, help="free analytical first step  [default: False]")
@@ -84,7 +84,8 @@ POSITIVE = click.FloatRange(0, min_open=True)
     type=click.FloatRange(0, 1, min_open=True),
     help="dpm: where the inserted node lies  [default: 0.5]",
 )
-# Noise: edm and restart
+# Noise: ddpm, edm and restart
+@click.option("--eta", type=click.FloatRange(0, 1), help="ddpm: 0 is DDIM  [default: 1]")
 @click.option("--S_churn", "S_churn", type=click.FloatRange(0), help="[default: 0]")
 @click.option("--S_min", "S_min", type=click.FloatRange(0), help="[default: 0]")
 @click.option("--S_max", "S_max", type=click.FloatRange(0), help="[default: no limit]")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from runtime.errors import UserError
 
 CLASSIC = ("euler", "heun", "dpm", "dpm3", "dpmpp", "dpmpp3c", "ipndm")
-SAMPLERS = (*CLASSIC, "edm", "restart", "pds")
+SAMPLERS = (*CLASSIC, "ddpm", "edm", "restart", "pds")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class SamplerOptions:
     lower_order_final: bool | None = None
     thresholding: bool | None = None
     r: float | None = None  #: where DPM-Solver-2 inserts its node
+    eta: float | None = None  #: scales the noise of ddpm: 0 is DDIM
     restart_info: str | None = None
     restart_config: str | None = None
     main_solver: str | None = None
@@ -67,8 +68,9 @@ TAKES: dict[str, frozenset[str]] = {
     "dpmpp": _WALK | _FORM | {"max_order"},
     "dpmpp3c": _WALK | _FORM,
     "ipndm": _WALK | {"max_order"},
+    "ddpm": _ANY | {"schedule_type", "eta"},
     "edm": _ANY | _NOISE,
-    "restart": _ANY | _NOISE | _RESTART,
+    "restart": _ANY | _NOISE | _RESTART | {"schedule_type"},
     "pds": _ANY - {"schedule_rho"} | _PDS,
 }
 #: A published configuration fixes the main grid and the noise.

@@ -40,6 +40,8 @@ def sampler(name: str, **options: object) -> Sampler:
         ("dpm", {"num_steps": 4, "afs": True}, 5),
         ("dpm", {"num_steps": 4, "guidance_rate": 7.5}, 12),
         ("dpm3", {"num_steps": 4, "afs": True}, 8),
+        ("ddpm", {"num_steps": 18}, 18),
+        ("ddpm", {"num_steps": 18, "guidance_rate": 3.0, "schedule_type": "logsnr"}, 36),
         ("edm", {"num_steps": 18}, 35),
         ("edm", {"num_steps": 18, "S_churn": 40.0}, 35),
         ("restart", {"num_steps": 18, "restart_info": INFO}, 43),
@@ -93,7 +95,7 @@ def test_defaults() -> None:
         assert isinstance(walk, Solve) and len(walk.ts) == 6 and not walk.afs
         rho7 = (80 ** (1 / 7) + torch.arange(6) / 5 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         assert torch.allclose(walk.ts, rho7.double(), rtol=1e-5)
-    for name in ("edm", "restart"):
+    for name in ("ddpm", "edm", "restart"):
         assert sampler(name).settings["num_steps"] == 18
         assert sampler(name).describe()["times"][-1] == 0
     assert sampler("restart").settings["restart_info"] == RESTART
@@ -148,12 +150,13 @@ USERS: dict[str, tuple[object, set[str]]] = {
     "sigma_max": (70.0, set(SAMPLERS)),
     "guidance_rate": (1.0, set(SAMPLERS)),
     "afs": (True, set(CLASSIC)),
-    "schedule_type": ("logsnr", set(CLASSIC)),
+    "schedule_type": ("logsnr", {*CLASSIC, "ddpm", "restart"}),
     "max_order": (2, {"dpmpp", "ipndm"}),
     "predict_x0": (False, DPMPP),
     "lower_order_final": (False, DPMPP),
     "thresholding": (True, DPMPP),
     "r": (0.25, {"dpm"}),
+    "eta": (0.5, {"ddpm"}),
     "restart_info": ('{"0": [3, 1, 0.1, 2]}', {"restart"}),
     "restart_config": ("cifar10-vp-43", {"restart"}),
     "main_solver": ("euler", {"restart"}),
