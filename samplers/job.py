@@ -14,7 +14,7 @@ from tqdm import tqdm
 from amed.experiments import PREDICTOR, find_run, load_predictor
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.registry import ModelSource
+from denoisers.registry import Model, ModelSource
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import sha256_file
@@ -159,10 +159,13 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
     return Job(sampler, source, card, setup, seeds, folder, conditions)
 
 
-def run(job: Job, world: World) -> Summary:
-    """Make the images that the folder lacks, on all processes, and complete its record."""
+def run(job: Job, world: World, model: Model | None = None) -> Summary:
+    """Make the images that the folder lacks, on all processes, and complete its record.
+
+    ``model`` is the job's, where it is loaded already.
+    """
     setup, folder = job.setup, job.folder
-    model = job.source.load(setup.dtype, world)
+    model = model or job.source.load(setup.dtype, world)
     note = _other_weights(job.sampler, model.sha256)
     if note and world.is_main:
         tqdm.write(note, file=sys.stderr)

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "samplers": _LEARNED,
     "comparison": _LEARNED | {"samplers"},
 }
-SCRIPTS = ("train", "sample", "fid", "compare")
+SCRIPTS = ("train", "sample", "fid", "compare", "visualize")
 #: Import what they like, and nobody imports them.
 FREE = {"tools", "benchmarks", "examples", "tests"}
 OURS = {*MAY_IMPORT, *SCRIPTS, *FREE}
