@@ -12,7 +12,7 @@ from restart.tables import configurations
 from runtime import cli
 from runtime.dist import world
 from samplers.job import DEFAULT_DATASET, Setup, prepare, run
-from samplers.options import CLASSIC, SAMPLERS, SamplerOptions
+from samplers.options import CLASSIC, LEARNED, SAMPLERS, SamplerOptions
 from solvers.grids import SCHEDULES
 
 EXAMPLES = """\b
@@ -20,6 +20,7 @@ Examples:
   python sample.py --predictor_path=1 --seeds 0-63 --grid
   python sample.py --sampler=ipndm --nfe 5 --afs=True --seeds 0-49999 --subdirs
   python sample.py --sampler=restart --restart_info '{"0": [3, 2, 0.06, 0.3]}' --num_steps 18
+  python sample.py --sampler=restart --predictor_path=1 --learned=main
   python sample.py --sampler=pds --speed_up 20 --seeds 0-15
   python sample.py --sampler=edm --num_steps 18 --S_churn 30 --S_min 0.05 --S_max 50
   torchrun --standalone --nproc_per_node=2 sample.py --predictor_path=1 --seeds 0-999
@@ -33,7 +34,9 @@ POSITIVE = click.FloatRange(0, min_open=True)
     "--predictor_path", metavar="RUN", help="number of a run in exps/, its folder, or a file"
 )
 @click.option(
-    "--sampler", metavar="NAME", help=f"without a predictor, one of {', '.join(SAMPLERS)}"
+    "--sampler",
+    metavar="NAME",
+    help=f"without a predictor, one of {', '.join(SAMPLERS)}; with one, restart takes it along",
 )
 @click.option(
     "--dataset_name",
@@ -100,6 +103,12 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--restart_gamma", type=click.FloatRange(0), help="[default: 0]")
 @click.option("--main_solver", type=click.Choice(CLASSIC), help="[default: heun]")
 @click.option("--restart_solver", type=click.Choice(CLASSIC), help="[default: heun]")
+@click.option("--final_zero", type=bool, help="restart: end at 0, not sigma_min  [default: True]")
+@click.option(
+    "--learned",
+    type=click.Choice(LEARNED),
+    help="restart: what --predictor_path walks, the other by Heun  [default: main]",
+)
 # Predictor-corrector
 @click.option("--speed_up", type=click.IntRange(1), help="pds: divides --num_steps  [default: 1]")
 @cli.mask_options

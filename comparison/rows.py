@@ -17,7 +17,8 @@ from amed.settings import StudentSettings
 from denoisers.cards import Card
 from runtime.errors import UserError
 from runtime.record import RunRecord
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 

@@ -1,19 +1,13 @@
-"""From options, or from a predictor, to a sampler."""
+"""From options to a sampler."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-import torch
-
-from amed.predictor import AMEDPredictor
-from amed.settings import StudentSettings
 from denoisers.cards import Card
 from restart.build import ddpm_plan, edm_plan
 from restart.plan import Plan, Solve
 from runtime.errors import UserError
-from runtime.record import RunRecord
 from samplers.build_common import (
     closed_grid,
     find_length,
@@ -24,7 +18,7 @@ from samplers.build_common import (
 )
 from samplers.build_pds import pds_sampler
 from samplers.build_restart import restart_sampler
-from samplers.options import LEARNED_TAKES, SAMPLERS, TAKES, SamplerOptions, check_taken
+from samplers.options import SAMPLERS, TAKES, SamplerOptions, check_length, check_taken
 from samplers.sampler import Sampler
 from solvers.grids import get_grid
 from solvers.registry import NEEDS_GUIDE, make_solver
@@ -45,11 +39,7 @@ def build(options: SamplerOptions, card: Card) -> Sampler:
     if name not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
     check_taken(options, TAKES[name], f"sampler {name!r}")
-    if options.num_steps is not None and options.nfe is not None:
-        raise UserError(
-            f"--num_steps {options.num_steps} and --nfe {options.nfe} both fix the length of the "
-            "walk: give one of them"
-        )
+    check_length(options)
     low = card.sigma_min if options.sigma_min is None else options.sigma_min
     high = card.sigma_max if options.sigma_max is None else options.sigma_max
     if name == "ddpm":
@@ -61,49 +51,6 @@ def build(options: SamplerOptions, card: Card) -> Sampler:
     if name == "pds":
         return pds_sampler(options, card, low, high)
     return _classic(options, card, low, high)
-
-
-def build_learned(
-    options: SamplerOptions,
-    predictor: AMEDPredictor,
-    student: StudentSettings,
-    record: RunRecord,
-    name: str,
-    card: Card,
-) -> Sampler:
-    """The sampler of a trained predictor; ``name`` is that of its folder or file.
-
-    The predictor stays in its dtype and on its device, so move it first.  Raises UserError where
-    an option contradicts what the predictor brings along.
-    """
-    if options.sampler is not None:
-        raise UserError(
-            f"--sampler {options.sampler} and --predictor_path {name} are two samplers: give one"
-        )
-    check_taken(options, LEARNED_TAKES, "a predictor, which brings its own solver and grid")
-    if card.name != student.dataset_name:
-        raise UserError(
-            f"predictor {name} was trained for {student.dataset_name!r}, not for {card.name!r}: "
-            "leave --dataset_name out, or train one for it"
-        )
-    rate = student.guidance_rate if options.guidance_rate is None else options.guidance_rate
-    settings = {
-        "predictor": name,
-        "predictor_sha256": _sha256(predictor),
-        "predictor_record": {"created": record.created, "model": record.model},
-        **student.to_options(),
-    }
-    settings.pop("guidance_rate")
-    grid = student.grid(**card.time_maps)
-    plan = (Solve(student.solver(), grid, predictor, student.afs),)
-    return Sampler(_label(student, name), plan, settings, card.cost(rate), rate)
-
-
-def _label(student: StudentSettings, name: str) -> str:
-    """``amed-00001`` for a numbered run, ``amed-<name>`` for another."""
-    folder, _, snapshot = name.partition("/")
-    short = folder.split("-")[0] if folder[:5].isdigit() else folder
-    return "-".join(part for part in (student.sampler_stu, short, snapshot) if part)
 
 
 def _classic(options: SamplerOptions, card: Card, low: float, high: float) -> Sampler:
@@ -165,11 +112,3 @@ def _edm(options: SamplerOptions, card: Card, low: float, high: float) -> Sample
     settings = {"num_steps": num_steps, "schedule_rho": schedule_of(options)[1]}
     settings |= {"sigma_min": low, "sigma_max": high}
     return make_sampler(options, card, label, plan, settings | finite(noise))
-
-
-def _sha256(predictor: torch.nn.Module) -> str:
-    """Of the weights alone: the same for the same predictor under another name or dtype."""
-    digest = hashlib.sha256()
-    for key, value in sorted(predictor.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().to(torch.float32).numpy().tobytes())
-    return digest.hexdigest()

@@ -21,7 +21,8 @@ from runtime.files import sha256_file
 from runtime.log import progress, watch_batch
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
 from samplers.folder import Folder
 from samplers.generate import check_coupled, generate
 from samplers.options import SamplerOptions

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from restart.budget import candidates
 from restart.plan import Jump, Solve
 from restart.tables import configurations
 from runtime.errors import UserError
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
 from samplers.options import CLASSIC, SAMPLERS, SamplerOptions
 from samplers.sampler import Sampler
 from solvers.dpmpp import DPMpp
@@ -119,6 +121,19 @@ def test_a_line_of_a_published_file_is_a_whole_configuration(tmp_path: Path) -> 
         sampler("restart", **options, num_steps=18)
 
 
+@pytest.mark.parametrize(("budget", "most"), [(5, 1), (8, 2)])
+def test_options_reach_every_plan_of_a_budget(budget: int, most: int) -> None:
+    for candidate in candidates(budget, 0.002, 80.0, most=most):
+        info = json.dumps(candidate.options["restart_info"])
+        built = sampler("restart", **{**candidate.options, "restart_info": info})
+        assert built.nfe == budget
+        assert [str(part) for part in built.plan] == [str(part) for part in candidate.plan]
+        assert built.describe()["times"] == Sampler("", candidate.plan).describe()["times"]
+        walks = [[p.solver for p in plan if isinstance(p, Solve)]
+                 for plan in (built.plan, candidate.plan)]  # fmt: skip
+        assert walks[0] == walks[1]
+
+
 def test_options_reach_the_plan() -> None:
     (walk,) = sampler("dpmpp", max_order=2, predict_x0=False, lower_order_final=False).plan
     assert isinstance(walk, Solve) and isinstance(walk.solver, DPMpp)
@@ -149,7 +164,7 @@ USERS: dict[str, tuple[object, set[str]]] = {
     "sigma_min": (0.01, set(SAMPLERS)),
     "sigma_max": (70.0, set(SAMPLERS)),
     "guidance_rate": (1.0, set(SAMPLERS)),
-    "afs": (True, set(CLASSIC)),
+    "afs": (True, {*CLASSIC, "restart"}),
     "schedule_type": ("logsnr", {*CLASSIC, "ddpm", "restart"}),
     "max_order": (2, {"dpmpp", "ipndm"}),
     "predict_x0": (False, DPMPP),
@@ -162,6 +177,8 @@ USERS: dict[str, tuple[object, set[str]]] = {
     "main_solver": ("euler", {"restart"}),
     "restart_solver": ("euler", {"restart"}),
     "restart_gamma": (0.1, {"restart"}),
+    "final_zero": (False, {"restart"}),
+    "learned": ("main", set()),
     "S_churn": (1.0, STOCHASTIC),
     "S_min": (0.5, STOCHASTIC),
     "S_max": (1.0, STOCHASTIC),
@@ -207,7 +224,6 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "euler", "sigma_max": math.nan}, "--sigma_max nan is not a number"),
         ({"sampler": "euler", "schedule_type": "cosine"}, "unknown schedule 'cosine'"),
         ({"sampler": "euler", "schedule_type": "discrete"}, "needs a model with its own time"),
-        ({"sampler": "restart", "afs": True}, "--afs True means nothing to sampler 'restart'"),
         ({"sampler": "edm", "afs": True}, "--afs True means nothing to sampler 'edm'"),
         ({"sampler": "restart", "restart_info": "{0: 1"}, "is not valid JSON"),
         ({"sampler": "restart", "restart_info": '{"0": [3, 1, 2, 1]}'}, "has to be below t_max"),

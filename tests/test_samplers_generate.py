@@ -19,7 +19,8 @@ from denoisers.registry import Model, load_model
 from restart.plan import run_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
 from samplers.generate import Batch, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
