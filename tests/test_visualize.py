@@ -13,6 +13,7 @@ from PIL import Image
 
 import samplers.visualize
 import visualize
+from amed.experiments import save_predictor
 from denoisers.cards import cards
 from denoisers.registry import ModelSource
 from runtime import cli
@@ -22,7 +23,7 @@ from runtime.record import RunRecord
 from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
-from tests.sampler_models import GaussianModel
+from tests.sampler_models import GaussianModel, trained
 
 SMALL = "cifar10-small"
 Run = Callable[..., tuple[int, str, str]]
@@ -88,6 +89,20 @@ def test_the_picture_shows_the_images_that_sample_would_make(
     (made,) = generate(build(options, model.card), model, [9], batch=1, device="cpu")
     with Image.open(tmp_path / "x/ddpm-eta0.5/000009.png") as image:
         assert np.array_equal(np.asarray(image), to_uint8(made.images)[0])
+
+
+def test_a_learned_sampler_is_a_row_like_any_other(run: Run, tmp_path: Path) -> None:
+    predictor, student, record = trained(SMALL, num_steps=3)
+    save_predictor(tmp_path / "exps/00004-mine/predictor.safetensors", predictor, record)
+    rows = ["--row=--predictor_path=4", "--row=Once more: --predictor_path=4"]
+    code, out, err = run(*rows, "--row=euler --nfe=4", "--seeds=0-1", "--outdir=x")
+    assert code == 0, err
+    learned, again, euler = (
+        (tmp_path / "x" / name / "000001.png").read_bytes()
+        for name in ("amed-00004", "once-more", "euler")
+    )
+    assert learned == again != euler
+    assert "amed-00004: x/amed-00004: 2 images made, 4 NFE each" in out
 
 
 def test_a_killed_command_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
