@@ -16,6 +16,8 @@ Sets up .venv on first use and runs a recipe:
   imagenet64        the same, ImageNet 64x64
   lsun_bedroom_ldm  published AMED settings for the latent model of LSUN bedrooms: train, sample
   ms_coco           published AMED settings for Stable Diffusion v1.5: train, sample
+  toy               the Restart paper's synthetic experiment: its figure and its inequalities;
+                    a few minutes on two cores
   sd_restart        Stable Diffusion v1.5 at guidance 2, 3, 5 and 8: DDIM, DDPM, Heun and Restart at
                     the same evaluations, 5,000 COCO captions each
   test              ruff, mypy and the tests
@@ -173,6 +175,8 @@ statistics() { # BATCH FLAG...: images of the predictor in $folder, and what an 
     run fid.py ref --detector=inception --data="$images" --dest="$images-inception.npz"
 }
 
+recipe_toy() { call "$VENV_PYTHON" benchmarks/toy.py --outdir=exps/toy; }
+
 recipe_test() {
     local workers=$CORES
     if [ "$workers" -gt 8 ]; then workers=8; fi
@@ -184,7 +188,7 @@ recipe_test() {
 
 # ---------------------------------------------------------------- machinery
 
-RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco sd_restart test help"
+RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco sd_restart toy test help"
 CAPTIONS=data/MS-COCO_val2014_30k_captions.csv
 VENV_PYTHON=.venv/bin/python
 IMAGES=1500 # a row of the default report: the most that leaves two cores a margin to 20 minutes
@@ -312,8 +316,8 @@ case $MODEL_PATH in
     *) MODEL_PATH=$CALLER/$MODEL_PATH ;;
 esac
 case "$RECIPE $TRY$MODEL_PATH" in
-    "default 0" | "full 0" | "test 0" | help*) ;;
-    "default "* | "full "* | "test "*)
+    "default 0" | "full 0" | "toy 0" | "test 0" | help*) ;;
+    "default "* | "full "* | "toy "* | "test "*)
         fail 2 "--try and --model_path mean nothing to '$RECIPE': they are for published recipes" ;;
 esac
 if [ "$RECIPE" = help ]; then

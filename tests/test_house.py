@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "amed": _LEARNED - {"amed"},
     "samplers": _LEARNED,
     "comparison": _LEARNED | {"samplers"},
+    "toy": _BASE | {"denoisers", "restart"},
 }
 SCRIPTS = ("train", "sample", "fid", "compare", "visualize")
 #: Import what they like, and nobody imports them.

@@ -248,7 +248,7 @@ def test_several_gpus_go_through_torchrun(option: list[str]) -> None:
         (
             ["cifar"],
             "unknown recipe 'cifar': choose one of default full cifar10 ffhq imagenet64 "
-            "lsun_bedroom_ldm ms_coco sd_restart test help",
+            "lsun_bedroom_ldm ms_coco sd_restart toy test help",
         ),
         (["--gpu=2"], f"unknown option '--gpu=2': there are {OPTIONS}"),
         (
@@ -270,7 +270,7 @@ def test_help_lists_every_recipe() -> None:
     done = launch("help")
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert done.returncode == 0
-    assert set(listed) >= {*TRAINING, "sd_restart", "test", "help", "--gpus"}
+    assert set(listed) >= {*TRAINING, "sd_restart", "toy", "test", "help", "--gpus"}
     assert launch("--help").stdout == done.stdout
 
 
