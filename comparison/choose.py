@@ -135,8 +135,8 @@ def choose(
     rounds: Sequence[int],
     file: Path,
     tick: Callable[[int], object],
-) -> Sampler:
-    """The candidate with the lowest objective on selection seeds; the trace goes to ``file``.
+) -> tuple[Candidate, float]:
+    """The candidate with the lowest objective on selection seeds, and that; a trace in ``file``.
 
     Successive halving over ``rounds`` images per candidate (`restart.search`); the same selection
     is not run twice, and a killed one goes on.
@@ -144,7 +144,7 @@ def choose(
 
     def score(candidate: Candidate, images: int) -> float:
         seeds = range(SELECTION_START, SELECTION_START + images)
-        return objective(_sampler(candidate, len(field)), seeds, tick)
+        return objective(Sampler(candidate.label, candidate.plan), seeds, tick)
 
     identity = {
         **objective.describe(),
@@ -153,8 +153,8 @@ def choose(
         "start": SELECTION_START,
     }
     trace = search(field, rounds, score, file, identity, harness.world, tick)
-    best = next(c for c in field if c.label == trace[-1][0].label)
-    return _sampler(best, len(field))
+    winner = trace[-1][0]
+    return next(c for c in field if c.label == winner.label), winner.score
 
 
 def choose_restart(
@@ -167,14 +167,11 @@ def choose_restart(
     """The plan of exactly ``budget`` NFE with the lowest FID, for a row of the table."""
     field = Space().field(budget, harness.model.card)
     file = folder / f"selection-{budget}.json"
-    return choose(field, Fid(harness), harness, rounds, file, tick)
+    best, _ = choose(field, Fid(harness), harness, rounds, file, tick)
+    settings = {"sampler": "restart", **best.options, "candidates": len(field)}
+    return Sampler(best.label, best.plan, settings)
 
 
 def selection_cost(budget: int, harness: Harness, rounds: Sequence[int]) -> int:
     """Images that the selection makes, for the progress bar."""
     return search_images(len(Space().field(budget, harness.model.card)), rounds)
-
-
-def _sampler(candidate: Candidate, field_size: int) -> Sampler:
-    settings = {"sampler": "restart", **candidate.options, "candidates": field_size}
-    return Sampler(candidate.label, candidate.plan, settings)

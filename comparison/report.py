@@ -18,11 +18,13 @@ from runtime.record import RunRecord
 ZOOM = 2  #: small images are shown larger
 HEAD = ("method", "NFE", "FID", "blocks", "vs own solver", "images/s", "NFE metered", "detail")
 
-STYLES = {"learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-."}
+STYLES = {
+    "learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-.", "ode": "^:", "sde": "v-.",
+}  # fmt: skip
 
 
 def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]]) -> list[Path]:
-    """Write all five files into ``folder``; returns their paths, the table first."""
+    """Write all six files into ``folder``; returns their paths, the table first."""
     rows = ordered(results)
     text = {
         "table.md": markdown(rows),
@@ -30,6 +32,7 @@ def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]])
         "results.json": json.dumps(
             {"record": json.loads(record.to_json()), "rows": rows}, indent=2
         ),
+        "fid-nfe.json": json.dumps(_points(rows), indent=2),
     }
     for name, content in text.items():
         with atomic_write(folder / name) as temporary:
@@ -137,6 +140,15 @@ def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         if row["budget"] is not None:
             lines.setdefault(_short(row), []).append(row)
     return lines
+
+
+def _points(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What the plot shows: the points of each line."""
+    names = {"nfe": "nfe_planned", "fid": "fid", "spread": "fid_block_spread", "detail": "detail"}
+    return {
+        label: [{name: row[key] for name, key in names.items()} for row in group]
+        for label, group in _lines(rows).items()
+    }
 
 
 def _short(row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from denoisers.cards import Card
@@ -107,5 +108,10 @@ def _walker(name: str | None) -> Walker:
     return Walker(name, make_solver(name))
 
 
-def _info(intervals: tuple[Interval, ...]) -> dict[str, list[float]]:
+def interval_json(intervals: Sequence[Interval]) -> str:
+    """The text that is read as these intervals."""
+    return json.dumps(_info(intervals))
+
+
+def _info(intervals: Sequence[Interval]) -> dict[str, list[float]]:
     return {str(n): [i.n_restart, i.k, i.t_min, i.t_max] for n, i in enumerate(intervals)}

@@ -17,48 +17,18 @@ from comparison.choose import SELECTION_START, choose_restart, selection_cost
 from comparison.measure import SHOWN, Harness, measure
 from comparison.report import markdown, ordered, own_row, write_report
 from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows
-from denoisers.analytic import MixtureDenoiser
-from denoisers.cards import cards
-from metrics.detectors import load_detector, load_reference
 from metrics.fid import block_fid
 from metrics.statistics import Statistics
-from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from samplers.generate import generate
-from solvers.types import Denoiser
-
-CARD = cards()["cifar10-small"]
-
-
-class MixtureModel:
-    """A model in closed form, so that a row takes milliseconds."""
-
-    card = CARD
-    sha256 = "0" * 64
-
-    def decode(self, x):
-        return x
-
-    def bind(self, labels=None, guidance_rate=None, prompts=None) -> Denoiser:
-        means = 0.5 * torch.randn(4, *CARD.shape, generator=torch.Generator().manual_seed(0))
-        return MixtureDenoiser(means, 0.1)
+from tests.comparison_problems import CARD, make_harness
 
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    detector = load_detector("cifar10-small", device="cpu")
-    return Harness(
-        MixtureModel(),
-        detector,
-        load_reference("cifar10-small", detector),
-        range(12),
-        2,
-        8,
-        torch.float32,
-        World(0, 1, torch.device("cpu")),
-    )
+    return make_harness()
 
 
 @pytest.mark.parametrize("budget", [3, 4, 5, 7])
@@ -180,7 +150,7 @@ def test_the_report_says_what_was_measured(harness, tmp_path):
     record = RunRecord.make("compare", {}, {}, {})
     paths = write_report(tmp_path, record, results)
     assert [p.name for p in paths] == [
-        "table.md", "table.csv", "results.json", "fid-nfe.png", "grid.png",
+        "table.md", "table.csv", "results.json", "fid-nfe.json", "fid-nfe.png", "grid.png",
     ]  # fmt: skip
     rows = ordered(results)
     assert rows[-1]["method"] == "Heun-35"
