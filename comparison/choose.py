@@ -27,7 +27,7 @@ from solvers.driver import Meter
 
 #: Seeds of the selection start here; tables report on seeds below.
 SELECTION_START = 10_000_000
-TOLERANCE = 1e-4  #: of dopri5
+TOLERANCE = 1e-4  #: of dopri5: exact to 1 % of what plans of 9 NFE err by on the bundled model
 
 
 @dataclass(frozen=True)
