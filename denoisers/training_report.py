@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.images import image_grid, to_uint8
-from runtime.log import JsonLines, TextLog, tensorboard
+from runtime.log import JsonLines, TextLog, read_json_lines, tensorboard
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from solvers.driver import integrate
@@ -29,7 +29,10 @@ from .edm import HIGHEST, LOWEST, EDMDenoiser, describe_edm
 from .training import Trainer
 from .training_data import Batch
 
-STATE, MODEL = "state.pt", "model.safetensors"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STATE, MODEL, ROWS = "state.pt", "model.safetensors", "stats.jsonl"
 GRID = 8  #: rows and columns of a sample grid
 
 
@@ -68,6 +71,24 @@ def sample_grid(trainer: Trainer) -> np.ndarray:
     return image_grid(to_uint8(out), GRID)
 
 
+def loss_curve(rows: list[dict[str, Any]]) -> Figure:
+    """Loss of the training and of the averaged weights on held-out images, over images seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label in (("loss", "training"), ("valid", "held out, averaged weights")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), ".-", label=label)
+    axes.set_xlabel("images")
+    axes.set_ylabel("loss")
+    axes.legend()
+    return figure
+
+
 class Reporter:
     """What a run leaves behind, at every tick: figures, pictures, the model and the state."""
 
@@ -85,7 +106,7 @@ class Reporter:
         if main:
             record.write(folder / "run.json")
         self.say = TextLog(folder / "log.txt", main)
-        self.rows = JsonLines(folder / "stats.jsonl", trainer.images, main)
+        self.rows = JsonLines(folder / ROWS, trainer.images, main)
         self.board = tensorboard(folder, trainer.images, main)
         self.clear()
 
@@ -136,6 +157,8 @@ class Reporter:
         grid = sample_grid(trainer)
         self.board.add_image("samples", grid, trainer.images, dataformats="HWC")
         self.board.flush()
+        with atomic_write(self.folder / "loss.png") as temporary:
+            loss_curve(read_json_lines(self.folder / ROWS)).savefig(temporary, format="png")
         write_model(self.folder, trainer, self.about, self.record)
         trainer.save(self.folder / STATE, self.about)
 

@@ -60,10 +60,19 @@ class SmallCNN(nn.Module):
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
         self.stem = nn.Conv2d(3, _STEM, 2)
-        self.stem.weight.requires_grad_(False)
         widths = (_STEM, *config.channels)
         self.stages = nn.Sequential(*map(_Stage, widths[:-1], widths[1:]))
+        for module in self.stages.modules():
+            if isinstance(module, nn.Conv2d):  # starts as a pass-through: learns in fewer epochs
+                nn.init.dirac_(module.weight[: module.in_channels])
         self.head = nn.Linear(widths[-1], config.classes)
+        self.trainable_()
+
+    def trainable_(self) -> SmallCNN:
+        """Everything but the kernels of the stem, which stay as the data made them."""
+        self.requires_grad_(True)
+        self.stem.weight.requires_grad_(False)
+        return self
 
     @property
     def dim(self) -> int:

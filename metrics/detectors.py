@@ -127,7 +127,10 @@ DETECTORS = {
     "cifar10-small": Entry(_small, bundled=BUNDLED / "cifar10-small-detector.safetensors"),
     "inception": Entry(_torchscript, url=INCEPTION_URL),
 }
-REFERENCES = {"cifar10-small": BUNDLED / "cifar10-small-train.npz"}
+REFERENCES = {
+    "cifar10-small": BUNDLED / "cifar10-small-train.npz",
+    "cifar10-small-test": BUNDLED / "cifar10-small-test.npz",
+}
 
 
 def _sha256(path: Path) -> str:

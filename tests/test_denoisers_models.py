@@ -1,4 +1,4 @@
-"""Cards, loading and binding; the bundled model against its recorded outputs."""
+"""Cards, loading and binding; the bundled network against recorded outputs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from denoisers.files import Files
 from denoisers.registry import cards, load_model
 from runtime.errors import UserError
 from runtime.files import sha256_file
+from runtime.noise import SeedNoise
+from solvers.driver import integrate
+from solvers.grids import get_grid
+from solvers.registry import make_solver
 
-IO = Path(__file__).resolve().parents[2] / "shared" / "weights" / "cifar10-32x32-small-io.npz"
+#: Weights of the bundled network's settings, and what it made of some inputs elsewhere.
+WEIGHTS = Path(__file__).resolve().parents[2] / "shared/weights/cifar10-32x32-small.safetensors"
 CPU = torch.device("cpu")
 TINY = {
     "class_name": "EDMPrecond",
@@ -41,9 +46,9 @@ TINY_CARD = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def recorded() -> Any:
-    if not IO.is_file():
-        pytest.skip("recorded outputs of the bundled model are not on this machine")
-    return np.load(IO)
+    if not WEIGHTS.is_file():
+        pytest.skip("weights with recorded outputs are not on this machine")
+    return np.load(WEIGHTS.with_name(f"{WEIGHTS.stem}-io.npz"))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +78,10 @@ def noisy(batch: int, sigma: Tensor | float, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(None, 1e-5), ("float64", 1e-5), ("bfloat16", 2e-2)]
 )
-def test_bundled_model_matches_its_records(
+def test_a_model_of_the_bundled_settings_matches_its_records(
     dtype: str | None, tolerance: float, recorded: Any
 ) -> None:
-    denoiser = load_model("cifar10-small", device="cpu", dtype=dtype).bind()
+    denoiser = load_model("cifar10-small", device="cpu", dtype=dtype, model_path=WEIGHTS).bind()
     assert denoiser.cost == 1
     for i, sigma in enumerate(recorded["sigmas"]):
         x = torch.tensor(recorded[f"x_{i}"])
@@ -111,6 +116,21 @@ def test_bundled_card_is_the_file() -> None:
     model = load_model("cifar10-small", device="cpu")
     assert model.card == card
     assert model.sha256 == card.sha256 == sha256_file(card.bundled)
+
+
+def test_the_bundled_model_removes_noise() -> None:
+    """From its own images, far better than the best linear estimate by mean and variance."""
+    denoiser = load_model("cifar10-small", device="cpu").bind()
+    noise = SeedNoise(range(8))
+    ts = get_grid("polynomial", 10, 0.002, 80.0, 7.0)
+    walk = integrate(make_solver("heun"), denoiser, noise.normal("latent", (3, 32, 32)) * 80.0, ts)
+    clean = walk.x[-1]
+    for sigma, gain in ((0.1, 1.5), (0.5, 4.0), (2.0, 3.0)):
+        x = clean + sigma * noise.normal("test", clean.shape[1:])
+        linear = clean.mean() + (x - clean.mean()) * clean.var() / (clean.var() + sigma**2)
+        best = (linear - clean).square().mean()
+        error = (denoiser(x, torch.tensor(sigma)).x0 - clean).square().mean()
+        assert error * gain < best, (sigma, float(best / error))
 
 
 def test_state_and_sigma_keep_their_own_dtype() -> None:
@@ -211,18 +231,18 @@ def test_weights_that_cannot_be_fetched_are_named(
 
 
 def test_altered_bundled_weights_are_refused() -> None:
+    known = cards()["cifar10-small"].sha256
+    assert known is not None
     card = dataclasses.replace(cards()["cifar10-small"], sha256="0" * 64)
     assert card.bundled is not None
-    with pytest.raises(UserError, match="has sha256 a3eeb3a4.* where its card says 0000"):
+    with pytest.raises(UserError, match=f"has sha256 {known[:8]}.* where its card says 0000"):
         load_edm(card, Files(card.bundled), CPU, torch.float32)
 
 
 def test_other_weights_of_the_family_load_by_path(tiny: Path, recorded: Any) -> None:
     """Another file under another card: settings from its metadata, the hash of that very file."""
-    path = cards()["cifar10-small"].bundled
-    assert path is not None
-    model = load_model("cifar10", device="cpu", model_path=path)
-    assert model.sha256 == sha256_file(path)
+    model = load_model("cifar10", device="cpu", model_path=WEIGHTS)
+    assert model.sha256 == sha256_file(WEIGHTS)
     out = model.bind()(torch.tensor(recorded["x_2"]), torch.tensor(recorded["sigmas"][2]))
     assert largest(out.x0, torch.tensor(recorded["D_2"])) < 1e-5
 

@@ -146,7 +146,8 @@ def test_fetched_detector_is_kept_and_checked(
 
 def test_published_moments_become_a_reference_once_declared(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "published.npz"
-    np.savez(path, mu=np.zeros(192), sigma=np.eye(192))
+    dim = load_detector("cifar10-small", device="cpu").dim
+    np.savez(path, mu=np.zeros(dim), sigma=np.eye(dim))
     code, _, err = run("calc", "--images", path)
     assert code == 1 and "lack detector, detector_sha256, n, source: make them with fid.py" in err
     code, _, err = run("ref", "--data", path, "--dest", tmp_path / "r.npz")
@@ -178,7 +179,10 @@ def test_errors_are_one_sentence(run: Run, tmp_path: Path) -> None:
         (["--images", tmp_path / "empty"], "holds no image"),
         (["--images", big], "takes 32x32 images, got 64x48: use --detector inception"),
         (["--images", folder, "--num", 5], "5 images were asked for, found 3"),
-        (["--images", folder, "--ref", "cifar"], "'cifar' is neither one of cifar10-small nor"),
+        (
+            ["--images", folder, "--ref", "cifar"],
+            "'cifar' is neither one of cifar10-small, ",
+        ),
         (["--images", tmp_path / "s.npz", "--num", 5], "--num 5 draws images, but"),
         (["--images", tmp_path / "s.npz"], "do not exist: make them with fid.py ref"),
         (["--images", folder, "--detector-path", tmp_path / "d"], "d does not exist: check"),

@@ -44,7 +44,7 @@ def scripted(path: Path) -> Path:
 
 def test_the_bundled_file_is_what_its_record_says(small: Detector) -> None:
     path = DETECTORS["cifar10-small"].bundled
-    assert path is not None and path.stat().st_size <= 3 * 2**20
+    assert path is not None and path.stat().st_size <= 4 * 2**20
     model, record = load_cnn(path)
     assert small.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert small.dim == record["feature_width"] == model.dim and 64 <= small.dim <= 256
@@ -52,9 +52,12 @@ def test_the_bundled_file_is_what_its_record_says(small: Detector) -> None:
 
 
 def test_the_bundled_reference_belongs_to_the_bundled_detector(small: Detector) -> None:
-    reference = load_reference("cifar10-small", small)
-    assert reference.n == 50_000 and reference.detector == small.id
-    assert np.linalg.eigvalsh(reference.cov).min() > 0
+    for name, count in (("cifar10-small", 50_000), ("cifar10-small-test", 10_000)):
+        reference = load_reference(name, small)
+        assert reference.n == count and reference.detector == small.id
+        assert np.linalg.eigvalsh(reference.cov).min() > 0
+    # the floor: real images against real images
+    assert 0 < reference.fid(load_reference("cifar10-small", small)) < 0.1
 
 
 def test_features_do_not_depend_on_the_batch(small: Detector) -> None:
@@ -170,5 +173,8 @@ def test_references_of_another_detector_are_refused(small: Detector, tmp_path: P
     forged.save(tmp_path / "forged.npz")
     with pytest.raises(ValueError, match="older detector"):
         load_reference(tmp_path / "forged.npz", small)
-    with pytest.raises(FileNotFoundError, match="'imagenet' is neither one of cifar10-small nor"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="'imagenet' is neither one of cifar10-small, ",
+    ):
         load_reference("imagenet", small)

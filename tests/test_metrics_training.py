@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,28 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import pad
 
 from metrics.cnn import CNNConfig, SmallCNN, load_cnn
 from metrics.detectors import load_detector
+from runtime.dist import World
+from tests.test_runtime_dist import torchrun
 from tools import train_detector
-from tools.train_detector import Plan, augment, fit, learning_rate, load_labelled, main
+from tools.train_detector import (
+    Plan,
+    augment,
+    first_model,
+    fit,
+    learning_rate,
+    load_labelled,
+    main,
+)
 
 PLAN = Plan(epochs=3, batch=8, lr=0.05, momentum=0.9, weight_decay=5e-4, smoothing=0.1,
-            warmup=0.2, seed=0, bf16=False)  # fmt: skip
-CPU = torch.device("cpu")
+            warmup=0.2, seed=0, bf16=False, shift=2, cutout=0, init=None)  # fmt: skip
+FAST = replace(PLAN, lr=0.3)
+CPU = World(0, 1, torch.device("cpu"))
 
 
 def dataset(path: Path, count: int, seed: int) -> Path:
@@ -42,11 +55,18 @@ def dataset(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def fresh(train: tuple[torch.Tensor, torch.Tensor]) -> SmallCNN:
+def fresh(train: tuple[torch.Tensor, ...]) -> SmallCNN:
     torch.manual_seed(0)
     model = SmallCNN(CNNConfig((8, 8, 16), 2))
     model.whiten_(train[0])
     return model
+
+
+def scalars(folder: Path, name: str) -> list:
+    """What TensorBoard shows."""
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return board.Scalars(name)
 
 
 def test_it_learns_and_the_file_is_a_detector(tmp_path: Path) -> None:
@@ -68,7 +88,12 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     whole = fresh(train)
     fit(whole, train, train, PLAN, tmp_path / "whole.state", CPU)
 
+    scores = iter([0.5])
+
     def killed(*_: object) -> float:
+        """In the second epoch."""
+        for score in scores:
+            return score
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -81,9 +106,57 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
+    saved = torch.load(tmp_path / "torn.state", weights_only=True)
+    assert saved["epochs"] == PLAN.epochs
+    assert [e.step for e in scalars(tmp_path / "torn.state.logs", "loss")] == [1, 2, 3]
     other = Plan(**(vars(PLAN) | {"lr": 0.1}))
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
         fit(fresh(train), train, train, other, tmp_path / "torn.state", CPU)
+
+
+SHARES = """
+import sys
+import torch
+from runtime.dist import world
+from tests.test_metrics_training import FAST, equal_images, fresh
+from tools import train_detector
+from pathlib import Path
+train_detector.augment = lambda images, *_: images
+with world("cpu") as here:
+    pixels = torch.load(sys.argv[2])
+    model, data = fresh((pixels,)), equal_images(pixels[0])
+    train_detector.fit(model, data, data, FAST, Path(sys.argv[1]) / "two.state", here)
+    torch.save(model.state_dict(), Path(sys.argv[1]) / f"{here.rank}.pt")
+"""
+
+
+def equal_images(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image under two names, so that every share of a batch has its mean and deviation."""
+    return image.expand(23, 3, 32, 32), (torch.arange(23) % 5 == 0).long()
+
+
+def test_two_processes_train_what_one_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_detector, "augment", lambda images, *_: images)
+    pixels = load_labelled(dataset(tmp_path / "a.zip", 16, 0))[0]
+    torch.save(pixels, tmp_path / "pixels.pt")
+    alone = fresh((pixels,))
+    start = {name: value.clone() for name, value in alone.state_dict().items()}
+    data = equal_images(pixels[0])
+    fit(alone, data, data, FAST, tmp_path / "one.state", CPU)
+    done = torchrun(tmp_path, SHARES, str(tmp_path), str(tmp_path / "pixels.pt"))
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in alone.state_dict().items():
+        if not name.endswith("running_var"):  # unbiased, so it depends on the size of the share
+            torch.testing.assert_close(one[name], value, rtol=1e-3, atol=1e-4, msg=name)
+        if "running" not in name:
+            assert torch.equal(one[name], two[name]), name
+    assert (alone.head.weight - start["head.weight"]).abs().max() > 1e-2
+    figures = (scalars(tmp_path / f"{n}.state.logs", "loss") for n in ("one", "two"))
+    for a, b in zip(*figures, strict=True):
+        assert (a.step, a.value) == (b.step, pytest.approx(b.value, rel=1e-4))
 
 
 def test_every_augmented_image_is_a_shifted_maybe_mirrored_one() -> None:
@@ -92,7 +165,7 @@ def test_every_augmented_image_is_a_shifted_maybe_mirrored_one() -> None:
     padded = pad(images.float(), (2, 2, 2, 2), mode="reflect").byte()
     seen = set()
     for image, source in zip(
-        augment(images, torch.Generator().manual_seed(0)), padded, strict=True
+        augment(images, PLAN, torch.Generator().manual_seed(0)), padded, strict=True
     ):
         candidates = {
             (dy, dx, mirror): (shifted.flip(-1) if mirror else shifted)
@@ -105,8 +178,41 @@ def test_every_augmented_image_is_a_shifted_maybe_mirrored_one() -> None:
         assert len(found) == 1
         seen.add(found[0])
     assert len(seen) == 50  # 25 shifts, mirrored or not
-    again = augment(images, torch.Generator().manual_seed(0))
-    assert torch.equal(again, augment(images, torch.Generator().manual_seed(0)))
+    again = augment(images, PLAN, torch.Generator().manual_seed(0))
+    assert torch.equal(again, augment(images, PLAN, torch.Generator().manual_seed(0)))
+
+
+def test_cutout_is_one_square_anywhere_in_the_image() -> None:
+    images = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
+    cut = augment(images, replace(PLAN, cutout=10), torch.Generator().manual_seed(0))
+    assert torch.equal(cut[:, :1].expand_as(cut), cut) and set(cut.unique().tolist()) == {0, 128}
+    square = cut[:, 0] == 128
+    assert bool((square.sum((1, 2)) == 100).all())
+    for axis in (1, 2):
+        assert bool((square.any(axis).sum(1) == 10).all())
+        corner = square.any(axis).int().argmax(1)
+        share = corner.bincount(minlength=23) / len(corner)
+        assert len(share) == 23 and float((share - 1 / 23).abs().max()) < 5 * (1 / 23 / 2000) ** 0.5
+
+
+def test_a_detector_is_trained_further(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "a.zip", 24, 0)
+    options = f"--data {data} --test {data} --batch 8 --device cpu --threads 1 --lr 0.001".split()
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    for extra in (
+        ["--dest", str(first), "--channels", "8", "8", "16", "--epochs", "2"],
+        ["--dest", str(second), "--init", str(first), "--epochs", "1"],
+    ):
+        done = CliRunner().invoke(main, [*options, *extra])
+        assert done.exit_code == 0, done.output
+    (a, earlier), (b, record) = load_cnn(first), load_cnn(second)
+    assert record["images_seen"] == 3 * 24 and record["before"] == earlier
+    assert torch.equal(a.stem.weight, b.stem.weight)
+    moved = (a.head.weight - b.head.weight).abs().max()
+    assert 0 < float(moved) < 0.05  # a fresh head would differ by about 0.25
+    b = first_model(first, (4, 4, 4), 0, load_labelled(data))[0]
+    learns = {name for name, value in b.named_parameters() if value.requires_grad}
+    assert {name for name, _ in b.named_parameters()} - learns == {"stem.weight"}
 
 
 def test_learning_rate_rises_and_falls_to_zero() -> None:

@@ -302,6 +302,10 @@ WRONG = {
     "a folder without one": (lambda path: path.mkdir(), "there is no predictor at {path}/predict"),
     "a denoiser": (
         lambda path: path.write_bytes(cards()["cifar10-small"].bundled.read_bytes()),
+        "{path} was written by train_denoiser.py; give a predictor.safetensors of train.py",
+    ),
+    "weights without a record": (
+        lambda path: safetensors.torch.save_file({"w": torch.zeros(1)}, path),
         "{path} carries no run record, so it is no predictor of this toolkit",
     ),
     "a record of samples": (

@@ -29,7 +29,7 @@ from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource
 from denoisers.training import Recipe, Trainer
 from denoisers.training_data import Images, Stream
-from denoisers.training_report import Reporter, sample_grid
+from denoisers.training_report import Reporter, loss_curve, sample_grid
 from metrics.sources import ImageSource
 from runtime import cli
 from runtime.dist import World
@@ -119,6 +119,10 @@ def test_a_run_leaves_a_model_its_card_and_its_figures(run, monkeypatch) -> None
     assert [row["lr"] for row in found] == pytest.approx([0.008, 0.01, 0.01])
     assert {row["nonfinite"] for row in found} == {0}
 
+    (axes,) = loss_curve(found).axes
+    for line, name in zip(axes.lines, ("loss", "valid"), strict=True):
+        assert line.get_xydata().tolist() == [[row["step"], row[name]] for row in found]
+    assert Image.open(folder / "loss.png").size == (600, 350)
     source = ModelSource("mine", model_path=str(folder / "model.safetensors"))
     model = source.load(None, World(0, 1, torch.device("cpu")))
     averaged = state(folder)["ema"]

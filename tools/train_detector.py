@@ -1,13 +1,15 @@
 """Train the bundled CIFAR-10 feature detector: a small classifier, about half an hour on two cores.
 
-SGD with Nesterov momentum, a one-cycle learning rate, label smoothing, flips and shifts by two
-pixels. The order of images and their augmentation are functions of (seed, epoch), and the state
-is saved after each epoch, so a killed run continues as if nothing had happened.
+SGD with Nesterov momentum, a one-cycle learning rate, label smoothing, flips, shifts, cutout.
+The order of images and their augmentation are functions of (seed, epoch), and the state is saved
+after each epoch, so a killed run continues as if nothing had happened. Progress goes to
+TensorBoard. Under torchrun each process takes its share of every batch; batch normalisation
+then sees the share, which is all that differs from a single process.
 
 Example:
 
     python tools/train_detector.py --data cifar10-32x32-train.zip --test cifar10-32x32-test.zip \\
-        --dest metrics/bundled/cifar10-small-detector.safetensors
+        --dest metrics/bundled/cifar10-small-detector.safetensors --channels 64 192 256 --epochs 18
 """
 
 from __future__ import annotations
@@ -21,15 +23,19 @@ from pathlib import Path
 import click
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn  # noqa: E402
 from metrics.sources import ImageSource  # noqa: E402
-from runtime import cli, dist, files  # noqa: E402
+from runtime import cli, files  # noqa: E402
+from runtime.dist import World, world  # noqa: E402
+from runtime.images import image_grid  # noqa: E402
+from runtime.log import tensorboard  # noqa: E402
 
-_SHIFT = 2
+_SHOWN = 64  #: images in TensorBoard's grid
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class Plan:
     warmup: float
     seed: int
     bf16: bool
+    shift: int
+    cutout: int
+    init: str | None  #: sha256 of the first weights
 
 
 def load_labelled(path: Path) -> tuple[Tensor, Tensor]:
@@ -59,17 +68,26 @@ def load_labelled(path: Path) -> tuple[Tensor, Tensor]:
         return images, torch.from_numpy(source.labels())
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random mirror images and shifts by up to two pixels (reflected at the border)."""
-    count, side = len(images), images.shape[-1]
-    offset = torch.randint(-_SHIFT, _SHIFT + 1, (2, count, 1), generator=generator)
+def augment(images: Tensor, plan: Plan, generator: torch.Generator) -> Tensor:
+    """Random mirror images and shifts (reflected at the border), with a grey square in each.
+
+    The square has ``cutout`` pixels a side (DeVries and Taylor 2017, arXiv:1708.04552) and lies
+    inside the image.
+    """
+    count, side, most = len(images), images.shape[-1], plan.shift
+    offset = torch.randint(-most, most + 1, (2, count, 1), generator=generator)
     mirror = torch.rand(count, 1, generator=generator) < 0.5
     base = torch.arange(side)
     rows, columns = base + offset[0], base + offset[1]
     columns = torch.where(mirror, side - 1 - columns, columns)
     rows, columns = ((side - 1) - ((side - 1) - i.abs()).abs() for i in (rows, columns))
     at = torch.arange(count)[:, None, None, None], torch.arange(3)[None, :, None, None]
-    return images[(*at, rows[:, None, :, None], columns[:, None, None, :])]
+    images = images[(*at, rows[:, None, :, None], columns[:, None, None, :])]
+    if plan.cutout:
+        corner = torch.randint(side - plan.cutout + 1, (2, count, 1), generator=generator)
+        down, across = (base >= corner) & (base < corner + plan.cutout)
+        images = images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 128)
+    return images
 
 
 def learning_rate(plan: Plan, progress: float) -> float:
@@ -89,44 +107,63 @@ def make_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=plan.lr, momentum=plan.momentum, nesterov=True)
 
 
+def first_model(
+    init: Path | None, channels: tuple[int, int, int], seed: int, train: tuple[Tensor, Tensor]
+) -> tuple[SmallCNN, dict]:
+    """The network to train, and the record of the training that it comes from, if any."""
+    if init is not None:
+        model, record = load_cnn(init)
+        return model.trainable_(), record
+    torch.manual_seed(seed)
+    model = SmallCNN(CNNConfig(channels, int(train[1].max()) + 1))
+    model.whiten_(train[0][:: max(1, len(train[0]) // 5000)])
+    return model, {}
+
+
 def train_epoch(
-    model: SmallCNN,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     data: tuple[Tensor, Tensor],
     plan: Plan,
     epoch: int,
-    device: torch.device,
-) -> float:
-    """One pass over the data; returns the mean loss."""
+    here: World,
+) -> tuple[float, Tensor]:
+    """One pass over the data; returns the mean loss and the first images that were seen."""
     images, labels = data
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
     batches = torch.randperm(len(images), generator=generator).split(plan.batch)
     model.train()
-    total = 0.0
-    for step, index in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}", leave=False)):
+    total = torch.zeros((), dtype=torch.float64, device=here.device)
+    shown = torch.empty(0)
+    bar = tqdm(batches, desc=f"epoch {epoch + 1}", leave=False, disable=not here.is_main)
+    for step, index in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(plan, (epoch + step / len(batches)) / plan.epochs)
-        x = augment(images[index], generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
+        batch = augment(images[index], plan, generator)
+        shown = batch[:_SHOWN] if step == 0 else shown
+        mine = slice(here.rank, None, here.size)
+        x, y = batch[mine].to(here.device), labels[index][mine].to(here.device)
+        with torch.autocast(here.device.type, torch.bfloat16, enabled=plan.bf16):
             logits = model(x).logits
         loss = nn.functional.cross_entropy(
-            logits.float(), labels[index].to(device), label_smoothing=plan.smoothing
+            logits.float(), y, label_smoothing=plan.smoothing, reduction="sum"
         )
         optimizer.zero_grad()
-        loss.backward()
+        (loss * (here.size / len(index))).backward()  # the mean over all processes is taken
         optimizer.step()
-        total += loss.item() * len(index)
-    return total / len(images)
+        total += loss.detach()
+    return float(here.sum_(total)) / len(images), shown
 
 
 @torch.no_grad()
-def accuracy(model: SmallCNN, data: tuple[Tensor, Tensor], device: torch.device) -> float:
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor], here: World) -> float:
     """Share of images whose class is named rightly, in float32."""
     model.eval()
-    hits = 0
-    for x, y in zip(data[0].split(500), data[1].split(500), strict=True):
-        hits += int((model(x.to(device)).logits.argmax(1).cpu() == y).sum())
-    return hits / len(data[0])
+    hits = torch.zeros((), dtype=torch.int64, device=here.device)
+    mine = (part[here.rank :: here.size].split(500) for part in data)
+    for x, y in zip(*mine, strict=True):
+        hits += (model(x.to(here.device)).logits.argmax(1) == y.to(here.device)).sum()
+    return int(here.sum_(hits)) / len(data[0])
 
 
 def resume(state: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -144,31 +181,57 @@ def resume(state: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Opt
     return int(saved["epochs"])
 
 
+def save(
+    state: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int
+) -> None:
+    """All that ``resume`` needs."""
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with files.atomic_write(state) as temporary:
+        torch.save({"plan": vars(plan), **parts, "epochs": epochs}, temporary)
+
+
 def fit(
     model: SmallCNN, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], plan: Plan,
-    state: Path, device: torch.device,
+    state: Path, here: World, compiled: bool = False,
 ) -> None:  # fmt: skip
-    """Train to the end of the plan, saving the state after each epoch."""
+    """Train to the end of the plan, saving the state after each epoch, its figures beside it."""
     optimizer = make_optimizer(model, plan)
-    for epoch in range(resume(state, plan, model, optimizer), plan.epochs):
+    first = resume(state, plan, model, optimizer)
+    here.barrier()  # all have read the state before it is written anew
+    network: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
+    if here.size > 1:
+        network = DistributedDataParallel(network)
+    board = tensorboard(state.with_name(state.name + ".logs"), first, here.is_main)
+    for epoch in range(first, plan.epochs):
         start = time.monotonic()
-        loss = train_epoch(model, optimizer, train, plan, epoch, device)
+        loss, shown = train_epoch(network, optimizer, train, plan, epoch, here)
         speed = len(train[0]) / (time.monotonic() - start)
-        with files.atomic_write(state) as temporary:
-            torch.save(
-                {
-                    "plan": vars(plan),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epochs": epoch + 1,
-                },
-                temporary,
-            )
-        score = accuracy(model, test, device)
+        score = accuracy(model, test, here)
+        if board is None:
+            continue
+        figures = {"loss": loss, "test_accuracy": score, "images_per_second": speed}
+        for name, value in figures.items():
+            board.add_scalar(name, value, epoch + 1)
+        grid = image_grid(list(shown.permute(0, 2, 3, 1).numpy()), columns=8)
+        board.add_image("augmented", grid, epoch + 1, dataformats="HWC")
+        board.flush()
+        save(state, plan, model, optimizer, epoch + 1)
         click.echo(
             f"epoch {epoch + 1}/{plan.epochs}  loss {loss:.4f}  test accuracy {100 * score:.2f} %"
             f"  {speed:.0f} images/s"
         )
+    if board is not None:
+        board.close()
+
+
+def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict) -> float:
+    """Write the detector; the accuracy is that of the file, whose kernels are float16."""
+    with files.atomic_write(dest) as temporary:
+        save_cnn(model, temporary, record)
+        stored, _ = load_cnn(Path(temporary))
+        score = accuracy(stored, test, World(0, 1, torch.device("cpu")))
+        save_cnn(stored, temporary, {**record, "test_accuracy": score})
+    return score
 
 
 @click.command(context_settings={"show_default": True})
@@ -176,47 +239,46 @@ def fit(
 @click.option("--test", type=click.Path(path_type=Path), required=True, help="test zip")
 @click.option("--dest", type=click.Path(path_type=Path), required=True, help="file to write")
 @click.option("--state", type=click.Path(path_type=Path), help="resumable state [DEST.state]")
-@click.option("--channels", type=(int, int, int), default=(48, 128, 192), help="stage widths")
-@click.option("--epochs", type=click.IntRange(min=1), default=30)
-@click.option("--batch", type=click.IntRange(min=2), default=256)
+@click.option("--channels", type=(int, int, int), default=(64, 192, 256), help="stage widths")
+@click.option("--epochs", type=click.IntRange(min=1), default=18)
+@click.option("--batch", type=click.IntRange(min=2), default=256, help="over all processes")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=0.2, help="peak")
 @click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9)
 @click.option("--weight_decay", type=click.FloatRange(min=0), default=5e-4)
-@click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.1)
+@click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.2)
 @click.option("--warmup", type=click.FloatRange(0, 1, True, True), default=0.2, help="share")
 @click.option("--seed", type=int, default=0)
+@click.option("--shift", type=click.IntRange(0, RESOLUTION // 2), default=2, help="pixels")
+@click.option("--cutout", type=click.IntRange(0, RESOLUTION), default=0, help="side of the square")
+@click.option("--init", type=click.Path(path_type=Path), help="from this detector, of its widths")
 @click.option("--bf16/--no-bf16", default=True, help="bfloat16 autocast")
-@click.option("--device", default=None, help="cuda, mps or cpu [automatic]")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [torch's choice]")
+@cli.device_option
 def main(
     data: Path, test: Path, dest: Path, state: Path | None, channels: tuple[int, int, int],
-    device: str | None, threads: int | None, **settings: float,
+    init: Path | None, compiled: bool, device: str | None, threads: int | None, **settings: float,
 ) -> None:  # fmt: skip
     """Train the CIFAR-10 feature detector and write it with its record."""
     if threads:
         torch.set_num_threads(threads)
-    plan = Plan(**settings)  # type: ignore[arg-type]
-    where = torch.device(dist.choose_device(device))
-    train_set, test_set = load_labelled(data), load_labelled(test)
-    torch.manual_seed(plan.seed)
-    model = SmallCNN(CNNConfig(channels, int(train_set[1].max()) + 1))
-    model.whiten_(train_set[0][:: max(1, len(train_set[0]) // 5000)])
-    model = model.to(where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = state or dest.with_name(dest.name + ".state")
-    fit(model, train_set, test_set, plan, state, where)
-    record = {
-        "command": " ".join(["python", "tools/train_detector.py", *sys.argv[1:]]),
-        "training": vars(plan),
-        "images_seen": plan.epochs * len(train_set[0]),
-        "feature_width": model.dim,
-    }
-    with files.atomic_write(dest) as temporary:
-        save_cnn(model, temporary, record)
-        # the figure that counts is that of the file, whose kernels are rounded to float16
-        stored, _ = load_cnn(Path(temporary))
-        score = accuracy(stored, test_set, torch.device("cpu"))
-        save_cnn(stored, temporary, {**record, "test_accuracy": score})
-    click.echo(f"wrote {dest}: test accuracy {100 * score:.2f} %")
+    plan = Plan(**settings, init=init and files.sha256_file(init))  # type: ignore[arg-type]
+    with world(device) as here:
+        train_set, test_set = load_labelled(data), load_labelled(test)
+        model, before = first_model(init, channels, plan.seed, train_set)
+        model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fit(model, train_set, test_set, plan, state or dest.with_name(dest.name + ".state"), here,
+            compiled)  # fmt: skip
+        if here.is_main:
+            record = {
+                "command": " ".join(["python", "tools/train_detector.py", *sys.argv[1:]]),
+                "training": vars(plan),
+                "images_seen": plan.epochs * len(train_set[0]) + before.get("images_seen", 0),
+                "feature_width": model.dim,
+                "before": before,
+            }
+            score = write(dest, model, test_set, record)
+            click.echo(f"wrote {dest}: test accuracy {100 * score:.2f} %")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""What a detector's FID sees: test images, made noisier or more blurred, against the reference.
+
+    python benchmarks/detector.py --data cifar10-32x32-test.zip
+
+Exit code 1 unless the figure grows with every step of noise and of blur.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
+
+from metrics.detectors import load_detector, load_reference  # noqa: E402
+from metrics.fid import gather  # noqa: E402
+from metrics.sources import image_batches  # noqa: E402
+from runtime import cli  # noqa: E402
+
+NOISE = (0, 1, 2, 4, 8, 16)  #: standard deviation in grey levels
+BLUR = (0.4, 0.5, 0.7, 1.0, 1.5)  #: that of a Gaussian, in pixels
+
+
+def noisy(images: np.ndarray, level: float) -> np.ndarray:
+    return images + level * np.random.default_rng(0).standard_normal(images.shape)
+
+
+def blurred(images: np.ndarray, level: float) -> np.ndarray:
+    return gaussian_filter(images, (0, 0, level, level), mode="reflect")
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="images")
+@click.option("--num", type=click.IntRange(min=2), default=2000, help="use N images")
+@click.option("--detector", default="cifar10-small")
+@click.option("--ref", default="cifar10-small")
+def main(data: Path, num: int, detector: str, ref: str) -> None:
+    """FID of images that were made worse step by step."""
+    device = torch.device("cpu")
+    features = load_detector(detector, device=device)
+    reference = load_reference(ref, features)
+    images = torch.cat(list(image_batches(data, 500, (0, 1), num, 0))).numpy().astype(float)
+
+    def figures(name: str, change: Callable, levels: tuple[float, ...]) -> list[float]:
+        found = []
+        for level in levels:
+            worse = change(images, level).round().clip(0, 255).astype(np.uint8)
+            found.append(gather(torch.from_numpy(worse).split(500), features, name).fid(reference))
+            click.echo(f"{name} {level:g}: FID {found[-1]:.3g}")
+        return found
+
+    noise, blur = figures("noise", noisy, NOISE), figures("blur", blurred, BLUR)
+    steps = [*pairwise(noise), *pairwise([noise[0], *blur])]
+    if not all(better < worse for better, worse in steps):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
