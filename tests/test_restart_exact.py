@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_it_bounds_the_distance_of_the_distributions_and_is_not_that_to_the_ode(
 
 
 def test_plans_that_begin_alike_share_the_way():
-    main, visited = get_grid("polynomial", 7, LOW, HIGH, 7), {}
+    main = get_grid("polynomial", 7, LOW, HIGH, 7)
+    visited: dict[Any, Any] = {}
     one = plan_of(main, [Interval(2, 1, 0.3, 5.0)])
     two = plan_of(main, [Interval(3, 2, 0.3, 5.0)], "euler")
     _, first, spent = ends(one, visited)

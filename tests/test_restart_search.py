@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ def test_a_killed_search_goes_on_where_it_stopped(tmp_path, killed):
         asked.append((candidate.label, images))
         return score(candidate, images)
 
-    file, saved = tmp_path / "trace.json", []
+    file = tmp_path / "trace.json"
+    saved: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
         run(file, until)
     before, killed = list(asked), -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def learned(which: str | None, student=None, info: str | None = INFO, **options)
 
 def walks(sampler: Sampler) -> tuple[list[Solve], list[Solve]]:
     """Those of the main grid and those of descents."""
-    main, down = [], []
+    main: list[Any] = []
+    down: list[Any] = []
     for before, part in zip((None, *sampler.plan), sampler.plan, strict=False):
         if isinstance(part, Solve):
             (down if isinstance(before, Jump) else main).append(part)
