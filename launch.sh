@@ -16,6 +16,10 @@ Sets up .venv on first use and runs a recipe:
   imagenet64        the same, ImageNet 64x64
   lsun_bedroom_ldm  published AMED settings for the latent model of LSUN bedrooms: train, sample
   ms_coco           published AMED settings for Stable Diffusion v1.5: train, sample
+  toy               the Restart paper's synthetic experiment: its figure and its inequalities;
+                    a few minutes on two cores
+  sd_restart        Stable Diffusion v1.5 at guidance 2, 3, 5 and 8: DDIM, DDPM, Heun and Restart at
+                    the same evaluations, 5,000 COCO captions each
   test              ruff, mypy and the tests
   help              this text
 
@@ -128,9 +132,9 @@ recipe_lsun_bedroom_ldm() {
 }
 
 recipe_ms_coco() {
-    local prompts=data/MS-COCO_val2014_30k_captions.csv
+    local prompts=$CAPTIONS
     length 32 5 29999
-    run -c "$FETCH" "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/$(basename $prompts)" data
+    captions
     train --dataset_name=ms_coco --batch=$BATCH --total_kimg=$KIMG \
         --sampler_stu=dpmpp --sampler_tea=dpmpp --num_steps=6 --M=2 --afs=False \
         --scale_dir=0.01 --scale_time=0 --schedule_type=discrete --schedule_rho=1 \
@@ -139,12 +143,39 @@ recipe_ms_coco() {
     statistics 8 --prompt_path="$prompts"
 }
 
+captions() { # fetch $CAPTIONS once
+    run -c "$FETCH" "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1/$(basename $CAPTIONS)" data
+}
+
+recipe_sd_restart() { # a row for each sampler and guidance rate; a guided call is 2 evaluations
+    # DDIM is Euler's method on the model's own grid. The interval is that of cifar10-vp-55 in units
+    # of the data's deviation, 1 for latents against 0.5: those published for Stable Diffusion are
+    # not known for certain here.
+    local name=sd_restart number=5000 nfe=100 info='{\"0\":[3,5,0.12,0.6]}' rate walk
+    if [ "$TRY" = 1 ]; then
+        name=sd_restart-try number=2 nfe=12 info='{\"0\":[3,1,0.12,0.6]}'
+    fi
+    captions
+    call "$VENV_PYTHON" tools/draw_prompts.py "$CAPTIONS" "data/coco-$number.csv" --number=$number
+    set --
+    for rate in 2 3 5 8; do
+        walk="--schedule_type=discrete --nfe=$nfe --guidance_rate=$rate"
+        set -- "$@" "--row=DDIM w=$rate: euler $walk" "--row=DDPM w=$rate: ddpm $walk" \
+            "--row=Heun w=$rate: heun $walk" \
+            "--row=Restart w=$rate: restart $walk --main_solver=euler --restart_info=$info"
+    done
+    run visualize.py --dataset_name=ms_coco --prompt_path="data/coco-$number.csv" \
+        --seeds=0-$((number - 1)) --batch=8 --columns=4 --outdir="samples/$name" "$@"
+}
+
 statistics() { # BATCH FLAG...: images of the predictor in $folder, and what an FID needs of them
     local images="samples/$(basename "$folder")"
     run sample.py --predictor_path="$folder" --seeds=0-$LAST --batch="$1" --outdir="$images" \
         "${@:2}"
     run fid.py ref --detector=inception --data="$images" --dest="$images-inception.npz"
 }
+
+recipe_toy() { call "$VENV_PYTHON" benchmarks/toy.py --outdir=exps/toy; }
 
 recipe_test() {
     local workers=$CORES
@@ -157,7 +188,8 @@ recipe_test() {
 
 # ---------------------------------------------------------------- machinery
 
-RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco test help"
+RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco sd_restart toy test help"
+CAPTIONS=data/MS-COCO_val2014_30k_captions.csv
 VENV_PYTHON=.venv/bin/python
 IMAGES=1500 # a row of the default report: the most that leaves two cores a margin to 20 minutes
 # The bundled network is twice as fast in bfloat16 where the processor has it; the change of an
@@ -207,7 +239,7 @@ call() { # show the command, then run it unless this is a dry run
 
 run() { # SCRIPT FLAG...: in one process, or in one per GPU
     case "$1 $MODEL_PATH" in
-        "train.py "?* | "sample.py "?*) set -- "$@" "--model_path=$MODEL_PATH" ;;
+        "train.py "?* | "sample.py "?* | "visualize.py "?*) set -- "$@" "--model_path=$MODEL_PATH" ;;
     esac
     if [ "${GPUS:-1}" -gt 1 ] && [ "$1" != -c ]; then
         local threads=${OMP_NUM_THREADS:-$((CORES > GPUS ? CORES / GPUS : 1))}
@@ -284,8 +316,8 @@ case $MODEL_PATH in
     *) MODEL_PATH=$CALLER/$MODEL_PATH ;;
 esac
 case "$RECIPE $TRY$MODEL_PATH" in
-    "default 0" | "full 0" | "test 0" | help*) ;;
-    "default "* | "full "* | "test "*)
+    "default 0" | "full 0" | "toy 0" | "test 0" | help*) ;;
+    "default "* | "full "* | "toy "* | "test "*)
         fail 2 "--try and --model_path mean nothing to '$RECIPE': they are for published recipes" ;;
 esac
 if [ "$RECIPE" = help ]; then
@@ -296,7 +328,7 @@ fi
 export PYTHONUNBUFFERED=1
 case $RECIPE in
     test) setup dev ;;
-    ms_coco) setup diffusion ;;
+    ms_coco | sd_restart) setup diffusion ;;
     *) setup "" ;;
 esac
 "recipe_$RECIPE"

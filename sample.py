@@ -12,7 +12,7 @@ from restart.tables import configurations
 from runtime import cli
 from runtime.dist import world
 from samplers.job import DEFAULT_DATASET, Setup, prepare, run
-from samplers.options import CLASSIC, SAMPLERS, SamplerOptions
+from samplers.options import CLASSIC, LEARNED, SAMPLERS, SamplerOptions
 from solvers.grids import SCHEDULES
 
 EXAMPLES = """\b
@@ -20,6 +20,8 @@ Examples:
   python sample.py --predictor_path=1 --seeds 0-63 --grid
   python sample.py --sampler=ipndm --nfe 5 --afs=True --seeds 0-49999 --subdirs
   python sample.py --sampler=restart --restart_info '{"0": [3, 2, 0.06, 0.3]}' --num_steps 18
+  python sample.py --sampler=restart --predictor_path=1 --learned=main
+  python sample.py --sampler=pds --speed_up 20 --seeds 0-15
   python sample.py --sampler=edm --num_steps 18 --S_churn 30 --S_min 0.05 --S_max 50
   torchrun --standalone --nproc_per_node=2 sample.py --predictor_path=1 --seeds 0-999
 """
@@ -32,7 +34,9 @@ POSITIVE = click.FloatRange(0, min_open=True)
     "--predictor_path", metavar="RUN", help="number of a run in exps/, its folder, or a file"
 )
 @click.option(
-    "--sampler", metavar="NAME", help=f"without a predictor, one of {', '.join(SAMPLERS)}"
+    "--sampler",
+    metavar="NAME",
+    help=f"without a predictor, one of {', '.join(SAMPLERS)}; with one, restart takes it along",
 )
 @click.option(
     "--dataset_name",
@@ -59,7 +63,9 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @cli.dry_run_option
 # Grid
 @click.option(
-    "--num_steps", type=click.IntRange(2), help="grid nodes  [default: 6; edm, restart: 18]"
+    "--num_steps",
+    type=click.IntRange(2),
+    help="grid nodes  [default: 6; ddpm, edm, restart: 18; pds: the model's, else 1000]",
 )
 @click.option("--nfe", type=click.IntRange(1), help="budget, instead of --num_steps")
 @click.option("--afs", type=bool, help="free analytical first step  [default: False]")
@@ -81,7 +87,8 @@ POSITIVE = click.FloatRange(0, min_open=True)
     type=click.FloatRange(0, 1, min_open=True),
     help="dpm: where the inserted node lies  [default: 0.5]",
 )
-# Noise: edm and restart
+# Noise: ddpm, edm and restart
+@click.option("--eta", type=click.FloatRange(0, 1), help="ddpm: 0 is DDIM  [default: 1]")
 @click.option("--S_churn", "S_churn", type=click.FloatRange(0), help="[default: 0]")
 @click.option("--S_min", "S_min", type=click.FloatRange(0), help="[default: 0]")
 @click.option("--S_max", "S_max", type=click.FloatRange(0), help="[default: no limit]")
@@ -89,13 +96,28 @@ POSITIVE = click.FloatRange(0, min_open=True)
 # Restart
 @click.option(
     "--restart_info",
-    metavar="JSON|FILE",
+    metavar="JSON|FILE[:LINE]",
     help='{"0": [N_restart, K, t_min, t_max], ...}  [default: the model\'s]',
 )
 @click.option("--restart_config", metavar="NAME", help=f"published: {', '.join(configurations())}")
 @click.option("--restart_gamma", type=click.FloatRange(0), help="[default: 0]")
 @click.option("--main_solver", type=click.Choice(CLASSIC), help="[default: heun]")
 @click.option("--restart_solver", type=click.Choice(CLASSIC), help="[default: heun]")
+@click.option("--final_zero", type=bool, help="restart: end at 0, not sigma_min  [default: True]")
+@click.option(
+    "--learned",
+    type=click.Choice(LEARNED),
+    help="restart: what --predictor_path walks, the other by Heun  [default: main]",
+)
+# Predictor-corrector
+@click.option("--speed_up", type=click.IntRange(1), help="pds: divides --num_steps  [default: 1]")
+@cli.mask_options
+@click.option("--alpha", type=click.FloatRange(1, min_open=True), help="of masks  [default: 5]")
+@click.option("--snr", type=POSITIVE, help="of the corrector  [default: the model's, else 0.16]")
+@click.option("--n_steps", type=click.IntRange(0), help="of the corrector  [default: 1]")
+@click.option(
+    "--batch_coupled", type=bool, help="step sizes of a batch, as published  [default: False]"
+)
 # Guidance
 @cli.guidance_options
 def main(dry_run: bool, device: str | None, predictor_path: str | None, **flags: Any) -> None:

@@ -19,7 +19,7 @@ from amed.step import Student
 from amed.trainer import Data, Loop, Report
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.prior import check_jumps, start
+from denoisers.prior import start
 from denoisers.registry import Model, ModelSource
 from restart.intervals import parse_restart_info
 from runtime.dist import World
@@ -63,8 +63,6 @@ def prepare(options: dict[str, Any], world: World) -> Job:
     settings = _settings(options, card.sigma_min, card.sigma_max)
     fine, stride = settings.teacher_grid(**card.time_maps)
     restart = settings.sampler_tea == "restart"
-    if restart:
-        check_jumps(card)
     info = _restart_info(options, card) if restart else None
     teacher = build_teacher(
         settings.sampler_tea,
@@ -74,6 +72,7 @@ def prepare(options: dict[str, Any], world: World) -> Job:
         restart_info=info,
         restart_target=options["restart_target"],
         s_noise=options["S_noise"],
+        pfgmpp=card.pfgmpp,
         histories=settings.solver().max_order > 1,
     )
     student = Student(settings.solver(), settings.grid(**card.time_maps), settings.afs)

@@ -1,21 +1,160 @@
-"""Choosing Restart's plan for a small budget, on seeds that the table never sees."""
+"""Choosing Restart's plan for a budget, on seeds that no table ever sees."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from comparison.measure import Harness
-from restart.budget import Candidate, candidates
+from denoisers.cards import Card
+from denoisers.conditions import Conditions
+from denoisers.prior import start
+from restart.budget import INTERVALS, WALKS, Candidate, Walk, candidates
+from restart.exact import Visited, exact_end
+from restart.plan import with_kernel
+from restart.search import search, search_images
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.noise import SeedNoise
+from samplers.generate import generate
 from samplers.sampler import Sampler
+from solvers.driver import Meter
 
-#: Seeds of the selection start here: far above any seed that a table reports on.
+#: Seeds of the selection start here; tables report on seeds below.
 SELECTION_START = 10_000_000
-KEEP = 0.25  #: of the candidates from one round to the next
+TOLERANCE = 1e-4  #: of dopri5: exact to 1 % of what plans of 9 NFE err by on the bundled model
+
+
+@dataclass(frozen=True)
+class Space:
+    """The plans that compete for a budget."""
+
+    intervals: Sequence[tuple[float, float]] = INTERVALS
+    walks: Sequence[tuple[Walk, str]] = WALKS
+    most: int = 1  #: intervals in a plan
+
+    def field(self, budget: int, card: Card) -> list[Candidate]:
+        """All of exactly ``budget`` NFE; UserError where there is none."""
+        found = candidates(
+            budget,
+            card.sigma_min,
+            card.sigma_max,
+            intervals=self.intervals,
+            walks=self.walks,
+            most=self.most,
+        )
+        listed = list(found)
+        if not listed:
+            raise UserError(f"no Restart plan spends exactly {budget} NFE: leave this budget out")
+        return listed
+
+
+class Objective(Protocol):
+    """A score of samplers on seeds: the lower, the better."""
+
+    def describe(self) -> dict[str, Any]:
+        """What two scores must share to be compared, the seeds aside."""
+        ...
+
+    def __call__(
+        self, sampler: Sampler, seeds: Sequence[int], tick: Callable[[int], object]
+    ) -> float: ...
+
+
+@dataclass(frozen=True)
+class Fid:
+    """FID to the harness's reference."""
+
+    harness: Harness
+
+    def describe(self) -> dict[str, Any]:
+        same = self.harness.describe()
+        return {key: same[key] for key in same if key not in ("seeds", "blocks")}
+
+    def __call__(
+        self, sampler: Sampler, seeds: Sequence[int], tick: Callable[[int], object]
+    ) -> float:
+        return self.harness.fid(sampler, seeds, 1, tick)[0].fid
+
+
+@dataclass(frozen=True)
+class Dopri5Error:
+    """Root mean square distance, per value of the state, to the same plan solved exactly."""
+
+    harness: Harness
+    #: What exact plans have visited, per batch of seeds: memory for time.
+    visited: dict[tuple[int, ...], Visited] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        same = self.harness.describe()
+        return {"model": same["model"], "model_sha256": same["model_sha256"], "tol": TOLERANCE}
+
+    def __call__(
+        self, sampler: Sampler, seeds: Sequence[int], tick: Callable[[int], object]
+    ) -> float:
+        h = self.harness
+        total = torch.zeros(2, dtype=torch.float64)
+        for made in generate(
+            sampler,
+            h.model,
+            h.world.shard(seeds),
+            batch=h.batch,
+            device=h.world.device,
+            dtype=h.dtype,
+        ):
+            error = (made.x - self._exact(sampler, made.seeds)).cpu().double()
+            total += torch.tensor([error.square().sum(), error.numel()], dtype=torch.float64)
+            tick(len(made.seeds) * h.world.size)
+        squares, count = h.world.sum_(total).tolist()
+        return math.sqrt(squares / count)
+
+    @torch.inference_mode()
+    def _exact(self, sampler: Sampler, seeds: tuple[int, ...]) -> Tensor:
+        h, card, noise = self.harness, self.harness.model.card, SeedNoise(seeds)
+        device = h.world.device
+        meter = Meter(Conditions().bind(h.model, noise, device))
+
+        def normal(name: tuple) -> Tensor:
+            return noise.normal(name, card.shape, h.dtype, device)
+
+        x = start(card, noise, sampler.start, h.dtype, device)
+        plan = with_kernel(sampler.plan, card.pfgmpp)
+        visited = self.visited.setdefault(seeds, {})
+        return exact_end(plan, meter, x, normal, visited, TOLERANCE)
+
+
+def choose(
+    field: Sequence[Candidate],
+    objective: Objective,
+    harness: Harness,
+    rounds: Sequence[int],
+    file: Path,
+    tick: Callable[[int], object],
+) -> tuple[Candidate, float]:
+    """The candidate with the lowest objective on selection seeds, and that; a trace in ``file``.
+
+    Successive halving over ``rounds`` images per candidate (`restart.search`); the same selection
+    is not run twice, and a killed one goes on.
+    """
+
+    def score(candidate: Candidate, images: int) -> float:
+        seeds = range(SELECTION_START, SELECTION_START + images)
+        return objective(Sampler(candidate.label, candidate.plan), seeds, tick)
+
+    identity = {
+        **objective.describe(),
+        "candidates": [candidate.label for candidate in field],
+        "images": list(rounds),
+        "start": SELECTION_START,
+    }
+    trace = search(field, rounds, score, file, identity, harness.world, tick)
+    winner = trace[-1][0]
+    return next(c for c in field if c.label == winner.label), winner.score
 
 
 def choose_restart(
@@ -25,80 +164,14 @@ def choose_restart(
     folder: Path,
     tick: Callable[[int], object],
 ) -> Sampler:
-    """The plan of exactly ``budget`` NFE with the lowest FID on selection seeds.
-
-    Successive halving: ``rounds`` are the numbers of images per candidate, the best quarter of
-    each round goes on to the next.  The trace goes to ``folder/selection-<budget>.json``; the
-    same selection is not run twice.  Raises UserError where no plan spends the budget.
-    """
-    card = harness.model.card
-    field = {c.label: c for c in candidates(budget, card.sigma_min, card.sigma_max)}
-    if not field:
-        raise UserError(f"no Restart plan spends exactly {budget} NFE: leave this budget out")
+    """The plan of exactly ``budget`` NFE with the lowest FID, for a row of the table."""
+    field = Space().field(budget, harness.model.card)
     file = folder / f"selection-{budget}.json"
-    identity = _identity(harness, list(field), rounds)
-    trace = _known(file, identity) or _select(field, harness, rounds, tick)
-    if harness.world.is_main:
-        with atomic_write(file) as temporary:
-            temporary.write_text(
-                json.dumps({"identity": identity, "rounds": trace}, indent=2) + "\n",
-                encoding="utf-8",
-            )
-    best = trace[-1][0]["label"]
-    return _sampler(field[best], len(field))
+    best, _ = choose(field, Fid(harness), harness, rounds, file, tick)
+    settings = {"sampler": "restart", **best.options, "candidates": len(field)}
+    return Sampler(best.label, best.plan, settings)
 
 
 def selection_cost(budget: int, harness: Harness, rounds: Sequence[int]) -> int:
     """Images that the selection makes, for the progress bar."""
-    card = harness.model.card
-    left = len(list(candidates(budget, card.sigma_min, card.sigma_max)))
-    total = 0
-    for images in rounds:
-        total += left * images
-        left = _survivors(left)
-    return total
-
-
-def _select(
-    field: dict[str, Candidate],
-    harness: Harness,
-    rounds: Sequence[int],
-    tick: Callable[[int], object],
-) -> list[list[dict[str, Any]]]:
-    left = list(field)
-    trace: list[list[dict[str, Any]]] = []
-    for images in rounds:
-        seeds = range(SELECTION_START, SELECTION_START + images)
-        scored: list[dict[str, Any]] = []
-        for label in left:
-            fid, _, _ = harness.fid(_sampler(field[label], len(field)), seeds, 1, tick)
-            scored.append({"label": label, "fid": fid.fid, "n": fid.n})
-        scored.sort(key=lambda entry: entry["fid"])
-        trace.append(scored)
-        left = [entry["label"] for entry in scored[: _survivors(len(left))]]
-    return trace
-
-
-def _survivors(count: int) -> int:
-    return max(1, round(count * KEEP))
-
-
-def _sampler(candidate: Candidate, field_size: int) -> Sampler:
-    settings = {"sampler": "restart", "choice": candidate.label, "candidates": field_size}
-    return Sampler(candidate.label, candidate.plan, settings)
-
-
-def _identity(harness: Harness, labels: list[str], rounds: Sequence[int]) -> dict[str, Any]:
-    same = {k: v for k, v in harness.describe().items() if k not in ("seeds", "blocks")}
-    return {**same, "candidates": labels, "images": list(rounds), "start": SELECTION_START}
-
-
-def _known(file: Path, identity: dict[str, Any]) -> list[list[dict[str, Any]]] | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or content.get("identity") != identity:
-        return None
-    trace: list[list[dict[str, Any]]] = content["rounds"]
-    return trace
+    return search_images(len(Space().field(budget, harness.model.card)), rounds)

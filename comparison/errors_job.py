@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comparison.errors import level, times, walks
 from comparison.exact import Exact, Problem
-from comparison.job import _numbers
+from comparison.job import numbers
 from comparison.rows import (
     Row,
     ceiling_rows,
@@ -93,7 +93,7 @@ def prepare(options: Mapping[str, Any], world: World, detector: Detector | None)
     Raises UserError or ValueError, one sentence with the remedy.
     """
     seeds = parse_seeds(options["seeds"])
-    budgets = _numbers("--budgets", options["budgets"], 1)
+    budgets = numbers("--budgets", options["budgets"], 1)
     model = ModelSource.from_options(options).load(options["dtype"], world)
     card = model.card
     specs = [s for s in options["predictors"].split(",") if s]

@@ -23,9 +23,13 @@ HEAD = (
 #: What the excess of a row is measured by: no solver error to speak of, and a good plain solver.
 CEILING, YARDSTICK = "Heun-35", "iPNDM(4) + AFS"
 
+STYLES = {
+    "learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-.", "ode": "^:", "sde": "v-.",
+}  # fmt: skip
+
 
 def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]]) -> list[Path]:
-    """Write all five files into ``folder``; returns their paths, the table first."""
+    """Write all six files into ``folder``; returns their paths, the table first."""
     listed = ordered(results)
     rows = [{**row, "excess": excess(row, listed)} for row in listed]
     text = {
@@ -34,6 +38,7 @@ def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]])
         "results.json": json.dumps(
             {"record": json.loads(record.to_json()), "rows": rows}, indent=2
         ),
+        "fid-nfe.json": json.dumps(_points(rows), indent=2),
     }
     for name, content in text.items():
         with atomic_write(folder / name) as temporary:
@@ -143,7 +148,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     for index, (label, group) in enumerate(series(rows).items()):
         nfe, fid = [r["nfe_planned"] for r in group], [r["fid"] for r in group]
         spread = [r["fid_block_spread"] for r in group]
-        style = {"learned": "o-", "restart": "s--", "classic": "^:"}[group[0]["group"]]
+        style = STYLES[group[0]["group"]]
         axes.errorbar(
             nfe, fid, spread, fmt=style, color=colors(index % 20), capsize=3, lw=1, label=label
         )
@@ -154,7 +159,11 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("network evaluations (NFE)")
     axes.set_ylabel(f"FID ({rows[0]['detector']}, N = {rows[0]['n']})")
-    axes.set_xticks(sorted({r["budget"] for r in rows if r["budget"]}))
+    budgets = sorted({r["budget"] for r in rows if r["budget"]})
+    if budgets and budgets[-1] > 20 * budgets[0]:
+        axes.set_xscale("log")
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
@@ -167,6 +176,15 @@ def series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         if row["budget"] is not None:
             lines.setdefault(short(row), []).append(row)
     return lines
+
+
+def _points(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What the plot shows: the points of each line."""
+    names = {"nfe": "nfe_planned", "fid": "fid", "spread": "fid_block_spread", "detail": "detail"}
+    return {
+        label: [{name: row[key] for name, key in names.items()} for row in group]
+        for label, group in series(rows).items()
+    }
 
 
 def short(row: dict[str, Any]) -> str:

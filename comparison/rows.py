@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -15,9 +16,12 @@ from amed.experiments import find_run, load_predictor
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from denoisers.cards import Card
+from restart.intervals import parse_restart_line
 from runtime.errors import UserError
 from runtime.record import RunRecord
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
+from samplers.build_restart import interval_json, restart_info
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -39,13 +43,15 @@ STUDENT_NAMES = {
 #: The classic solver that a student refines: the AMED rule is DPM-Solver-2 with other weights.
 OWN_SOLVER = {"amed": "dpm", "euler": "euler", "dpm": "dpm", "dpmpp": "dpmpp", "ipndm": "ipndm"}
 
+SLUG = 200  #: characters of a row's name in a file name, of which 255 are possible
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
     """One line of the table."""
 
     method: str  #: ``iPNDM(4) + AFS``
-    group: str  #: classic, learned, restart or ceiling
+    group: str  #: classic, learned, restart, ode, sde, pds or ceiling
     budget: int | None  #: None for a ceiling
     sampler: Sampler
     detail: str = ""  #: schedule, teacher or the chosen plan, in words
@@ -54,8 +60,11 @@ class Row:
     @property
     def key(self) -> str:
         """A file name for this row: unique within a comparison."""
-        name = f"{self.method}-{self.detail if self.group == 'learned' else ''}"
+        told = self.group in ("learned", "restart")  # several of one method at one budget
+        name = f"{self.method}-{self.detail}" if told else self.method
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("++", "pp")).strip("-")
+        if len(slug) > SLUG:
+            slug = f"{slug[:SLUG]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return f"nfe{self.sampler.nfe:03d}-{slug}"
 
 
@@ -132,6 +141,67 @@ def learned_rows(budget: int, students: Iterable[Learned], card: Card) -> list[R
         own = _with_afs(CLASSIC[OWN_SOLVER[kind]][0], s.settings.afs)
         detail = f"{s.teacher}; {s.length}"
         rows.append(Row(STUDENT_NAMES[kind], "learned", budget, sampler, detail, own))
+    return rows
+
+
+#: What a student walks (``--learned``) and what such a row is called.
+SEGMENTS = {"main": "{} main", "restart": "{} descents", "both": "{}"}
+
+
+def learned_restart_rows(
+    students: Iterable[Learned], card: Card, info: str | None = None
+) -> list[Row]:
+    """Restart with each student on the main walk, in the descents and on both; and Heun instead.
+
+    A row by Heun has the same nodes, jumps and free first step, so the same NFE, and is what the
+    student's row is held against.  ``info`` are the intervals, the model's own by default; the
+    main walk that is not the student's has N nodes where ``info`` is ``N {json}``, or else as many
+    as the student's.
+    """
+    stated, intervals = parse_restart_line(restart_info(SamplerOptions(restart_info=info), card))
+    info = interval_json(intervals)
+    rows: dict[tuple[str, int], Row] = {}
+    for s in students:
+        for which, words in SEGMENTS.items():
+            nodes = (stated or s.settings.num_steps) if which == "restart" else None
+            options = SamplerOptions(
+                sampler="restart", learned=which, restart_info=info, num_steps=nodes
+            )
+            sampler = build_learned(options, s.predictor, s.settings, s.record, s.name, card)
+            heun = _by_heun(sampler, info, card)
+            schedule = f"{heun.settings['schedule_type']} {heun.settings['schedule_rho'] or ''}"
+            by_heun = f"Restart, Heun ({schedule.strip()}{'' if which == 'restart' else ', no 0'})"
+            title = f"Restart, {words.format(STUDENT_NAMES[s.settings.sampler_stu])}"
+            detail = f"{s.teacher}; {info}; {s.length}"
+            row = Row(title, "learned", sampler.nfe, sampler, detail, by_heun)
+            rows[f"{title} {s.name}", sampler.nfe] = row
+            rows[by_heun, heun.nfe] = Row(by_heun, "restart", heun.nfe, heun, info)
+    return list(rows.values())
+
+
+def _by_heun(sampler: Sampler, info: str, card: Card) -> Sampler:
+    """The plan of ``sampler`` with all its segments walked by Heun."""
+    same = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "afs")
+    grid = {key: sampler.settings[key] for key in (*same, "final_zero")}
+    options = SamplerOptions(sampler="restart", restart_info=info, **grid)
+    return build(dataclasses.replace(options, guidance_rate=sampler.guidance_rate), card)
+
+
+def pds_rows(
+    iterations: Iterable[int],
+    card: Card,
+    freq_mask_path: str | None = None,
+    space_mask_path: str | None = None,
+) -> list[Row]:
+    """Predictor-corrector chains without and with preconditioning, at their real NFE."""
+    masks = {"freq_mask_path": freq_mask_path, "space_mask_path": space_mask_path}
+    rows = []
+    for number in iterations:
+        for title, chosen in (("predictor-corrector", {"freq_mask_path": "none"}), ("PDS", masks)):
+            sampler = build(SamplerOptions(sampler="pds", num_steps=number, **chosen), card)
+            kinds = [kind for kind in ("freq", "space") if sampler.settings[f"{kind}_mask"]]
+            detail = ", ".join([f"{number} iterations", *(f"{kind} mask" for kind in kinds)])
+            rows.append(Row(title, "pds", sampler.nfe, sampler, detail))
     return rows
 
 

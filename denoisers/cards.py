@@ -41,6 +41,9 @@ class Card:
     noise_schedule: Mapping[str, Any] | None = None  #: of a model with its own time
     image_resolution: int | None = None  #: after decoding, where samples are latents
     pfgmpp: int | None = None  #: dimensions D that PFGM++ adds to the data's
+    #: published predictor-corrector sampler: ``N`` noise levels, ``n_steps`` of the corrector at
+    #: each, and their ``snr``; empty where none is known
+    langevin: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:

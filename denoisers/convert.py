@@ -75,7 +75,7 @@ def convert(source: Path, target: Path, name: str | None = None, content: Any = 
         weights = Path(folder, target.name)
         save_file(own_storages(tensors), weights, metadata)
         made = {target: weights}
-        card = _card(name, weights)
+        card = _card(name, weights, source)
         if card is not None:
             made[target.with_suffix(".card.json")] = beside = Path(folder, "card.json")
             beside.write_text(json.dumps(entry(card), indent=1) + "\n", encoding="utf-8")
@@ -107,19 +107,22 @@ def _settings_of(name: str) -> dict[str, str]:
     return {"config": json.dumps(dict(card.config)), "bottleneck_module": card.bottleneck}
 
 
-def _card(name: str, weights: Path) -> Card | None:
-    """The card of a file: that of a published model, or made from what the file holds."""
+def _card(name: str, weights: Path, source: Path) -> Card | None:
+    """The card of a file made from ``source``: a published model's, or of what the file holds."""
     from .own import describe  # the families read their checkpoints through this module
 
     known = cards().get(name)
-    found: Card | None
-    try:
-        found = describe(name, weights)
-    except UserError:  # of no family that we know, or its tensors do not tell
-        found = known
-    if found is None:
-        return None
-    if known is not None:
+    if known is None:
+        try:
+            found = describe(name, weights)
+        except UserError:  # of no family that we know, or its tensors do not tell
+            return None
+    else:
+        try:
+            found = describe(name, weights, known.family)
+        except UserError as error:
+            reason = str(error).replace(str(weights), str(source))
+            raise UserError(f"'{name}' is another model: {reason}; give another --name") from None
         if (found.shape, found.label_dim) != (known.shape, known.label_dim):
             raise UserError(
                 f"the weights are for samples {found.shape} with {found.label_dim} classes where "

@@ -117,8 +117,8 @@ def load_edm(card: Card, files: Files, device: torch.device, dtype: torch.dtype)
     config, bottleneck = found.config, found.bottleneck
     if config is None:
         config, bottleneck = dict(card.config), card.bottleneck
-    net = _network(config, bottleneck, file)
-    _check_fit(net, card, file)
+    net = make_network(config, bottleneck, file)
+    check_fit(net, card, file)
     card = replace(card, config=config, bottleneck=net.model.bottleneck)
     fill(net, found.tensors, str(file))
     net.eval().requires_grad_(False)
@@ -138,7 +138,7 @@ def describe_edm(name: str, path: Path) -> Card:
             f"{path} does not hold the settings of its network; give --dataset_name the name of "
             "the published model that it belongs to"
         )
-    net = _network(found.config, found.bottleneck, path)
+    net = make_network(found.config, found.bottleneck, path)
     return Card(
         name=name,
         family="edm",
@@ -198,7 +198,7 @@ def _is_pickle(path: Path) -> bool:
         return file.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
-def _network(config: Mapping[str, Any], bottleneck: str | None, path: Path) -> Precond:
+def make_network(config: Mapping[str, Any], bottleneck: str | None, path: Path) -> Precond:
     """To be filled, from the settings of a file, which may be anything."""
     try:
         with Unfilled():
@@ -207,7 +207,7 @@ def _network(config: Mapping[str, Any], bottleneck: str | None, path: Path) -> P
         raise UserError(f"{path} has settings that make no network: {error}") from error
 
 
-def _check_fit(net: Precond, card: Card, path: Path) -> None:
+def check_fit(net: Precond, card: Card, path: Path) -> None:
     """Raise UserError unless ``net`` makes the samples that ``card`` promises."""
 
     def samples(shape: tuple[int, ...], classes: int, dimensions: int | None) -> str:

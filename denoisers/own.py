@@ -12,6 +12,7 @@ from .adm import read_openai, resolved
 from .cards import Card, cards
 from .edm import describe_edm, is_edm
 from .ldm import NETWORK, part
+from .ncsnpp import describe_ncsnpp, is_ncsnpp
 from .nets.openai import is_openai
 from .pipelines import inspect_diffusers, is_diffusers
 
@@ -40,6 +41,8 @@ def recognise(path: Path) -> str:
     if is_edm(path):
         return "edm"
     tensors, _ = read_openai(path)
+    if is_ncsnpp(tensors):
+        return "ncsnpp"
     if is_openai(part(tensors, NETWORK)):
         return "ldm"
     if is_openai(tensors):
@@ -75,5 +78,6 @@ DESCRIBE: dict[str, Callable[[str, Path], Card]] = {
     "adm": _openai("adm"),
     "cm": _openai("cm"),
     "ldm": _openai("ldm", NETWORK),
+    "ncsnpp": describe_ncsnpp,
     "diffusers": _pipeline,
 }

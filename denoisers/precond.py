@@ -297,8 +297,8 @@ PRECONDITIONINGS: dict[str, type[Precond]] = {
 def build(config: Mapping[str, Any], bottleneck: str | None = None) -> Precond:
     """An untrained network from published constructor settings, ``class_name`` among them.
 
-    ``bottleneck`` names the encoder block whose channel mean is returned; the default is the last.
-    Raises ValueError, KeyError or TypeError for settings that make no network.
+    ``bottleneck`` names the module whose channel mean is returned; the default is the last encoder
+    block.  Raises ValueError, KeyError or TypeError for settings that make no network.
     """
     settings = dict(config)
     name = settings.pop("class_name", None)

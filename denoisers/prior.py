@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from runtime.errors import UserError
 from runtime.noise import Name, SeedNoise
 
 from .cards import Card
@@ -23,15 +22,6 @@ def start(
 ) -> Tensor:
     """States (B, *card.shape) at level ``sigma``, which is so high that they hold no image."""
     return unit_noise(card, noise, name, dtype, device) * sigma
-
-
-def check_jumps(card: Card) -> None:
-    """Raise UserError for a model whose forward process Restart's jumps do not follow."""
-    if card.pfgmpp is not None:
-        raise UserError(
-            f"'{card.name}' adds noise by the kernels of PFGM++, and jumps are Gaussian so far: "
-            "take a sampler or a teacher that only walks down"
-        )
 
 
 def unit_noise(

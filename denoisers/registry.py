@@ -22,6 +22,7 @@ from .cm import load_cm
 from .edm import load_edm
 from .files import Files
 from .ldm import load_ldm
+from .ncsnpp import load_ncsnpp
 from .own import describe
 from .pipelines import fetch_pipeline, load_diffusers
 
@@ -66,6 +67,7 @@ FAMILIES: dict[str, Loader] = {
     "adm": load_adm,
     "cm": load_cm,
     "ldm": load_ldm,
+    "ncsnpp": load_ncsnpp,
     "diffusers": load_diffusers,
 }
 HUB = "hub:"  #: before the id of a folder on the Hugging Face hub

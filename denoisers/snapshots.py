@@ -139,13 +139,18 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
 def _averaged(model: dict[Any, Any], shadows: Any, source: str) -> dict[str, Tensor]:
     """The average that score-SDE keeps as a bare list, under the names of its parameters.
 
-    The list lacks buffers and frozen parameters, which ``model`` has: names are matched in order,
-    by shape, and all of the list has to find a name.
+    The list lacks buffers and frozen parameters, which ``model`` has before the others: names are
+    matched in order, by shape; all of the list has to find a name, and the last name an average.
     """
     left: list[Any] = list(reversed(shadows)) if type(shadows) is list else [None]
     named: dict[str, Tensor] = {}
     for name, tensor in _tensors(model).items():
-        if left and type(left[-1]) is Tensor and left[-1].shape == tensor.shape:
+        if not left:
+            raise UserError(
+                f"{source} has {len(shadows)} averaged weights, too few for its model; fetch it "
+                "again"
+            )
+        if type(left[-1]) is Tensor and left[-1].shape == tensor.shape:
             tensor = left.pop()
         named[name.removeprefix("module.")] = tensor
     if left:

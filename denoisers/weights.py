@@ -55,6 +55,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     are refused, as the layers may use those they were built with in another form.
     """
     own = module.state_dict()
+    check_entries(own, tensors, source)
+    meta = any(tensor.is_meta for tensor in own.values())  # these take the tensors themselves
+    module.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, assign=meta)
+
+
+def check_entries(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError unless ``tensors`` has the names and shapes of ``own``, as :func:`fill`."""
     for name, tensor in own.items():
         if name not in tensors:
             raise UserError(f"{source} lacks '{name}'; it holds the weights of another network")
@@ -70,8 +77,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     unknown = sorted(set(tensors) - set(own))
     if unknown:
         raise UserError(f"{source} has '{unknown[0]}', which the network lacks; wrong settings?")
-    meta = any(tensor.is_meta for tensor in own.values())  # these take the tensors themselves
-    module.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, assign=meta)
 
 
 def filled(make: Callable[[], NetworkT], tensors: Mapping[str, Tensor], source: str) -> NetworkT:

@@ -1,4 +1,4 @@
-"""Build plans: Restart around any solver, and EDM's stochastic sampler."""
+"""Build plans: Restart around any solver, EDM's stochastic sampler, and DDPM's ancestral one."""
 
 from __future__ import annotations
 
@@ -121,6 +121,29 @@ def edm_plan(
         S_min=S_min,
         S_max=S_max,
     )
+
+
+def ddpm_plan(ts: Tensor, eta: float = 1.0) -> Plan:
+    """DDPM's ancestral sampler (arXiv:2006.11239, algorithm 2) down ``ts``, which may end in 0.
+
+    Each step from t to s draws from the posterior of ``x_s`` given ``x_t`` and the denoised state
+    D, which in sigma time is ``N(D + (s/t)^2 (x_t - D), s^2 (1 - (s/t)^2))`` for every
+    variance-preserving process (posterior variance, ``fixed small``).  The mean is one Euler step
+    to ``s_down = s^2 / t`` and the variance is ``s^2 - s_down^2``, so the step is that walk and the
+    jump from ``s_down`` to s.  ``eta`` scales the noise of the jump, which then starts higher: 0 is
+    DDIM, which is Euler's method, and 1 DDPM (arXiv:2010.02502, eq. 12 and 16).
+
+    Draws are named ``("ddpm", j)`` for interval j.  Raises UserError for eta outside [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta = {eta:g} is not between 0 (DDIM) and 1 (DDPM)")
+    parts: list[Solve | Jump] = []
+    for j, (t, s) in enumerate(zip(ts, ts[1:], strict=False)):
+        down = s * (1 - eta**2 * (1 - (s / t) ** 2)).sqrt()
+        parts.append(Solve(make_solver("euler"), torch.stack([t, down])))
+        if down < s:
+            parts.append(Jump(float(down), float(s), ("ddpm", j)))
+    return tuple(parts)
 
 
 def _walk(

@@ -29,6 +29,10 @@ class Interval:
         return f"[{self.n_restart}, {self.k}, {self.t_min:g}, {self.t_max:g}]"
 
 
+#: A configuration as it is published: nodes of the main grid, where it says so, and intervals.
+Line = tuple[int | None, tuple[Interval, ...]]
+
+
 def check_interval(i: int, interval: Interval) -> None:
     """Raise UserError, naming interval ``i``, unless its four numbers make sense on their own."""
     what = f"restart interval {i} {interval}"
@@ -48,11 +52,12 @@ def check_interval(i: int, interval: Interval) -> None:
 
 
 def parse_restart_info(text: str, n_main: int | None = None) -> tuple[Interval, ...]:
-    """Intervals from JSON, from a published ``N {json}`` line, or from a file that holds one.
+    """Intervals from JSON, from a published ``N {json}`` line, or from a file of such.
 
     JSON is ``{"0": [N_restart, K, t_min, t_max], "1": ...}``, taken in the order of its numbers.
-    Where ``n_main`` is given, an ``N`` in the text has to agree with it.  Raises UserError (one
-    sentence, naming the interval) for anything else.
+    A file that holds several configurations wants the number of a line: ``FILE:LINE``.  Where
+    ``n_main`` is given, an ``N`` in the text has to agree with it.  Raises UserError (one
+    sentence, naming the interval, and the file and line where there is one) for anything else.
     """
     stated, intervals = parse_restart_line(text)
     if None not in (n_main, stated) and n_main != stated:
@@ -63,36 +68,61 @@ def parse_restart_info(text: str, n_main: int | None = None) -> tuple[Interval, 
     return intervals
 
 
-def parse_restart_line(text: str) -> tuple[int | None, tuple[Interval, ...]]:
+def parse_restart_line(text: str) -> Line:
     """As `parse_restart_info`, together with the line's number of main nodes (None without)."""
     parsed = _parse_line(text)
     if parsed is not None:
         return parsed
-    found = read_configurations(text.strip())
-    if len(found) != 1:
+    path, line = text.strip(), None
+    named = re.fullmatch(r"(.+):(\d+)", path)
+    if named and not Path(path).is_file():
+        path, line = named[1], int(named[2])
+    found = read_configurations(path)
+    if line is None and len(found) == 1:
+        return next(iter(found.values()))
+    if line not in found:
+        where = "line " if len(found) == 1 else "each of the lines "
+        where += ", ".join(map(str, found)) + ("" if line is None else f" and none in line {line}")
         raise UserError(
-            f"restart_info file {text.strip()} holds {len(found)} configurations; keep one of them"
+            f"restart_info file {path} has a configuration in {where}: "
+            f"name one as in {path}:{next(iter(found))}"
         )
-    return found[0]
+    return found[line]
 
 
-def read_configurations(path: str | Path) -> list[tuple[int | None, tuple[Interval, ...]]]:
-    """Every configuration of a file: one JSON text, or published ``N {json}`` lines."""
+def read_configurations(path: str | Path) -> dict[int, Line]:
+    """Every configuration of a file by its line, from 1: published ``N {json}`` lines.
+
+    One JSON text over several lines will do as well.  Raises UserError, naming file and line.
+    """
     if not str(path) or not Path(path).is_file():
         raise UserError(
             f"restart_info {str(path)!r} is neither a file nor of the form {_FORM} or 'N {{json}}'"
         )
-    text = Path(path).read_text(encoding="utf-8").strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    one_each = all(line.endswith("}") for line in lines)
-    parsed = [_parse_line(line) for line in (lines if one_each else [text])]
-    found = [configuration for configuration in parsed if configuration is not None]
-    if len(found) < len(parsed):
-        raise UserError(f"restart_info file {path} is not of the form {_FORM} or 'N {{json}}'")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"restart_info file {path} is not a text file") from None
+    lines = {n: line for n, line in enumerate(text.splitlines(), 1) if line.strip()}
+    if not lines:
+        raise UserError(f"restart_info file {path} is empty; write 'N {{json}}' lines into it")
+    first, *others = lines.values()
+    if not first.rstrip().endswith("}") and not any(map(_LINE.fullmatch, map(str.strip, others))):
+        lines = {next(iter(lines)): text}
+    return {n: _read_line(path, n, line) for n, line in lines.items()}
+
+
+def _read_line(path: str | Path, n: int, text: str) -> Line:
+    try:
+        found = _parse_line(text)
+    except UserError as error:
+        raise UserError(f"{path}, line {n}: {error}") from None
+    if found is None:
+        raise UserError(f"{path}, line {n} is not of the form {_FORM} or 'N {{json}}'")
     return found
 
 
-def _parse_line(text: str) -> tuple[int | None, tuple[Interval, ...]] | None:
+def _parse_line(text: str) -> Line | None:
     """The configuration in ``text``, or None where it has neither of the two forms."""
     line = _LINE.fullmatch(text.strip())
     if line is None:

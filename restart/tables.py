@@ -19,7 +19,7 @@ from restart.plan import Plan
 from runtime.errors import UserError
 from solvers.grids import get_grid
 from solvers.registry import make_solver
-from solvers.types import Solver
+from solvers.types import Guide, Solver
 
 _FILE = Path(__file__).with_name("tables.json")
 
@@ -48,6 +48,7 @@ class Configuration:
         rho: float = 7.0,
         main_solver: Solver | None = None,
         restart_solver: Solver | None = None,
+        restart_guide: Guide | None = None,
         keep: Tensor | None = None,
     ) -> Plan:
         """The plan on EDM's grid plus 0; both walks are Heun unless told otherwise."""
@@ -56,6 +57,7 @@ class Configuration:
             self.intervals,
             main_solver or make_solver("heun"),
             restart_solver,
+            restart_guide=restart_guide,
             S_noise=self.S_noise,
             S_min=self.S_min,
             S_max=self.S_max,
@@ -84,7 +86,10 @@ def configuration(name: str) -> Configuration:
     """The configuration ``name`` (``imagenet64-203``); UserError lists what there is."""
     known = configurations()
     if name not in known:
-        raise UserError(f"unknown restart configuration {name!r}; choose one of {', '.join(known)}")
+        raise UserError(
+            f"unknown restart configuration {name!r}; choose one of {', '.join(known)}, or give "
+            "intervals of your own, or a line of a file, as --restart_info"
+        )
     return known[name]
 
 

@@ -115,6 +115,17 @@ def prompt_options(function: F) -> F:
     return click.option("--prompt", metavar="TEXT", help=text)(function)
 
 
+def mask_options(function: F) -> F:
+    """Masks of preconditioned sampling."""
+    for kind, default in (("space", "none"), ("freq", "bundled")):
+        function = click.option(
+            f"--{kind}_mask_path",
+            metavar="FILE",
+            help=f"pds: .npy, 'bundled' or 'none'  [default: {default}]",
+        )(function)
+    return function
+
+
 def guidance_options(function: F) -> F:
     """Strength of the condition."""
     function = click.option(

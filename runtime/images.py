@@ -49,6 +49,7 @@ def image_grid(
     columns: int,
     labels: Sequence[str] | None = None,
     row_labels: Sequence[str] | None = None,
+    font_size: int = FONT_SIZE,
 ) -> Pixels:
     """Lay images (H, W, C) of one size out in rows of ``columns``; returns (H', W', C).
 
@@ -69,7 +70,9 @@ def image_grid(
     cells[: len(images)] = images
     cells = cells.reshape(rows, columns, height, width, channels)
     grid: Pixels = cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
-    return _with_headings(grid, labels or (), row_labels or (), width, height)
+    tops = [_text(label, font_size) for label in labels or ()]
+    sides = [_text(label, font_size) for label in row_labels or ()]
+    return _with_headings(grid, tops, sides, width, height)
 
 
 def film_strip(trajectory: Tensor) -> Pixels:
@@ -80,11 +83,9 @@ def film_strip(trajectory: Tensor) -> Pixels:
 
 
 def _with_headings(
-    grid: Pixels, labels: Sequence[str], row_labels: Sequence[str], width: int, height: int
+    grid: Pixels, tops: list[Image.Image], sides: list[Image.Image], width: int, height: int
 ) -> Pixels:
-    tops = [_text(label) for label in labels]
     tops = [top if top.width <= width else top.rotate(90, expand=True) for top in tops]
-    sides = [_text(label) for label in row_labels]
     if not tops and not sides:
         return grid
     above = max((top.height for top in tops), default=0)
@@ -99,8 +100,8 @@ def _with_headings(
     return np.asarray(page).reshape(page.height, page.width, grid.shape[2])
 
 
-def _text(label: str) -> Image.Image:
-    font: Any = ImageFont.load_default(FONT_SIZE)
+def _text(label: str, font_size: int) -> Image.Image:
+    font: Any = ImageFont.load_default(font_size)
     left, top, right, bottom = font.getbbox(label)
     size = (round(right - left) + 2 * MARGIN, round(bottom - top) + 2 * MARGIN)
     picture = Image.new("L", size, 255)

@@ -6,6 +6,8 @@ Everything here is written by rank 0; pass ``enabled=world.is_main`` and call it
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -110,6 +112,19 @@ def progress(
         disable=not enabled,
         dynamic_ncols=True,
     )
+
+
+def watch_batch(bar: tqdm[Any]) -> Callable[[int, int], None]:
+    """A function of (state, states) that shows on ``bar``, once a second, how far a batch is."""
+    shown = time.monotonic()
+
+    def watch(state: int, states: int) -> None:
+        nonlocal shown
+        if time.monotonic() > shown + 1:
+            shown = time.monotonic()
+            bar.set_postfix_str(f"{state}/{states} of a batch")
+
+    return watch
 
 
 def tensorboard(

@@ -95,7 +95,7 @@ class Folder:
 
     def save_grid(self, seeds: Sequence[int]) -> Path:
         """One picture of the first samples, about square, beside the folder."""
-        images = [_read(self.image(seed)) for seed in seeds[:PICTURE_MOST]]
+        images = [read_png(self.image(seed)) for seed in seeds[:PICTURE_MOST]]
         target = self.beside("-grid.png")
         save_png(target, image_grid(images, columns=math.ceil(math.sqrt(len(images)))))
         return target
@@ -103,7 +103,7 @@ class Folder:
     def save_strips(self, seeds: Sequence[int]) -> Path:
         """One picture of the first film strips: a row per sample, a column per time."""
         target = self.beside("-inters.png")
-        rows = [_read(self.strip(seed)) for seed in seeds[:PICTURE_MOST]]
+        rows = [read_png(self.strip(seed)) for seed in seeds[:PICTURE_MOST]]
         save_png(target, image_grid(rows, columns=1))
         return target
 
@@ -169,7 +169,8 @@ def _sweep(files: Iterable[Path]) -> None:
                 stale.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Pixels:
+def read_png(path: Path) -> Pixels:
+    """An image as (H, W, C), with 1 or 3 channels."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]

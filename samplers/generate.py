@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.prior import check_jumps, start
+from denoisers.prior import start
 from denoisers.registry import Model
-from restart.plan import Jump, run_plan
+from restart.plan import plan_times, visit_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from samplers.sampler import Sampler
@@ -41,31 +40,36 @@ def generate(
     dtype: torch.dtype = torch.float32,
     conditions: Conditions | None = None,
     keep_trajectory: bool = False,
+    watch: Callable[[int, int], object] | None = None,
 ) -> Iterator[Batch]:
     """Yield the images of ``seeds`` in their order, at most ``batch`` at a time.
 
     ``dtype`` is that of the state.  The guidance rate is the sampler's.  All random numbers belong
     to the seed, so an image depends neither on the batch nor on the process that makes it: share
-    the seeds out with ``World.shard``.  Raises UserError for a batch below 1 or a condition that
+    the seeds out with ``World.shard``.  ``watch`` is told at every state of a batch its number
+    and how many there will be.  Raises UserError for a batch below 1 or a condition that
     the model does not take, and RuntimeError where the network was not called as often as planned.
     """
     if batch < 1:
         raise UserError(f"a batch of {batch} images makes nothing: give --batch 1 or more")
     given = replace(conditions or Conditions(), guidance_rate=sampler.guidance_rate)
     given.check(model.card, seeds)
-    check_plan(sampler, model.card)
+    check_coupled(sampler, len(seeds), batch)
     device = torch.device(device)
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
     return (
-        _batch(sampler, model, tuple(chunk), device, dtype, given, keep_trajectory)
+        _batch(sampler, model, tuple(chunk), device, dtype, given, keep_trajectory, watch)
         for chunk in chunks
     )
 
 
-def check_plan(sampler: Sampler, card: Card) -> None:
-    """Raise UserError for a plan that the model of ``card`` cannot follow."""
-    if any(isinstance(part, Jump) for part in sampler.plan):
-        check_jumps(card)
+def check_coupled(sampler: Sampler, images: int, batch: int, processes: int = 1) -> None:
+    """Raise UserError where batches would decide what the images of ``sampler`` are."""
+    if sampler.coupled and (images > batch or processes > 1):
+        raise UserError(
+            f"--batch_coupled makes an image depend on its batch, and {images} images would come "
+            f"in more than one: give --batch {images} on one process, or leave --batch_coupled out"
+        )
 
 
 @torch.inference_mode()
@@ -77,6 +81,7 @@ def _batch(
     dtype: torch.dtype,
     conditions: Conditions,
     keep: bool,
+    watch: Callable[[int, int], object] | None,
 ) -> Batch:
     noise = SeedNoise(seeds)
     meter = Meter(_bind(sampler, model, noise, conditions, device))
@@ -85,21 +90,24 @@ def _batch(
         return noise.normal(name, model.card.shape, dtype, device)
 
     x = start(model.card, noise, sampler.start, dtype, device)
-    trajectory = None
-    if keep:
-        trajectory = run_plan(sampler.plan, meter, x, normal)
-        x = trajectory.x[-1]
-        states = [model.decode(state) for state in trajectory.x]
-        trajectory = trajectory._replace(x=torch.stack(states))
-    else:
-        for part in sampler.plan:  # part by part, so that a long plan does not keep every state
-            x = run_plan((part,), meter, x, normal).x[-1]
+    times = plan_times(sampler.plan)
+    kept = [model.decode(x)] if keep else []
+    plan = with_kernel(sampler.plan, model.card.pfgmpp)  # whatever it was built for
+    states = visit_plan(plan, meter, x, normal)
+    for number, x in enumerate(states, 1):
+        if keep:
+            kept.append(model.decode(x))
+        if watch is not None:
+            watch(number, len(times) - 1)
     if meter.nfe != sampler.nfe:
         raise RuntimeError(
             f"{sampler.label} spent {meter.nfe} NFE where its plan says {sampler.nfe}: "
             "the plan's formula and the driver disagree"
         )
-    return Batch(seeds, x, meter.nfe, model.decode(x), trajectory)
+    if not keep:
+        return Batch(seeds, x, meter.nfe, model.decode(x), None)
+    t = torch.tensor(times, dtype=torch.float64)
+    return Batch(seeds, x, meter.nfe, kept[-1], Trajectory(t, torch.stack(kept), meter.nfe))
 
 
 def _bind(

@@ -14,16 +14,17 @@ from tqdm import tqdm
 from amed.experiments import PREDICTOR, find_run, load_predictor
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.registry import ModelSource
+from denoisers.registry import Model, ModelSource
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import sha256_file
-from runtime.log import progress
+from runtime.log import progress, watch_batch
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
 from samplers.folder import Folder
-from samplers.generate import check_plan, generate
+from samplers.generate import check_coupled, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -96,9 +97,10 @@ class Job:
             "outdir": str(self.folder.path),
         }
         model = {"name": self.card.name, "sha256": weights_sha256}
-        return RunRecord.make(
-            "sample", options, model, {**self.sampler.describe(), "nfe_metered": None}
-        )
+        plan = {**self.sampler.describe(), "nfe_metered": None}
+        if self.sampler.coupled:  # other seeds make other images, even of the same seeds
+            plan["coupled_seeds"] = setup.seeds
+        return RunRecord.make("sample", options, model, plan)
 
     def known_sha256(self) -> str | None:
         """Hash of the weights as far as it is known without loading or fetching them."""
@@ -152,22 +154,27 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
         setup.guidance_type,
     )
     conditions.check(card, seeds)
-    check_plan(sampler, card)
+    check_coupled(sampler, len(seeds), setup.batch, world.size)
     path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
     folder = Folder(Path(path), setup.subdirs, setup.return_inters)
     return Job(sampler, source, card, setup, seeds, folder, conditions)
 
 
-def run(job: Job, world: World) -> Summary:
-    """Make the images that the folder lacks, on all processes, and complete its record."""
+def run(job: Job, world: World, model: Model | None = None) -> Summary:
+    """Make the images that the folder lacks, on all processes, and complete its record.
+
+    ``model`` is the job's, where it is loaded already.
+    """
     setup, folder = job.setup, job.folder
-    model = job.source.load(setup.dtype, world)
+    model = model or job.source.load(setup.dtype, world)
     note = _other_weights(job.sampler, model.sha256)
     if note and world.is_main:
         tqdm.write(note, file=sys.stderr)
     record, missing = world.broadcast_object(
         folder.open(job.record(model.sha256, world), job.seeds) if world.is_main else None
     ) or (None, [])
+    if job.sampler.coupled and missing:
+        missing = job.seeds
     spent = torch.zeros(2, dtype=torch.float64)  # NFE of all images, images
     begin = time.perf_counter()
     with progress(len(missing), job.sampler.label, "img", enabled=world.is_main) as bar:
@@ -180,6 +187,7 @@ def run(job: Job, world: World) -> Summary:
             dtype=setup.state_dtype,
             conditions=job.conditions,
             keep_trajectory=setup.return_inters,
+            watch=watch_batch(bar),
         ):
             folder.save(batch)
             count = len(batch.seeds)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 
 from runtime.errors import UserError
 
-CLASSIC = ("euler", "heun", "dpm", "dpmpp", "dpmpp3c", "ipndm")
-SAMPLERS = (*CLASSIC, "edm", "restart")
+CLASSIC = ("euler", "heun", "dpm", "dpm3", "dpmpp", "dpmpp3c", "ipndm")
+LEARNED = ("main", "restart", "both")
+SAMPLERS = (*CLASSIC, "ddpm", "edm", "restart", "pds")
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,25 @@ class SamplerOptions:
     lower_order_final: bool | None = None
     thresholding: bool | None = None
     r: float | None = None  #: where DPM-Solver-2 inserts its node
+    eta: float | None = None  #: scales the noise of ddpm: 0 is DDIM
     restart_info: str | None = None
     restart_config: str | None = None
     main_solver: str | None = None
     restart_solver: str | None = None
     restart_gamma: float | None = None
+    final_zero: bool | None = None  #: restart: the main walk ends at 0 and not at sigma_min
+    learned: str | None = None  #: of restart, what a predictor walks: see LEARNED
     S_churn: float | None = None
     S_min: float | None = None
     S_max: float | None = None
     S_noise: float | None = None
+    speed_up: int | None = None  #: divides the number of iterations of pds
+    freq_mask_path: str | None = None
+    space_mask_path: str | None = None
+    alpha: float | None = None
+    snr: float | None = None
+    n_steps: int | None = None
+    batch_coupled: bool | None = None
     guidance_rate: float | None = None
 
     def given(self) -> dict[str, object]:
@@ -50,21 +61,33 @@ _WALK = _ANY | {"afs", "schedule_type"}
 _FORM = {"predict_x0", "lower_order_final", "thresholding"}
 _NOISE = {"S_churn", "S_min", "S_max", "S_noise"}
 _RESTART = {"restart_info", "restart_config", "main_solver", "restart_solver", "restart_gamma"}
+_RESTART |= {"schedule_type", "afs", "final_zero"}
+_PDS = {"speed_up", "freq_mask_path", "space_mask_path", "alpha", "snr", "n_steps", "batch_coupled"}
 
 TAKES: dict[str, frozenset[str]] = {
     "euler": _WALK,
     "heun": _WALK,
     "dpm": _WALK | {"r"},
+    "dpm3": _WALK,
     "dpmpp": _WALK | _FORM | {"max_order"},
     "dpmpp3c": _WALK | _FORM,
     "ipndm": _WALK | {"max_order"},
+    "ddpm": _ANY | {"schedule_type", "eta"},
     "edm": _ANY | _NOISE,
     "restart": _ANY | _NOISE | _RESTART,
+    "pds": _ANY - {"schedule_rho"} | _PDS,
 }
 #: A published configuration fixes the main grid and the noise.
 CONFIG_TAKES = _ANY - {"num_steps", "nfe"} | {"restart_config", "main_solver", "restart_solver"}
 #: A predictor brings its solver, its grid and its budget.
 LEARNED_TAKES = frozenset({"guidance_rate"})
+#: What Restart still takes where a predictor walks the main grid, the descents, or both.
+LEARNED_RESTART_TAKES: dict[str, frozenset[str]] = {
+    "main": frozenset({"learned", "guidance_rate", "restart_info", "restart_solver"})
+    | {"restart_gamma", "S_min", "S_max", "S_noise"},
+    "restart": TAKES["restart"] - {"restart_solver"} | {"learned"},
+}
+LEARNED_RESTART_TAKES["both"] = LEARNED_RESTART_TAKES["main"] & LEARNED_RESTART_TAKES["restart"]
 
 
 def check_taken(
@@ -77,7 +100,17 @@ def check_taken(
         if name in taken:
             continue
         users = " or ".join(sampler for sampler in SAMPLERS if name in TAKES[sampler])
+        users = users or "restart and --predictor_path"
         raise UserError(
             f"--{name} {value} means nothing to {what}: leave it out, "
             f"or {remedy or f'use --sampler {users}'}"
+        )
+
+
+def check_length(options: SamplerOptions) -> None:
+    """UserError where the length of a walk is fixed twice."""
+    if options.num_steps is not None and options.nfe is not None:
+        raise UserError(
+            f"--num_steps {options.num_steps} and --nfe {options.nfe} both fix the length of the "
+            "walk: give one of them"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class DPMpp:
     thresholding: bool = False
     corrected: bool = False
     guide: Guide | None = None
+    stages: ClassVar[tuple[float, ...]] = (1.0,)
 
     def __post_init__(self) -> None:
         if self.max_order not in (1, 2, 3):

@@ -67,10 +67,10 @@ def advance(
 ) -> State:
     """Walk one interval from ``t`` down to ``t_next``.
 
-    ``guide`` (or the solver's own) inserts one node; without any guide the solver predicts
-    straight to ``t_next``.  ``total`` is the number of solver steps of the whole walk, for
-    solvers that lower their order at the end.  An interval that ends at sigma = 0 is closed by
-    one Euler step, which lands on the denoised state.
+    ``guide`` (or the solver's own) inserts a node, reached in the solver's ``stages``; without any
+    guide the solver predicts straight to ``t_next``.  ``total`` is the number of solver steps of
+    the whole walk, for solvers that lower their order at the end.  An interval that ends at
+    sigma = 0 is closed by one Euler step, which lands on the denoised state.
     """
     guide = guide or solver.guide
     node = analytic_node(state.x, t) if analytic_first else meter(state.x, t)
@@ -82,18 +82,20 @@ def advance(
         x_next = solver.predict(nodes, t_next, order_at(solver, substep, total))
     else:
         mid = guide(node, t_next)
-        t_mid = t_next**mid.r * t ** (1 - mid.r)
-        x_mid = solver.predict(nodes, t_mid, order_at(solver, substep, total))
-        nodes = (*nodes, meter(x_mid, t_mid, network_time=mid.a * t_mid))
-        substep += 1
+        for stage in solver.stages:
+            r = stage * mid.r
+            t_mid = t_next**r * t ** (1 - r)
+            x_mid = solver.predict(nodes, t_mid, order_at(solver, substep, total))
+            nodes = (*nodes, meter(x_mid, t_mid, network_time=mid.a * t_mid))
+            substep += 1
         x_next = solver.correct(nodes, t_next, order_at(solver, substep, total), mid)
     keep = solver.max_order - 1
     return State(x_next, nodes[-keep:] if keep else (), substep)
 
 
 def substeps_total(solver: Solver, num_intervals: int, guide: Guide | None) -> int:
-    """Solver steps in a walk of ``num_intervals``: a guide makes two of each."""
-    return num_intervals * (2 if guide or solver.guide else 1)
+    """Solver steps in a walk of ``num_intervals``: every inserted node makes one more of each."""
+    return num_intervals * (1 + _inserted(solver, guide))
 
 
 def integrate(
@@ -128,10 +130,13 @@ def planned_nfe(
 ) -> int:
     """Network evaluations that `integrate` will spend, in closed form; ``cost`` per call.
 
-    One call per interval, one more where a guide inserts a node (not in an interval that ends
-    at 0), one less under AFS.
+    One call per interval, one more for each inserted node (none in an interval that ends at 0),
+    one less under AFS.
     """
     intervals = len(ts) - 1
-    two_stage = intervals - (1 if float(ts[-1]) == 0 else 0)
-    calls = intervals + (two_stage if guide or solver.guide else 0) - (1 if afs else 0)
-    return calls * cost
+    staged = intervals - (1 if float(ts[-1]) == 0 else 0)
+    return (intervals + staged * _inserted(solver, guide) - (1 if afs else 0)) * cost
+
+
+def _inserted(solver: Solver, guide: Guide | None) -> int:
+    return len(solver.stages) if guide or solver.guide else 0

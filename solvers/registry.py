@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from solvers.dpmpp import DPMpp
-from solvers.rules import AdamsBashforth, FixedRatio, TwoStage
+from solvers.rules import AdamsBashforth, FixedRatio, ThreeStage, TwoStage
 from solvers.types import Solver
 
 DPMPP_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")
@@ -28,6 +28,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "euler": lambda **_: AdamsBashforth(max_order=1),
     "heun": lambda **_: TwoStage(FixedRatio(1.0)),
     "dpm": _dpm,
+    "dpm3": lambda **_: ThreeStage(FixedRatio(2 / 3)),
     "dpmpp": _dpmpp,
     "dpmpp3c": lambda **o: _dpmpp(**{**o, "max_order": 3, "corrected": True}),
     "ipndm": _ipndm,

@@ -1,4 +1,4 @@
-"""Step rules on slopes: two-stage rules (Heun, DPM-Solver-2, AMED) and Adams-Bashforth.
+"""Step rules on slopes: Heun, DPM-Solver-2 and -3, AMED, and Adams-Bashforth.
 
 Each rule is algebra on evaluated nodes; `solvers.driver` decides where the nodes lie.
 """
@@ -6,7 +6,9 @@ Each rule is algebra on evaluated nodes; `solvers.driver` decides where the node
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from solvers.types import Guide, Mid, Node
@@ -39,6 +41,7 @@ class TwoStage:
     midpoint: bool = False
     max_order: int = 1  # nothing is carried from one interval to the next
     lower_order_final: bool = False
+    stages: ClassVar[tuple[float, ...]] = (1.0,)
 
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
         a = nodes[-1]
@@ -52,6 +55,37 @@ class TwoStage:
             w = 1 / (2 * mid.r)
             slope = (1 - w) * a.d + w * b.d
         return a.x + mid.c * (t - a.t) * slope
+
+
+@dataclass(frozen=True)
+class ThreeStage:
+    """DPM-Solver-3 (arXiv:2206.00927, algorithm 2): slopes at the start, at ``r/2`` and at ``r``.
+
+    In ``lambda = -ln t`` the slope is taken to be linear through the start and the newest node and
+    integrated against its exponential weight: with ``g`` from the start to ``t`` and ``g_b`` to the
+    newest node, ``x + (t' - t) d - t' ((e^g - 1)/g - 1) (g/g_b) (d_b - d)``.  The rule through
+    ``r/2`` leads to ``r``, the one through ``r`` closes the interval: order 3 at ``r = 2/3``, which
+    makes the missing quadratic term right, and 2 elsewhere.
+    """
+
+    guide: Guide | None
+    max_order: int = 1  # nothing is carried from one interval to the next
+    lower_order_final: bool = False
+    stages: ClassVar[tuple[float, ...]] = (0.5, 1.0)
+
+    def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
+        return self._step(nodes, t, 1.0)
+
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+        return self._step(nodes, t, mid.c)
+
+    def _step(self, nodes: tuple[Node, ...], t: Tensor, scale: Tensor | float) -> Tensor:
+        a, b = nodes[0], nodes[-1]
+        change = (t - a.t) * a.d
+        if len(nodes) > 1:
+            g, g_b = torch.log(a.t / t), torch.log(a.t / b.t)
+            change = change - t * (torch.expm1(g) / g - 1) * (g / g_b) * (b.d - a.d)
+        return a.x + scale * change
 
 
 #: Adams-Bashforth weights over the newest slopes (newest first), per order.
@@ -75,6 +109,7 @@ class AdamsBashforth:
     max_order: int = 4
     lower_order_final: bool = False
     guide: Guide | None = None
+    stages: ClassVar[tuple[float, ...]] = (1.0,)
 
     def __post_init__(self) -> None:
         if self.max_order not in ADAMS_BASHFORTH:

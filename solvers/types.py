@@ -74,12 +74,17 @@ class Solver(Protocol):
         """The guide that makes the method what it is (Heun: r = 1), or None (multistep)."""
         ...
 
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """Nodes on the way to the guide's, as fractions of its ``r``; the last one, 1, is it."""
+        ...
+
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
         """The state at ``t`` from the newest nodes (``nodes[-1]`` is the newest)."""
         ...
 
     def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
-        """Close the interval at ``t``; ``nodes[-1]`` is the inserted node."""
+        """Close the interval at ``t``; ``nodes[-1]`` is the (last) inserted node."""
         ...
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from restart.build import restart_plan
 from restart.intervals import parse_restart_info
+from restart.plan import with_kernel
 from solvers.registry import make_solver
 from solvers.types import Solver
 from teachers.supervision import GridTeacher, OracleTeacher, RestartTeacher, Teacher
@@ -22,11 +23,13 @@ def build_teacher(
     restart_info: str | None = None,
     restart_target: str = "flow",
     s_noise: float = 1.0,
+    pfgmpp: int | None = None,
     histories: bool = True,
 ) -> Teacher:
     """The teacher ``name`` on the refined grid ``fine`` whose every ``stride``-th node is a target.
 
     ``solver`` walks the grid for the classic teachers; Restart walks with Heun, as published.
+    ``pfgmpp`` is the number of dimensions that a model of PFGM++ adds, for Restart's jumps.
     ``histories=False`` (for a student without) spares Restart's flow targets their origins.
     Raises ValueError for an unknown name or a bad restart specification.
     """
@@ -54,5 +57,10 @@ def build_teacher(
         keep=fine[::stride],
     )
     return RestartTeacher(
-        plan, heun, fine, stride, flow=restart_target == "flow", origins=histories
+        with_kernel(plan, pfgmpp),
+        heun,
+        fine,
+        stride,
+        flow=restart_target == "flow",
+        origins=histories,
     )

@@ -34,8 +34,9 @@ TWO_STAGE: dict[str, Solver] = {
     "dpm": make_solver("dpm"),
     "dpm-r0.3": make_solver("dpm", r=0.3),
 }
+THREE_STAGE: dict[str, Solver] = {"dpm3": make_solver("dpm3")}
 #: Every solver that needs no guide of its own; the AMED rule joins where one is given.
-SOLVERS: dict[str, Solver] = {**MULTISTEP, **TWO_STAGE}
+SOLVERS: dict[str, Solver] = {**MULTISTEP, **TWO_STAGE, **THREE_STAGE}
 WITH_GUIDE: dict[str, Solver] = {**SOLVERS, "amed": make_solver("amed")}
 
 

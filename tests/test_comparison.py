@@ -16,49 +16,19 @@ import compare
 from comparison.choose import SELECTION_START, choose_restart, selection_cost
 from comparison.measure import SHOWN, Harness, measure
 from comparison.report import markdown, ordered, own_row, write_report
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct
-from denoisers.analytic import MixtureDenoiser
-from denoisers.cards import cards
-from metrics.detectors import load_detector, load_reference
+from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows
 from metrics.fid import block_fid
 from metrics.statistics import Statistics
-from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from samplers.generate import generate
-from solvers.types import Denoiser
-
-CARD = cards()["cifar10-small"]
-
-
-class MixtureModel:
-    """A model in closed form, so that a row takes milliseconds."""
-
-    card = CARD
-    sha256 = "0" * 64
-
-    def decode(self, x):
-        return x
-
-    def bind(self, labels=None, guidance_rate=None, prompts=None) -> Denoiser:
-        means = 0.5 * torch.randn(4, *CARD.shape, generator=torch.Generator().manual_seed(0))
-        return MixtureDenoiser(means, 0.1)
+from tests.comparison_problems import CARD, make_harness
 
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    detector = load_detector("cifar10-small", device="cpu")
-    return Harness(
-        MixtureModel(),
-        detector,
-        load_reference("cifar10-small", detector),
-        range(12),
-        2,
-        8,
-        torch.float32,
-        World(0, 1, torch.device("cpu")),
-    )
+    return make_harness()
 
 
 @pytest.mark.parametrize("budget", [3, 4, 5, 7])
@@ -78,6 +48,24 @@ def test_ceilings_are_the_published_budgets():
         ("Heun-35", 35),
         ("Restart-43", 43),
     ]
+
+
+def test_pds_is_listed_with_and_without_masks_at_its_real_nfe(harness, tmp_path):
+    rows = pds_rows([3, 2], CARD)
+    assert [(r.method, r.budget, r.detail) for r in rows] == [
+        ("predictor-corrector", 6, "3 iterations"), ("PDS", 6, "3 iterations, freq mask"),
+        ("predictor-corrector", 4, "2 iterations"), ("PDS", 4, "2 iterations, freq mask"),
+    ]  # fmt: skip
+    both = pds_rows([4], CARD, "bundled", "bundled")[1]
+    assert (
+        both.sampler.label == "pds-freq-space"
+        and both.detail == "4 iterations, freq mask, space mask"
+    )
+    results = [measure(row, harness, tmp_path, lambda n: None) for row in rows]
+    assert [r["nfe_metered"] for r in results] == [6, 6, 4, 4]
+    assert len({r["fid"] for r in results}) == 4
+    write_report(tmp_path, RunRecord.make("compare", {}, {}, {}), results)
+    assert "| PDS | 6 |" in (tmp_path / "table.md").read_text()
 
 
 def test_rows_of_one_kind_keep_two_files():
@@ -162,7 +150,7 @@ def test_the_report_says_what_was_measured(harness, tmp_path):
     record = RunRecord.make("compare", {}, {}, {})
     paths = write_report(tmp_path, record, results)
     assert [p.name for p in paths] == [
-        "table.md", "table.csv", "results.json", "fid-nfe.png", "grid.png",
+        "table.md", "table.csv", "results.json", "fid-nfe.json", "fid-nfe.png", "grid.png",
     ]  # fmt: skip
     rows = ordered(results)
     assert rows[-1]["method"] == "Heun-35"
@@ -210,6 +198,19 @@ def test_detectors_do_not_mix(harness, tmp_path):
         (["--budgets", "5,x"], "--budgets '5,x' is no list of whole numbers"),
         (["--budgets", ""], "--budgets '' is no list of whole numbers"),
         (["--num", "10", "--blocks", "4"], "give --num 8"),
+        (
+            ["--budgets", "none", "--ceilings", "False"],
+            "--budgets none leaves no row: give budgets",
+        ),
+        (["--iterations", "50"], "--iterations 50 means nothing without --with pds"),
+        (
+            ["--with", "pds", "--iterations", "1"],
+            "--iterations '1' is no list of whole numbers of 2",
+        ),
+        (
+            ["--with", "pds", "--space_mask_path", "no.npy"],
+            "--space_mask_path no.npy cannot be read",
+        ),
         (["--select", "1"], "--select '1' is no list of whole numbers of 2 or more"),
         (["--predictors", "no/such/run"], "there is no predictor at no/such/run"),
         (["--dataset_name", "cifar11"], "unknown dataset 'cifar11'"),
@@ -231,3 +232,8 @@ def test_a_dry_run_lists_the_rows_and_touches_nothing(tmp_path):
     done = CliRunner().invoke(compare.main, flags, catch_exceptions=False)
     assert done.exit_code == 0 and not out.exists()
     assert "DPM-Solver-2 + AFS" in done.output and "ceilings: Heun-35, Restart-43" in done.output
+    assert "PDS" not in done.output
+    flags = ["-n", "--budgets", "none", "--with", "pds", "--outdir", str(out), "--device", "cpu"]
+    done = CliRunner().invoke(compare.main, flags, catch_exceptions=False)
+    assert done.exit_code == 0 and not out.exists() and "DPM" not in done.output
+    assert "100 NFE: PDS, 50 iterations, freq mask" in done.output

@@ -21,7 +21,7 @@ from denoisers.edm import build
 from denoisers.nets.openai import Classifier
 from runtime import cli
 from runtime.record import RunRecord
-from tests import published
+from tests import ncsnpp_problem, published
 from tests.test_denoisers_own import unet
 
 WIDTHS = {"model_channels": 64, "num_res_blocks": 1, "channel_mult": [1, 1]}
@@ -82,7 +82,12 @@ def pfgmpp(folder: Path) -> list[str]:
     return edm_kind(folder, "EDMPrecond", D=128)
 
 
-@pytest.mark.parametrize("make", [adm, cm, vp, pfgmpp])
+def ncsnpp(folder: Path) -> list[str]:
+    ncsnpp_problem.checkpoint(folder / "m.pt", ncsnpp_problem.weights(ncsnpp_problem.settings()))
+    return []
+
+
+@pytest.mark.parametrize("make", [adm, cm, vp, pfgmpp, ncsnpp])
 def test_a_model_of_ones_own_trains_and_samples(
     make: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,3 +107,34 @@ def test_a_model_of_ones_own_trains_and_samples(
     images = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
     assert len(images) == 3 and all(image.shape == (16, 16, 3) for image in images)
     assert len({image.tobytes() for image in images}) == 3
+
+
+def test_pfgmpp_restarts_churns_and_teaches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that jumps, from the command line; the same network without D is another model."""
+    monkeypatch.chdir(tmp_path)
+    pfgmpp(tmp_path)
+    (tmp_path / "plain").mkdir()
+    edm_kind(tmp_path / "plain", "EDMPrecond")
+    info = '{"0": [3, 2, 0.06, 0.3]}'
+    common = ["--seeds=0-1", "--device=cpu"]
+    for folder, kernel in ((".", " (PFGM++, D = 128)"), ("plain", "")):
+        model = ["--dataset_name=mine", f"--model_path={folder}/m.pt"]
+        restart = ["--sampler=restart", f"--restart_info=6 {info}", f"--outdir=r/{folder}"]
+        churn = ["--sampler=edm", "--num_steps=4", "--S_churn=2", f"--outdir=e/{folder}"]
+        assert run(sample.main, *model, *restart, *common) == 0
+        assert run(sample.main, *model, *churn, *common) == 0
+        for outdir, jumps, nfe in ((f"r/{folder}", 2, 19), (f"e/{folder}", 4, 7)):
+            plan = RunRecord.read(Path(outdir) / "run.json").plan
+            assert plan["nfe_metered"] == plan["nfe_planned"] == nfe
+            told = [part for part in plan["parts"] if part.startswith("jump")]
+            assert len(told) == jumps and all(part.endswith(kernel) for part in told)
+    for kind in ("r", "e"):
+        for seed in ("000000.png", "000001.png"):
+            assert (Path(kind) / seed).read_bytes() != (Path(kind) / "plain" / seed).read_bytes()
+    student = ["--sampler_stu=amed", "--num_steps=3", "--batch=2", "--total_kimg=0.002"]
+    teacher = ["--sampler_tea=restart", f"--restart_info={info}", "--device=cpu"]
+    model = ["--dataset_name=mine", "--model_path=m.pt"]
+    assert run(train.main, *model, *student, *teacher, "--restart_target=trajectory") == 0
+    assert run(sample.main, *model, "--predictor_path=1", *common) == 0

@@ -30,8 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "amed": _LEARNED - {"amed"},
     "samplers": _LEARNED,
     "comparison": _LEARNED | {"samplers"},
+    "toy": _BASE | {"denoisers", "restart"},
 }
-SCRIPTS = ("train", "sample", "fid", "compare", "errors")
+SCRIPTS = ("train", "sample", "fid", "compare", "errors", "sweep", "visualize")
 #: Import what they like, and nobody imports them.
 FREE = {"tools", "benchmarks", "examples", "tests"}
 OURS = {*MAY_IMPORT, *SCRIPTS, *FREE}

@@ -14,6 +14,10 @@ import click
 import pytest
 from torch.distributed.run import get_args_parser
 
+import visualize
+from denoisers.cards import cards
+from samplers.build import build
+
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = "--gpus N, --model_path PATH, --try, --dry-run"
 TRAINING = ["default", "full", "cifar10", "ffhq", "imagenet64", "lsun_bedroom_ldm", "ms_coco"]
@@ -57,12 +61,12 @@ def test_syntax() -> None:
     assert os.access(ROOT / "launch.sh", os.X_OK) and os.access(ROOT / ".ci/run", os.X_OK)
 
 
-@pytest.mark.parametrize("recipe", TRAINING)
+@pytest.mark.parametrize("recipe", [*TRAINING, "sd_restart"])
 def test_every_flag_of_every_recipe_exists_and_takes_its_value(recipe: str) -> None:
     for script, arguments in scripts(recipe):
         if not (ROOT / script).exists():
             pytest.skip(f"{script} is not here yet")
-        command = importlib.import_module(script.removesuffix(".py")).main
+        command = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
         if isinstance(command, click.Group):
             command = command.commands[arguments[0]]
         options = {name: option for option in command.params for name in option.opts}
@@ -180,6 +184,30 @@ def test_main_job_trains_both_students_under_each_teacher_and_compares(
     assert given["--budgets"].split(",") == [str(2 * int(n) - 3) for n in steps]  # with AFS
 
 
+@pytest.mark.parametrize(("tries", "nfe", "number"), [([], 100, 5000), (["--try"], 12, 2)])
+def test_the_guidance_sweep_spends_one_budget_on_every_row(
+    tries: list[str], nfe: int, number: int
+) -> None:
+    (tool, drawn), (script, arguments) = scripts("sd_restart", *tries, "--model_path=/my sd")
+    assert (tool, drawn[-1]) == ("tools/draw_prompts.py", f"--number={number}")
+    given = flags(arguments)
+    assert script == "visualize.py" and given["--model_path"] == "/my sd"
+    assert given["--prompt_path"] == drawn[1] and given["--seeds"] == f"0-{number - 1}"
+    rows = [visualize.read_row(w[6:], None) for w in arguments if w.startswith("--row=")]
+    samplers = [build(row.options, cards()["ms_coco"]) for row in rows]
+    assert {(s.nfe, s.cost, s.settings["schedule_type"]) for s in samplers} == {
+        (nfe, 2, "discrete")
+    }
+    assert [row.title for row in rows] == [
+        f"{name} w={rate:g}"
+        for rate in (2, 3, 5, 8)
+        for name in ("DDIM", "DDPM", "Heun", "Restart")
+    ]
+    for row, sampler in zip(rows, samplers, strict=True):
+        assert f"w={sampler.guidance_rate:g}" in row.title
+    assert {s.settings["main_solver"] for s in samplers[3::4]} == {"euler"}
+
+
 def test_no_recipe_is_the_default_one() -> None:
     assert commands() == commands("default")
 
@@ -220,7 +248,7 @@ def test_several_gpus_go_through_torchrun(option: list[str]) -> None:
         (
             ["cifar"],
             "unknown recipe 'cifar': choose one of default full cifar10 ffhq imagenet64 "
-            "lsun_bedroom_ldm ms_coco test help",
+            "lsun_bedroom_ldm ms_coco sd_restart toy test help",
         ),
         (["--gpu=2"], f"unknown option '--gpu=2': there are {OPTIONS}"),
         (
@@ -241,7 +269,8 @@ def test_wrong_usage_is_one_sentence(arguments: list[str], message: str) -> None
 def test_help_lists_every_recipe() -> None:
     done = launch("help")
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
-    assert done.returncode == 0 and set(listed) >= {*TRAINING, "test", "help", "--gpus"}
+    assert done.returncode == 0
+    assert set(listed) >= {*TRAINING, "sd_restart", "toy", "test", "help", "--gpus"}
     assert launch("--help").stdout == done.stdout
 
 
@@ -325,10 +354,8 @@ def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
 def test_every_option_can_be_given_through_torchrun() -> None:
     """torchrun refuses what abbreviates two options of its own, even behind a script's name."""
     theirs = [o for action in get_args_parser()._actions for o in action.option_strings]
-    mains = [
-        importlib.import_module(script).main
-        for script in ("train", "sample", "fid", "compare", "errors")
-    ]
+    scripts = ("train", "sample", "fid", "compare", "errors", "sweep", "visualize")
+    mains = [importlib.import_module(script).main for script in scripts]
     for main in mains:
         for command in main.commands.values() if isinstance(main, click.Group) else [main]:
             for option in command.params:

@@ -98,7 +98,7 @@ def brute(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float, flo
     recall = np.mean([any(d[i, j] <= f[j] for j in range(len(fake))) for i in range(len(real))])
     density = sum(d[i, j] < r[i] for i in range(len(real)) for j in range(len(fake)))
     coverage = np.mean([min(d[i]) < r[i] for i in range(len(real))])
-    return precision, recall, density / (k * len(fake)), coverage
+    return float(precision), float(recall), density / (k * len(fake)), float(coverage)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])

@@ -138,3 +138,21 @@ def test_stable_diffusion(house: Path) -> None:
     launch(house, "ms_coco", tiny_pipeline.stable_diffusion(house.parent / "pipe", side=64))
     ((images, made),) = results(house, [20])
     assert images.shape[1:] == (128, 128, 3) and made is not None and made.n == 8
+
+
+def test_stable_diffusion_with_restart(house: Path) -> None:
+    """Four samplers at four guidance rates: all metered alike, no two images the same."""
+    (house / "data").mkdir()
+    (house / "data/MS-COCO_val2014_30k_captions.csv").write_text(
+        "id,text\n1,a cat\n2,a dog\n3,ox\n"
+    )
+    launch(house, "sd_restart", tiny_pipeline.stable_diffusion(house.parent / "pipe", side=64))
+    swept = house / "samples/sd_restart-try"
+    records = [RunRecord.read(path / "run.json") for path in sorted(swept.glob("*-w-*"))]
+    assert len(records) == 16 and all(r.plan["nfe_metered"] == 12 for r in records)
+    assert {r.plan["guidance_rate"] for r in records} == {2, 3, 5, 8}
+    assert all(r.options["prompts"]["count"] == 2 for r in records)
+    made = [path.read_bytes() for path in swept.glob("*-w-*/*.png")]
+    assert len(made) == len(set(made)) == 32
+    with Image.open(swept / "side-by-side.png") as page:
+        assert page.height > 16 * 128 and page.width > 2 * 128

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
-from restart.budget import INTERVALS, Walk, candidates
+from restart.budget import INTERVALS, WALKS, Walk, candidates, parse_intervals, parse_walks
 from restart.plan import Jump, Solve, plan_nfe, run_plan
+from runtime.errors import UserError
 from solvers.driver import Meter
 
 LIMITS = (0.002, 80.0)
@@ -102,6 +103,47 @@ def _shape(plan):
     down = next(p for p, before in zip(plan[1:], plan, strict=False) if isinstance(before, Jump))
     assert isinstance(first, Solve) and isinstance(down, Solve)
     return first.ts, jumps, down.ts
+
+
+def test_plans_of_two_intervals_are_complete():
+    levels, walks = [(0.002, 0.3), (1.09, 5.0)], [(Walk("euler"), "euler")]
+    one = list(candidates(9, *LIMITS, intervals=levels, walks=walks))
+    both = list(candidates(9, *LIMITS, intervals=levels, walks=walks, most=2))
+    assert {c.label for c in one} < {c.label for c in both} and len(both) == len(
+        {c.label for c in both}
+    )
+    found = set()
+    for candidate in both:
+        assert plan_nfe(candidate.plan) == 9
+        info = candidate.options["restart_info"]
+        if len(info) == 2:
+            found.add((candidate.options["num_steps"], *(tuple(info[i][:2]) for i in "01")))
+            tops = [part.t_to for part in candidate.plan if isinstance(part, Jump)]
+            assert tops == sorted(tops, reverse=True) and set(tops) == {0.3, 5.0}
+    brute = {
+        (n, (a + 1, j), (b + 1, k))
+        for n in range(3, 9)
+        for a in range(1, 7)
+        for b in range(1, 7)
+        for j in range(1, 7)
+        for k in range(1, 7)
+        if n - 1 + j * a + k * b == 9
+    }
+    # On the coarsest grid both intervals restart at one node, which is no plan.
+    assert found == {shape for shape in brute if shape[0] > 3}
+
+
+def test_walks_and_intervals_are_read():
+    walks = parse_walks("heun+0/heun,heun+afs/heun,ipndm+afs/heun,ipndm+afs/ipndm")
+    assert tuple(walks) == WALKS
+    assert parse_walks("euler/dpm3") == [(Walk("euler"), "dpm3")]
+    assert parse_intervals("0.06:0.3,1.09:5") == [(0.06, 0.3), (1.09, 5.0)]
+    for text in ("heun", "heun+1/heun", "amed/heun", "heun/magic", ""):
+        with pytest.raises(UserError, match="walk"):
+            parse_walks(text)
+    for text in ("0.3", "0.3:x", "0.3:0.06", "0:1", ""):
+        with pytest.raises(UserError, match="interval"):
+            parse_intervals(text)
 
 
 def test_an_impossible_budget_has_no_plan():

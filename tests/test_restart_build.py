@@ -221,16 +221,43 @@ def test_published_lines_and_files_are_read(tmp_path):
     pretty.write_text('{\n  "0": [3, 1, 19.35, 40.79],\n  "1": [4, 5, 0.59, 1.09]\n}\n')
     assert parse_restart_line(str(one)) == (18, PARSED)
     assert parse_restart_line(str(pretty)) == (None, PARSED)
-    assert read_configurations(many) == [(18, PARSED), (14, (Interval(2, 1, 1.0, 2.0),))]
+    third = (14, (Interval(2, 1, 1.0, 2.0),))
+    assert read_configurations(many) == {1: (18, PARSED), 3: third}
+    assert parse_restart_line(f"{many}:1") == (18, PARSED)
+    assert parse_restart_line(f" {many}:3\n") == third
+    assert parse_restart_line(f"{one}:1") == (18, PARSED)
+    colon = tmp_path / "one:3"  # a file of that very name comes first
+    colon.write_text(f"18 {TWO}")
+    assert parse_restart_line(str(colon)) == (18, PARSED)
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "message"),
+    [
+        (f"18 {TWO}\n\n14 {TWO}\n", "", "restart_info file {file} has a configuration in "
+         "each of the lines 1, 3: name one as in {file}:1"),
+        (f"18 {TWO}\n\n14 {TWO}\n", ":2", "restart_info file {file} has a configuration in "
+         "each of the lines 1, 3 and none in line 2: name one as in {file}:1"),
+        (f"{TWO}\n", ":9", "restart_info file {file} has a configuration in line 1 and none in "
+         "line 9: name one as in {file}:1"),
+        ("hello\n", "", "{file}, line 1 is not of the form {form} or 'N {{json}}'"),
+        (f"18 {TWO}\nhello\n", ":1", "{file}, line 2 is not of the form {form} or 'N {{json}}'"),
+        (f'18 {TWO}\n\n18 {{"0": [3, 2, 0.3, 0.06]}}\n', ":1", "{file}, line 3: restart interval 0 "
+         "[3, 2, 0.3, 0.06]: t_min = 0.3 has to be below t_max = 0.06"),
+        (f'18 {{"0": [3, 2\n18 {TWO}\n', "", "{file}, line 1: restart_info '{{\"0\": [3, 2' is not "
+         "valid JSON (Expecting ',' delimiter at character 11); write {form}"),
+        ('{"0": [3, 2]}', "", '{file}, line 1: restart_info interval "0" is [3, 2]; '
+         "write the four numbers [N_restart, K, t_min, t_max]"),
+        (" \n", "", "restart_info file {file} is empty; write 'N {{json}}' lines into it"),
+        ("\udcff", "", "restart_info file {file} is not a text file"),
+    ],
+)  # fmt: skip
+def test_bad_files_are_refused_by_name_and_line(text, asked, message, tmp_path):
+    file = tmp_path / "params.txt"
+    file.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError) as error:
-        parse_restart_info(str(many))
-    assert str(error.value) == (
-        f"restart_info file {many} holds 2 configurations; keep one of them"
-    )
-    many.write_text("hello\n")
-    with pytest.raises(UserError) as error:
-        parse_restart_info(str(many))
-    assert str(error.value) == f"restart_info file {many} is not of the form {FORM} or 'N {{json}}'"
+        parse_restart_info(f"{file}{asked}")
+    assert str(error.value) == message.format(file=file, form=FORM)
 
 
 FORM = '{"0": [N_restart, K, t_min, t_max], ...}'

@@ -14,6 +14,7 @@ from runtime.errors import UserError
 PUBLISHED = {
     "cifar10-vp": {43: 2.70, 55: 2.45, 75: 2.27, 115: 2.21, 519: 2.11},
     "cifar10": {43: 1.90},
+    "cifar10-pfgmpp": {43: 1.88},
     "imagenet64": {
         39: 2.38,
         67: 1.95,
@@ -56,7 +57,8 @@ def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError) as error:
         configuration("cifar10-44")
     assert str(error.value) == (
-        f"unknown restart configuration 'cifar10-44'; choose one of {', '.join(configurations())}"
+        f"unknown restart configuration 'cifar10-44'; choose one of {', '.join(configurations())}, "
+        "or give intervals of your own, or a line of a file, as --restart_info"
     )
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import UserError
-from runtime.log import JsonLines, TextLog, progress, read_json_lines, tensorboard
+from runtime.log import (
+    JsonLines,
+    TextLog,
+    progress,
+    read_json_lines,
+    tensorboard,
+    watch_batch,
+)
 
 
 def rows(first: int, last: int) -> list[dict[str, object]]:
@@ -73,6 +80,20 @@ def test_progress_shows_on_the_main_rank_only(capsys: pytest.CaptureFixture[str]
             bar.update(3)
         shown = capsys.readouterr().err
         assert ("sampling: 100%" in shown and "3/3" in shown) if enabled else shown == ""
+
+
+def test_a_long_batch_shows_how_far_it_is_but_not_at_every_state(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with progress(64, "pds", unit="img") as bar:
+        watch = watch_batch(bar)
+        for state in range(1, 1001):
+            now += 0.01
+            watch(state, 1000)
+    shown = capsys.readouterr().err
+    assert 8 <= shown.count("of a batch") <= 11 and "907/1000 of a batch" in shown
 
 
 def test_resumed_tensorboard_hides_what_the_killed_run_wrote_ahead(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_the_help_shows_examples_and_defaults(run: Run) -> None:
         (("--sampler=euler", "--class=0"), 1, "unconditional: leave --class 0 out"),
         (("--sampler=euler", "--model_path=no.safetensors"), 1, "no weights at no.safetensors"),
         (("--sampler=euler", "--device=tpu9"), 1, "device 'tpu9'"),
-        (("--sampler=restart", "--afs=True"), 1, "means nothing to sampler 'restart'"),
+        (("--sampler=edm", "--afs=True"), 1, "means nothing to sampler 'edm'"),
         (("--sampler=restart", "--restart_info={"), 1, "is not valid JSON"),
         (("--predictor_path=7",), 1, "no run 7 in exps"),
         (("--predictor_path=no/such.safetensors",), 1, "there is no predictor at no/such"),

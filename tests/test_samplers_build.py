@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from restart.budget import candidates
 from restart.plan import Jump, Solve
 from restart.tables import configurations
 from runtime.errors import UserError
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
 from samplers.options import CLASSIC, SAMPLERS, SamplerOptions
 from samplers.sampler import Sampler
 from solvers.dpmpp import DPMpp
@@ -21,7 +24,10 @@ INFO = json.dumps(RESTART)
 
 
 def sampler(name: str, **options: object) -> Sampler:
-    return build(SamplerOptions(sampler=name, **options), make_card())  # type: ignore[arg-type]
+    card = make_card()
+    if name == "pds":  # there are masks for it
+        card = dataclasses.replace(card, name="cifar10-small", resolution=32)
+    return build(SamplerOptions(sampler=name, **options), card)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -35,11 +41,19 @@ def sampler(name: str, **options: object) -> Sampler:
         ("heun", {"num_steps": 4}, 6),
         ("dpm", {"num_steps": 4, "afs": True}, 5),
         ("dpm", {"num_steps": 4, "guidance_rate": 7.5}, 12),
+        ("dpm3", {"num_steps": 4, "afs": True}, 8),
+        ("ddpm", {"num_steps": 18}, 18),
+        ("ddpm", {"num_steps": 18, "guidance_rate": 3.0, "schedule_type": "logsnr"}, 36),
         ("edm", {"num_steps": 18}, 35),
         ("edm", {"num_steps": 18, "S_churn": 40.0}, 35),
         ("restart", {"num_steps": 18, "restart_info": INFO}, 43),
         ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "euler"}, 26),
         ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "ipndm"}, 39),
+        ("pds", {"num_steps": 20}, 40),
+        ("pds", {"num_steps": 20, "n_steps": 0, "freq_mask_path": "none"}, 20),
+        ("pds", {"num_steps": 20, "n_steps": 2, "guidance_rate": 2.0}, 120),
+        ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "dpm3"}, 60),
+        ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "dpm3"}, 47),
     ],
 )
 def test_lengths_and_budgets_are_inverse(name: str, options: dict, nfe: int) -> None:
@@ -59,6 +73,8 @@ def test_lengths_and_budgets_are_inverse(name: str, options: dict, nfe: int) -> 
         ("restart", {"nfe": 42}, "41 or 43"),
         ("restart", {"nfe": 45, "restart_info": f"18 {INFO}"}, "43"),
         ("euler", {"nfe": 5, "guidance_rate": 2.0}, "4 or 6"),
+        ("pds", {"nfe": 45}, "44 or 46"),
+        ("pds", {"nfe": 3, "n_steps": 2}, "6"),
     ],
 )
 def test_a_budget_that_does_not_fit_names_its_neighbours(
@@ -81,11 +97,41 @@ def test_defaults() -> None:
         assert isinstance(walk, Solve) and len(walk.ts) == 6 and not walk.afs
         rho7 = (80 ** (1 / 7) + torch.arange(6) / 5 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         assert torch.allclose(walk.ts, rho7.double(), rtol=1e-5)
-    for name in ("edm", "restart"):
+    for name in ("ddpm", "edm", "restart"):
         assert sampler(name).settings["num_steps"] == 18
         assert sampler(name).describe()["times"][-1] == 0
     assert sampler("restart").settings["restart_info"] == RESTART
     assert sampler("restart", restart_info=f"7 {INFO}").settings["num_steps"] == 7
+
+
+def test_a_line_of_a_published_file_is_a_whole_configuration(tmp_path: Path) -> None:
+    row = configurations()["imagenet64-39"]
+    info = json.dumps({i: dataclasses.astuple(v) for i, v in enumerate(row.intervals)})
+    (tmp_path / "params.txt").write_text(f"18 {INFO}\n{row.n_main} {info}\n")
+    options = {"restart_info": f"{tmp_path / 'params.txt'}:2"}
+    noise = {"S_noise": 1.003, "S_min": 0.01, "S_max": 1.0, "restart_gamma": 0.05}
+    built, named = (
+        sampler("restart", **options, **noise),
+        sampler("restart", restart_config=row.name),
+    )
+    assert (built.nfe, built.settings["num_steps"]) == (39, 14)
+    assert built.describe()["parts"] == named.describe()["parts"]
+    assert built.describe()["times"] == named.describe()["times"]
+    with pytest.raises(UserError, match="contradicts the 14 main nodes"):
+        sampler("restart", **options, num_steps=18)
+
+
+@pytest.mark.parametrize(("budget", "most"), [(5, 1), (8, 2)])
+def test_options_reach_every_plan_of_a_budget(budget: int, most: int) -> None:
+    for candidate in candidates(budget, 0.002, 80.0, most=most):
+        info = json.dumps(candidate.options["restart_info"])
+        built = sampler("restart", **{**candidate.options, "restart_info": info})
+        assert built.nfe == budget
+        assert [str(part) for part in built.plan] == [str(part) for part in candidate.plan]
+        assert built.describe()["times"] == Sampler("", candidate.plan).describe()["times"]
+        walks = [[p.solver for p in plan if isinstance(p, Solve)]
+                 for plan in (built.plan, candidate.plan)]  # fmt: skip
+        assert walks[0] == walks[1]
 
 
 def test_options_reach_the_plan() -> None:
@@ -113,27 +159,37 @@ DPMPP = {"dpmpp", "dpmpp3c"}
 #: Who takes what, as docs/sampling.md says it, with a value that works.
 USERS: dict[str, tuple[object, set[str]]] = {
     "num_steps": (20, set(SAMPLERS)),
-    "nfe": (45, set(SAMPLERS) - {"heun", "dpm"}),  # two evaluations an interval: never odd
-    "schedule_rho": (6.0, set(SAMPLERS)),
+    "nfe": (45, set(SAMPLERS) - {"heun", "dpm", "pds"}),  # two evaluations an interval: never odd
+    "schedule_rho": (6.0, set(SAMPLERS) - {"pds"}),
     "sigma_min": (0.01, set(SAMPLERS)),
     "sigma_max": (70.0, set(SAMPLERS)),
     "guidance_rate": (1.0, set(SAMPLERS)),
-    "afs": (True, set(CLASSIC)),
-    "schedule_type": ("logsnr", set(CLASSIC)),
+    "afs": (True, {*CLASSIC, "restart"}),
+    "schedule_type": ("logsnr", {*CLASSIC, "ddpm", "restart"}),
     "max_order": (2, {"dpmpp", "ipndm"}),
     "predict_x0": (False, DPMPP),
     "lower_order_final": (False, DPMPP),
     "thresholding": (True, DPMPP),
     "r": (0.25, {"dpm"}),
+    "eta": (0.5, {"ddpm"}),
     "restart_info": ('{"0": [3, 1, 0.1, 2]}', {"restart"}),
     "restart_config": ("cifar10-vp-43", {"restart"}),
     "main_solver": ("euler", {"restart"}),
     "restart_solver": ("euler", {"restart"}),
     "restart_gamma": (0.1, {"restart"}),
+    "final_zero": (False, {"restart"}),
+    "learned": ("main", set()),
     "S_churn": (1.0, STOCHASTIC),
     "S_min": (0.5, STOCHASTIC),
     "S_max": (1.0, STOCHASTIC),
     "S_noise": (1.1, STOCHASTIC),
+    "speed_up": (20, {"pds"}),
+    "freq_mask_path": ("none", {"pds"}),
+    "space_mask_path": ("bundled", {"pds"}),
+    "alpha": (3.0, {"pds"}),
+    "snr": (0.1, {"pds"}),
+    "n_steps": (2, {"pds"}),
+    "batch_coupled": (True, {"pds"}),
 }
 
 
@@ -168,7 +224,6 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "euler", "sigma_max": math.nan}, "--sigma_max nan is not a number"),
         ({"sampler": "euler", "schedule_type": "cosine"}, "unknown schedule 'cosine'"),
         ({"sampler": "euler", "schedule_type": "discrete"}, "needs a model with its own time"),
-        ({"sampler": "restart", "afs": True}, "--afs True means nothing to sampler 'restart'"),
         ({"sampler": "edm", "afs": True}, "--afs True means nothing to sampler 'edm'"),
         ({"sampler": "restart", "restart_info": "{0: 1"}, "is not valid JSON"),
         ({"sampler": "restart", "restart_info": '{"0": [3, 1, 2, 1]}'}, "has to be below t_max"),
@@ -179,12 +234,31 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "restart", "nfe": 5, "restart_info": '{"0": [2, 1, 90, 95]}'},
          "lies outside the grid"),
         ({"sampler": "restart", "main_solver": "amed"}, "no solver 'amed' walks a restart grid"),
+        ({"sampler": "pds"}, "'tiny' has no bundled masks: fit one with python -m pds fit"),
+        ({"sampler": "pds", "freq_mask_path": "none", "alpha": 4.0}, "--alpha 4 means nothing"),
+        ({"sampler": "pds", "speed_up": 600}, "leaves 1 of 1000 iterations: give 500 or less"),
+        ({"sampler": "pds", "speed_up": 2, "nfe": 50}, "both fix the length of the chain"),
+        ({"sampler": "pds", "schedule_rho": 7.0}, "--schedule_rho 7.0 means nothing to"),
+        ({"sampler": "pds", "sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
     ],
 )  # fmt: skip
 def test_nonsense_is_one_sentence(options: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=".") as caught:
         build(SamplerOptions(**options), make_card())
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_chain_of_pds_has_the_settings_of_its_card() -> None:
+    """Those published for CIFAR-10, where a card has none; the published speed-ups round down."""
+    options = SamplerOptions(sampler="pds", freq_mask_path="none")
+    built = build(options, make_card())
+    assert built.nfe == 2000 and built.settings["snr"] == 0.16 and built.label == "pds-plain"
+    langevin = {"N": 2000, "n_steps": 1, "snr": 0.075}
+    card = dataclasses.replace(make_card(), langevin=langevin)
+    fast = build(dataclasses.replace(options, speed_up=30), card)
+    assert fast.nfe == 2 * 66 and fast.settings["snr"] == 0.075
+    with pytest.raises(UserError, match="by the kernels of PFGM"):
+        build(options, dataclasses.replace(make_card(), pfgmpp=128))
 
 
 @pytest.mark.parametrize(("afs", "nfe"), [(False, 4), (True, 3)])

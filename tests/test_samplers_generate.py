@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from denoisers.conditions import Conditions
+from denoisers.prior import start
 from denoisers.registry import Model, load_model
+from restart.plan import run_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
-from samplers.build import build, build_learned
+from samplers.build import build
+from samplers.build_learned import build_learned
 from samplers.generate import Batch, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
@@ -44,6 +47,7 @@ ALL: dict[str, dict] = {
     "ipndm": {"afs": True},
     "edm": {"num_steps": 5, "S_churn": 3.0},
     "restart": {"num_steps": 6},
+    "pds": {"num_steps": 8, "freq_mask_path": "none"},
 }
 
 
@@ -183,7 +187,7 @@ def test_a_plan_that_miscounts_is_a_defect() -> None:
         images(Sampler(right.label, right.plan, {}, 2), GaussianModel(), 10)
 
 
-@pytest.mark.parametrize("name", ["restart", "edm", "ipndm"])
+@pytest.mark.parametrize("name", ["restart", "edm", "ipndm", "pds"])
 def test_the_trajectory_ends_in_the_image_and_has_the_described_times(name: str) -> None:
     chosen, model = samplers()[name], MixtureModel()
     final, (plain,) = images(chosen, model, 10)
@@ -193,6 +197,13 @@ def test_the_trajectory_ends_in_the_image_and_has_the_described_times(name: str)
     described = torch.tensor(chosen.describe()["times"], dtype=torch.float64)
     assert torch.allclose(kept.trajectory.t, described, rtol=1e-11, atol=0)
     assert len(kept.trajectory.x) == len(described)
+
+
+def test_every_state_of_a_batch_is_told() -> None:
+    chosen, seen = sampler("restart", num_steps=6), []
+    images(chosen, MixtureModel(), 5, watch=lambda state, states: seen.append((state, states)))
+    states = len(chosen.describe()["times"]) - 1
+    assert seen == 2 * [(state, states) for state in range(1, states + 1)]
 
 
 def test_classes_belong_to_seeds_or_are_given() -> None:
@@ -274,11 +285,27 @@ def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
         assert (found - whole.trajectory.x[:, i]).abs().max() < 1e-10
 
 
-def test_jumps_are_refused_where_they_would_be_of_the_wrong_kind() -> None:
-    """A model of PFGM++ adds noise that is not Gaussian."""
+@pytest.mark.parametrize(
+    ("name", "options", "jumps"),
+    [
+        ("restart", {"num_steps": 8, "restart_info": '{"0": [3, 2, 0.06, 0.3]}'}, 2),
+        ("edm", {"num_steps": 6, "S_churn": 2.0}, 6),
+    ],
+)
+def test_jumps_follow_the_model(name: str, options: dict, jumps: int) -> None:
+    """Whatever the plan was built for, PFGM++ adds noise by its own kernels, at no evaluation."""
     card = dataclasses.replace(make_card(), pfgmpp=128)
+    plain, built = sampler(name, **options), build(SamplerOptions(name, **options), card)
+    assert sum("(PFGM++, D = 128)" in part for part in built.describe()["parts"]) == jumps
+    assert not any("PFGM" in part for part in plain.describe()["parts"])
     model = GaussianModel(card)
-    jumping = sampler("restart", num_steps=8, restart_info='{"0": [3, 1, 0.06, 0.3]}')
-    with pytest.raises(UserError, match="'tiny' adds noise by the kernels of PFGM"):
-        generate(jumping, model, SEEDS, batch=5, device="cpu")
-    generate(sampler("heun", num_steps=8), model, SEEDS, batch=5, device="cpu")
+    whole, batches = images(built, model, 10)
+    assert torch.equal(images(plain, model, 10)[0], whole)
+    assert {found.nfe for found in batches} == {plain.nfe} == {built.nfe}
+    assert (images(built, model, 3)[0] - whole).abs().max() < 1e-10
+    noise = SeedNoise(SEEDS)
+    normal = lambda name: noise.normal(name, SHAPE, torch.float64)  # noqa: E731
+    x = start(card, noise, built.start, torch.float64, "cpu")
+    for D, same in ((128, True), (64, False), (None, False)):
+        end = run_plan(with_kernel(plain.plan, D), model.bind(), x, normal).x[-1]
+        assert torch.equal(end, whole) is same

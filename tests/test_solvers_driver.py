@@ -81,6 +81,8 @@ def test_known_budgets():
     eighteen, half = grid(18, zero=True), FixedRatio(0.5)
     assert planned_nfe(make_solver("heun"), eighteen) == 35
     assert planned_nfe(make_solver("euler"), eighteen) == 18
+    assert planned_nfe(make_solver("dpm3"), eighteen) == 52
+    assert planned_nfe(make_solver("dpm3"), grid(4), half, afs=True) == 8
     assert planned_nfe(make_solver("amed"), grid(4), half, afs=True) == 5
     assert planned_nfe(make_solver("ipndm"), grid(4), half, afs=True) == 5
     assert planned_nfe(make_solver("ipndm"), grid(6)) == 5
@@ -123,7 +125,7 @@ def test_an_interval_to_zero_lands_on_the_denoised_state(name):
     assert trajectory.x.shape == (5, BATCH, *SHAPE) and torch.equal(trajectory.t, ts)
     before = advance(solver, Meter(denoiser), State(start()), ts[0], ts[1], FixedRatio(0.4))
     last = advance(solver, Meter(denoiser), before, ts[1], ts[-1], FixedRatio(0.4))
-    assert before.substeps == 2
+    assert before.substeps == 1 + len(solver.stages)
     assert last.history == () and last.substeps == 0
 
 
@@ -145,6 +147,10 @@ class Spy:
     @property
     def lower_order_final(self) -> bool:
         return self.inner.lower_order_final
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        return self.inner.stages
 
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
         assert all(bool(b.t < a.t) for a, b in itertools.pairwise(nodes)), "newest last"

@@ -12,7 +12,7 @@ from torch import Tensor
 from solvers.dpmpp import DPMpp, threshold
 from solvers.driver import Meter, State, advance, integrate
 from solvers.registry import make_solver
-from solvers.rules import ADAMS_BASHFORTH, AdamsBashforth, FixedRatio, TwoStage
+from solvers.rules import ADAMS_BASHFORTH, AdamsBashforth, FixedRatio, ThreeStage, TwoStage
 from solvers.types import Denoised, Mid
 from tests.solver_problem import (
     MULTISTEP,
@@ -82,6 +82,28 @@ def test_dpm_solver_2_is_its_exponential_form():
         d_mid = (x_mid - denoiser(x_mid, t_mid).x0) / t_mid
         x = x - t_next * torch.expm1(h) * ((1 - 1 / (2 * r)) * d + d_mid / (2 * r))
     assert relative_error(sample(make_solver("dpm", r=r), ts)[-1], x) < 1e-12
+
+
+def test_dpm_solver_3_is_the_published_algorithm_of_a_vp_process():
+    """Lu et al. 2022, algorithm 2, with its alpha and sigma; our ``x`` is theirs over alpha."""
+    ts, denoiser, x = grid(), mixture(), start()
+    alpha = lambda t: 1 / torch.sqrt(1 + t**2)  # noqa: E731
+    sigma = lambda t: t * alpha(t)  # noqa: E731
+    noise = lambda u, t: (u / alpha(t) - denoiser(u / alpha(t), t).x0) / t  # noqa: E731
+    r1, r2 = 1 / 3, 2 / 3
+    x = x * alpha(ts[0])
+    for t, t_next in zip(ts, ts[1:], strict=False):
+        h = torch.log(t) - torch.log(t_next)
+        s1, s2 = t * torch.exp(-r1 * h), t * torch.exp(-r2 * h)
+        eps = noise(x, t)
+        u1 = alpha(s1) / alpha(t) * x - sigma(s1) * torch.expm1(r1 * h) * eps
+        first = noise(u1, s1) - eps
+        u2 = alpha(s2) / alpha(t) * x - sigma(s2) * torch.expm1(r2 * h) * eps
+        u2 = u2 - sigma(s2) * r2 / r1 * (torch.expm1(r2 * h) / (r2 * h) - 1) * first
+        second = noise(u2, s2) - eps
+        x = alpha(t_next) / alpha(t) * x - sigma(t_next) * torch.expm1(h) * eps
+        x = x - sigma(t_next) / r2 * (torch.expm1(h) / h - 1) * second
+    assert relative_error(sample(make_solver("dpm3"), ts)[-1], x / alpha(ts[-1])) < 1e-12
 
 
 def test_amed_rule_at_the_geometric_mean_is_dpm_solver_2():
@@ -164,7 +186,7 @@ def test_c_scales_the_change_and_nothing_else(name):
 
     t_mid = ts[3] ** 0.4 * ts[2] ** 0.6
     node = Meter(mixture())(state.x, ts[2])
-    if isinstance(solver, TwoStage):
+    if isinstance(solver, TwoStage | ThreeStage):
         base = state.x
     else:  # the second half step starts at the inserted node
         base = solver.predict((*state.history, node), t_mid, solver.max_order)
@@ -234,4 +256,5 @@ def test_names_give_the_methods_they_promise():
     assert make_solver("ipndm", max_order=None) == AdamsBashforth(4)
     assert make_solver("dpmpp", max_order=2, predict_x0=None) == DPMpp(2)
     assert make_solver("dpmpp3c", max_order=2) == DPMpp(3, corrected=True)
+    assert make_solver("dpm3", max_order=2, r=0.5) == ThreeStage(FixedRatio(2 / 3))
     assert make_solver("amed") == TwoStage(None, midpoint=True)

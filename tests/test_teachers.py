@@ -59,6 +59,22 @@ def restart_of(info: dict, target: str = "flow", **kw) -> tuple[RestartTeacher, 
     return teacher, settings
 
 
+def test_restart_teaches_by_the_jumps_of_the_model():
+    settings, names = settings_of(), set()
+    x, plain = starts(range(3)), normals(range(3))
+
+    def spy(name):
+        names.add(name)
+        return plain(name)
+
+    gaussian = teacher_of("restart", settings, AROUND)
+    pfgmpp = teacher_of("restart", settings, AROUND, pfgmpp=16)
+    assert teacher_nfe(pfgmpp) == teacher_nfe(gaussian)
+    states, other = (t.visit(mixture(), x, spy) for t in (pfgmpp, gaussian))
+    assert {("restart", 0, 0, "spread"), ("restart", 0, 1, "spread")} < names
+    assert torch.equal(states[1], other[1]) and largest(states[2:], other[2:]) > 1e-3
+
+
 # Classic teachers
 
 

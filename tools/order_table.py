@@ -104,6 +104,8 @@ CASES: tuple[Case, ...] = (
         _two_stage(f"DPM-Solver-2, r = {r}", "dpm", 2, r, "2206.00927, alg. 1")
         for r in (0.3, 0.5, 0.8)
     ),
+    Case("DPM-Solver-3", "dpm3", 3, "polynomial", "2206.00927, alg. 2"),
+    Case("DPM-Solver-3", "dpm3", 3, "logsnr", "2206.00927, alg. 2"),
     _two_stage("AMED rule, r = 0.5", "amed", 2, 0.5, "2312.00094"),
     _two_stage("AMED rule, r = 0.3", "amed", 1, 0.3, "2312.00094"),
     _two_stage("AMED rule, r = 0.8", "amed", 1, 0.8, "2312.00094"),

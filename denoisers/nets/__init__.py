@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .dhariwal import DhariwalUNet
+from .mlp import MLP
 from .song import SongUNet
 
-Network = SongUNet | DhariwalUNet
-NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {
+Network = SongUNet | DhariwalUNet | MLP
+NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet] | type[MLP]] = {
     "SongUNet": SongUNet,
     "DhariwalUNet": DhariwalUNet,
+    "MLP": MLP,
 }

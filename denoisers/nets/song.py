@@ -25,8 +25,9 @@ from .layers import (
 class SongUNet(nn.Module):
     """DDPM++ by default; NCSN++ with Fourier embedding, residual encoder and a (1,3,3,1) filter.
 
-    ``bottleneck`` names the encoder block whose channel mean the forward returns as well; the
-    default is the last one.  Raises ValueError for an unknown embedding, encoder, decoder or block.
+    ``bottleneck`` names the module whose channel mean the forward returns as well: an encoder block
+    (the default is the last one), or the end of the middle, ``<size>_in1``.  Raises ValueError for
+    an unknown embedding, encoder, decoder or block.
     """
 
     def __init__(
@@ -90,7 +91,8 @@ class SongUNet(nn.Module):
             block, levels, in_channels, model_channels, num_blocks, encoder_type
         )
         self.bottleneck = bottleneck or list(self.enc)[-1]
-        one_of("bottleneck", self.bottleneck, tuple(self.enc))
+        coarsest = levels[-1][0]
+        one_of("bottleneck", self.bottleneck, (*self.enc, f"{coarsest}x{coarsest}_in1"))
         self.dec = nn.ModuleDict()
         self._build_decoder(block, levels, out_channels, num_blocks, decoder_type, skips)
 
@@ -200,6 +202,8 @@ class SongUNet(nn.Module):
                 if x.shape[1] != module.in_channels:
                     x = torch.cat([x, skips.pop()], dim=1)
                 x = module(x, emb)
+            if name == self.bottleneck and name not in self.enc:  # blocks of both share names
+                feat = channel_mean(x)
         assert image is not None  # every decoder ends with an image
         return image, feat
 

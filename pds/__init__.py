@@ -1,0 +1,1 @@
+"""Preconditioned diffusion sampling: masks from data, linear operators, predictor-corrector."""

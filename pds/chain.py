@@ -1,0 +1,112 @@
+"""Predictor-corrector sampling of the variance-exploding SDE, with and without preconditioning.
+
+Song et al. 2021 (arXiv:2011.13456), algorithm 2: at every noise level Langevin steps (the
+corrector, algorithm 4), then one step of the reverse diffusion down to the next level (the
+predictor).  PDS (arXiv:2207.02196) replaces every noise ``z`` by ``A z``, the start included, and
+every score ``g`` by ``B g``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pds.operators import Preconditioner
+from solvers.driver import Meter
+from solvers.grids import get_grid
+
+EPS = 1e-5  #: where the published code ends its SDE time, which runs from 1
+
+
+@dataclass(frozen=True, eq=False)  # tensors inside: chains compare by identity
+class Chain:
+    """A part of a plan (see ``restart.plan.Part``): N iterations from the highest level to 0.
+
+    Every random number is a named draw: ``("corrector", i, k)`` and ``("predictor", i)`` of
+    iteration i from 0.
+    """
+
+    levels: Tensor  #: (N,) float64 on the CPU, decreasing; the last predictor goes to 0
+    told: Tensor  #: (N,) the levels that the network is told instead
+    operators: Preconditioner = field(default_factory=Preconditioner)
+    snr: float = 0.16  #: of a corrector step
+    n_steps: int = 1  #: corrector steps at each level
+    batch_coupled: bool = False  #: as published: the corrector's step is that of the whole batch
+
+    @property
+    def start(self) -> float:
+        return float(self.levels[0])
+
+    @property
+    def times(self) -> list[float]:
+        return [*self.levels[1:].tolist(), 0.0]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.levels)} iterations {self.levels[0]:g} -> {self.levels[-1]:g} -> 0, each "
+            f"of {self.n_steps} corrector step(s) and a predictor step"
+        )
+
+    def nfe(self, cost: int = 1) -> int:
+        return len(self.levels) * (self.n_steps + 1) * cost
+
+    def visit(self, meter: Meter, x: Tensor, normal: Callable[[tuple], Tensor]) -> Iterator[Tensor]:
+        """The states (B, C, H, W) after each iteration, from ``x = sigma_max z``.
+
+        The last one is the mean of its step, without the noise (Tweedie's formula at the lowest
+        level), as published.
+        """
+        operators = self.operators.to(x)
+
+        def drift(x: Tensor, told: Tensor) -> Tensor:
+            return operators.drift((meter(x, told).x0 - x) / told**2)
+
+        def noise(*name: str | int) -> Tensor:
+            return operators.noise(normal(name).to(x))
+
+        x = operators.noise(x)
+        last = len(self.levels) - 1
+        for i, (level, told) in enumerate(zip(self.levels, self.told, strict=True)):
+            for k in range(self.n_steps):
+                g, z = drift(x, told), noise("corrector", i, k)
+                x = langevin(x, g, z, langevin_step(g, z, self.snr, self.batch_coupled))
+            below = self.levels[i + 1] if i < last else torch.zeros_like(level)
+            variance = level**2 - below**2
+            x = x + variance * drift(x, told)
+            if i < last:
+                x = x + variance.sqrt() * noise("predictor", i)
+            yield x
+
+
+def ve_levels(
+    iterations: int, sigma_min: float, sigma_max: float, eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    """The levels of the discretised VE SDE and those that the network is told, (N,) float64 each.
+
+    The levels are geometric.  The published code tells the network ``sigma(t)`` at N times t that
+    are uniform from 1 to ``eps``, not to 0, so it is told a hair more.  Raises ValueError as
+    `solvers.grids.get_grid` does.
+    """
+    levels = get_grid("logsnr", iterations, sigma_min, sigma_max)
+    behind = torch.linspace(0, eps, iterations, dtype=torch.float64)
+    return levels, levels * (sigma_max / sigma_min) ** behind
+
+
+def langevin(x: Tensor, g: Tensor, z: Tensor, step: Tensor | float) -> Tensor:
+    """``x + step g + sqrt(2 step) z`` for ``g = B score``, ``z = A noise``, all (B, C, H, W)."""
+    return x + step * g + (2 * step) ** 0.5 * z
+
+
+def langevin_step(g: Tensor, z: Tensor, snr: float, coupled: bool = False) -> Tensor:
+    """The step size ``2 (snr |z| / |g|)^2`` of each sample, (B, 1, 1, 1), from its own norms.
+
+    ``coupled`` averages both norms over the batch first, as the published code does, so that the
+    neighbours of a sample change it.
+    """
+    norms = [torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True) for v in (z, g)]
+    if coupled:
+        norms = [norm.mean(0, keepdim=True) for norm in norms]
+    return 2 * (snr * norms[0] / norms[1]) ** 2

@@ -1,0 +1,63 @@
+"""Draw prompts from a long file into a short one, the same ones on every machine."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from denoisers.text import COLUMN, read_prompts  # noqa: E402
+from runtime import cli  # noqa: E402
+from runtime.errors import UserError  # noqa: E402
+from runtime.files import atomic_write  # noqa: E402
+
+EXAMPLES = """\b
+Example:
+  python tools/draw_prompts.py data/MS-COCO_val2014_30k_captions.csv data/coco-5k.csv
+"""
+
+
+def draw(count: int, number: int, seed: int) -> list[int]:
+    """``number`` of ``count`` rows, each at most once, in the order of the draw.
+
+    They are ordered by the SHA-256 of ``<seed> <row>``, which no library's generator can change;
+    fewer are the beginning of more.
+    """
+    return sorted(range(count), key=lambda row: sha256(f"{seed} {row}".encode()).digest())[:number]
+
+
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--number", type=click.IntRange(1), default=5000, help="prompts to draw")
+@click.option("--seed", type=click.IntRange(0), default=0, help="of the draw")
+def main(source: Path, target: Path, number: int, seed: int) -> None:
+    """Draw prompts from SOURCE, a CSV with a column 'text' or a prompt a line, into TARGET.csv.
+
+    TARGET has the columns 'row' (in SOURCE, from 0) and 'text', for --prompt_path.
+    """
+    prompts = read_prompts(source)
+    if target.suffix.lower() != ".csv":
+        raise UserError(f"{target} would not be read as a CSV: give it the ending .csv")
+    if number > len(prompts):
+        raise UserError(f"{source} has {len(prompts)} prompts: give --number {len(prompts)}")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", COLUMN])
+    writer.writerows([row, prompts[row]] for row in draw(len(prompts), number, seed))
+    content = text.getvalue().encode()
+    if target.exists() and target.read_bytes() != content:
+        raise UserError(f"{target} holds something else: remove it, or give another name")
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(content)
+    click.echo(f"wrote {target}: {number} of {len(prompts)} prompts")
+
+
+if __name__ == "__main__":
+    cli.run(main)

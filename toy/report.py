@@ -1,0 +1,176 @@
+"""What the experiment shows: the claims, checked, the figure of the paper, and all points."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.files import atomic_write
+from toy.experiment import Point, Results
+from toy.processes import FAMILIES
+
+NAMES = {"ode": "ODE", "sde": "SDE", "restart": "Restart", "sde-wide": "SDE, above t_max too"}
+STYLES = {"ode": ("C0", "^"), "sde": ("C1", "s"), "restart": ("C3", "o"), "sde-wide": ("grey", "x")}
+ERRORS = ("total", "contracted", "additional")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An error over the reported blocks, and the deviation of that mean."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Of two or more values."""
+        return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} +- {self.error:.3f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The chosen process of a family at a budget."""
+
+    family: str
+    label: str
+    nfe: int
+    total: Mean
+    contracted: Mean
+    additional: Mean
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``smaller < larger`` at a budget, and by how much on average over the blocks."""
+
+    text: str
+    margin: Mean
+
+    @property
+    def holds(self) -> bool:
+        return self.margin.value > 0
+
+
+def rows(results: Results) -> list[Row]:
+    """One row per budget and family, in this order."""
+    kept: dict[tuple[int, str], list[Point]] = {}
+    for point in results.chosen:
+        kept.setdefault((point.nfe, point.family), []).append(point)
+    return [
+        Row(
+            family,
+            points[0].label,
+            nfe,
+            *(Mean.of([getattr(point, error) for point in points]) for error in ERRORS),
+        )
+        for (nfe, family), points in sorted(
+            kept.items(), key=lambda item: (item[0][0], FAMILIES.index(item[0][1]))
+        )
+    ]
+
+
+def claims(results: Results) -> list[Claim]:
+    """The paper's statement as inequalities, at every budget.
+
+    Restart's total error is below that of the ODE and of the SDE, and its contracted error below
+    the ODE's.  Margins are of the same blocks, so they share their latents.
+    """
+    at = {(p.nfe, p.family, p.block): p for p in results.chosen}
+    blocks = sorted({p.block for p in results.chosen})
+    found = []
+    for nfe in sorted({p.nfe for p in results.chosen}):
+        for error, family in (("total", "ode"), ("total", "sde"), ("contracted", "ode")):
+            margins = [
+                getattr(at[nfe, family, b], error) - getattr(at[nfe, "restart", b], error)
+                for b in blocks
+            ]
+            text = f"{nfe} NFE: {error} error of Restart < that of the {NAMES[family]}"
+            found.append(Claim(text, Mean.of(margins)))
+    return found
+
+
+def table(results: Results) -> str:
+    """The rows, the floor and the claims in Markdown."""
+    lines = ["| NFE | | settings | " + " | ".join(ERRORS) + " |", "|---|---|---|---|---|---|"]
+    for row in rows(results):
+        errors = " | ".join(str(getattr(row, error)) for error in ERRORS)
+        settings = row.label.split(" ", 1)[1].replace("|", "then")
+        lines.append(f"| {row.nfe} | {NAMES[row.family]} | {settings} | {errors} |")
+    lines += ["", f"A fresh sample of the mixture: total {Mean.of(results.floor)}.", ""]
+    for claim in claims(results):
+        lines.append(f"{'holds' if claim.holds else 'FAILS'}: {claim.text}, by {claim.margin}")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(folder: Path, results: Results) -> list[Path]:
+    """``results.json``, ``table.md`` and ``errors.png``; returns their paths."""
+    content: dict[str, Any] = {
+        "record": json.loads(results.record.to_json()),
+        "floor": results.floor,
+        "claims": [{**asdict(claim), "holds": claim.holds} for claim in claims(results)],
+        "rows": [asdict(row) for row in rows(results)],
+        "swept": [asdict(point) for point in results.swept],
+        "chosen": [asdict(point) for point in results.chosen],
+    }
+    paths = [folder / name for name in ("table.md", "results.json", "errors.png")]
+    for path, text in zip(
+        paths, (table(results), json.dumps(content, indent=1) + "\n"), strict=False
+    ):
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    _figure(paths[2], results)
+    return paths
+
+
+def frontier(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The pairs that no other one undercuts in both numbers, by the first number."""
+    kept: list[tuple[float, float]] = []
+    for pair in sorted(pairs):
+        if not kept or pair[1] < kept[-1][1]:
+            kept.append(pair)
+    return kept
+
+
+def _figure(path: Path, results: Results) -> None:
+    """The paper's figure 2: contracted and total error against additional; total against NFE."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3)
+    reported = rows(results)
+    for family in FAMILIES:
+        color, marker = STYLES[family]
+        swept = [p for p in results.swept if p.family == family]
+        pairs = [(p.additional, p.contracted) for p in swept]
+        left.plot(*zip(*pairs, strict=True), marker, color=color, ms=4, alpha=0.5)
+        left.plot(*zip(*frontier(pairs), strict=True), "-", color=color, lw=1.5)
+        totals = [(p.additional, p.total) for p in swept]
+        middle.plot(*zip(*totals, strict=True), marker, color=color, ms=4, alpha=0.7)
+        mine = [row for row in reported if row.family == family]
+        right.errorbar(
+            [row.nfe for row in mine],
+            [row.total.value for row in mine],
+            [row.total.error for row in mine],
+            fmt=marker + "-", color=color, capsize=3, lw=1.5, label=NAMES[family],
+        )  # fmt: skip
+    right.axhline(statistics.fmean(results.floor), color="black", ls=":", lw=1, label="fresh data")
+    for axes, title in ((left, "(a)"), (middle, "(b)"), (right, "(c)")):
+        axes.set_title(title, fontsize=10, loc="left")
+    for axes, what in ((left, "contracted"), (middle, "total"), (right, "total")):
+        axes.set_ylabel(f"{what} error (W1)")
+    for axes in (left, middle):
+        axes.set_xlabel("additional error (W1)")
+    right.set_xlabel("network evaluations (NFE)")
+    right.legend(fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
