@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -10,8 +9,7 @@ import click
 from comparison.errors_job import prepare
 from comparison.errors_run import run
 from comparison.images import open_detector
-from denoisers.cards import cards
-from denoisers.registry import DTYPES
+from comparison.options import work_options
 from metrics.detectors import DETECTORS
 from runtime import cli
 from runtime.dist import world
@@ -27,8 +25,6 @@ NONE = "none"
 
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
-@click.option("--dataset_name", default="cifar10-small", help=f"model: {', '.join(cards())}")
-@cli.model_options
 @click.option(
     "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
 )
@@ -42,13 +38,8 @@ NONE = "none"
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )
-@click.option("--detector", type=click.Choice([*DETECTORS, NONE]), default="cifar10-small")
-@click.option("--detector-path", "detector_path", type=click.Path(path_type=Path))
-@click.option("--outdir", type=click.Path(path_type=Path), default=Path("samples/errors"))
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network")
 @click.option("--batch", type=click.IntRange(1), default=32, help="images that are solved together")
-@cli.device_option
-@cli.dry_run_option
+@work_options("samples/errors", (*DETECTORS, NONE))
 def main(dry_run: bool, device: str | None, **options: Any) -> None:
     """Measure solver error without a reference: the distance to the exact solution of the ODE.
 

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from comparison.choose import SELECTION_START
 from denoisers.cards import cards
 from denoisers.registry import DTYPES
 from metrics.detectors import DETECTORS
 from runtime import cli
+from runtime.seeds import SELECTION_START
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def harness_options(outdir: str) -> Callable[[F], F]:
-    """Model, detector, reference, and how to compute; results go to ``outdir`` by default."""
+def work_options(outdir: str, detectors: Iterable[str] = DETECTORS) -> Callable[[F], F]:
+    """Model, detector, and how to compute; results go to ``outdir`` by default."""
 
     def add(function: F) -> F:
         for option in (
             cli.dry_run_option,
             cli.device_option,
-            cli.batch_option(128),
             click.option(
                 "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network"
             ),
             click.option("--outdir", type=click.Path(path_type=Path), default=Path(outdir)),
-            click.option(
-                "--ref", default="cifar10-small", help="reference statistics: a name or an .npz"
-            ),
             click.option("--detector-path", "detector_path", type=click.Path(path_type=Path)),
-            click.option("--detector", type=click.Choice(list(DETECTORS)), default="cifar10-small"),
+            click.option("--detector", type=click.Choice(list(detectors)), default="cifar10-small"),
             cli.model_options,
             click.option(
                 "--dataset_name", default="cifar10-small", help=f"model: {', '.join(cards())}"
@@ -41,6 +37,22 @@ def harness_options(outdir: str) -> Callable[[F], F]:
         ):
             function = option(function)
         return function
+
+    return add
+
+
+def harness_options(outdir: str) -> Callable[[F], F]:
+    """As `work_options`, with the reference of a FID."""
+
+    def add(function: F) -> F:
+        for option in (
+            click.option(
+                "--ref", default="cifar10-small", help="reference statistics: a name or an .npz"
+            ),
+            cli.batch_option(128),
+        ):
+            function = option(function)
+        return work_options(outdir)(function)
 
     return add
 

@@ -164,7 +164,8 @@ def _runs(contents: Sequence[dict[str, Any]]) -> str:
 
 def command(record: dict[str, Any]) -> str:
     """The command line that gives the options of a record."""
-    words = ["python", f"{record['command']}.py"]
+    script, *subcommand = record["command"].split()
+    words = ["python", f"{script}.py", *subcommand]
     for key, value in record["options"].items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:

@@ -52,7 +52,8 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
     rows += restart_rows(options["restart"], walkers, card)
     if not rows:
         raise UserError("nothing is left to sweep: give --restart, --ode or --sde")
-    record = make_record("sweep", options, harness, {"rows": [row.sampler.label for row in rows]})
+    more = {"rows": [row.sampler.label for row in rows]}
+    record = make_record("sweep figure", options, harness, more)
     return Job(harness, {}, rows, [], [], options["outdir"], record)
 
 

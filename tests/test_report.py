@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import compare
 import errors
+import sweep
 from comparison.page import command, write_page
 from comparison.report import cells, excess, ordered
 from runtime.errors import UserError
@@ -161,14 +162,18 @@ def test_a_hostile_name_is_only_shown(folder: Path) -> None:
 
 
 def test_the_command_gives_the_options_of_the_record() -> None:
-    for main, name in ((compare.main, "compare"), (errors.main, "errors")):
-        given = ["--budgets=5", "--outdir=a b", "--device=cpu", "--dataset_name=it's"]
+    figure = sweep.main.commands["figure"]
+    mains = {"compare.py": compare.main, "errors.py": errors.main, "sweep.py figure": figure}
+    for start, main in mains.items():
+        name = start.replace(".py", "")
+        given = ["--outdir=a b", "--device=cpu", "--dataset_name=it's"]
         options = main.make_context(name, given).params
         options.pop("dry_run"), options.pop("device")
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
         words = shlex.split(command({**record(**plain), "command": name}))
-        assert words[:2] == ["python", f"{name}.py"]
-        again = main.make_context(name, words[2:]).params
+        flags = len(start.split()) + 1
+        assert " ".join(words[:flags]) == f"python {start}"
+        again = main.make_context(name, words[flags:]).params
         assert {k: again[k] for k in options} == options
 
 

@@ -15,7 +15,7 @@ import sample
 import sweep
 from comparison import choose, search
 from comparison.choose import SELECTION_START, Dopri5Error, Space
-from comparison.job import Job, run
+from comparison.job import Job, make_record, run
 from comparison.measure import Harness
 from comparison.sweep import CHURN, churned, configurations_of, restart_rows, series
 from restart.plan import Jump, run_plan
@@ -93,7 +93,8 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     twins = ['2 {"0": [2, 1, 0.06, 0.3]}', '2 {"0": [2, 1, 0.06, 0.5]}']
     rows += restart_rows(twins, PLAIN, CARD)
     assert len({row.key for row in rows}) == 5  # two plans of one NFE keep two files
-    job = Job(harness, {}, rows, [], [], tmp_path, RunRecord.make("sweep", {}, {}, {}))
+    record = make_record("sweep figure", {"num": 12}, harness, {})
+    job = Job(harness, {}, rows, [], [], tmp_path, record)
     original = Harness.fid
     made: list[str] = []
     most = 3
@@ -120,6 +121,9 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     assert said == sorted((r["nfe_metered"], r["fid"], r["detail"]) for r in results)
     assert {r["detail"] for r in results} >= set(twins)
     assert (tmp_path / "fid-nfe.png").stat().st_size > 10_000
+    page = (tmp_path / "report.html").read_text()
+    assert "python sweep.py figure --num=12" in page
+    assert all(f'<td class="text">{r["method"]}</td>' in page for r in results)
 
 
 @pytest.mark.parametrize(("kind", "rounds"), [("fid", [4, 8]), ("dopri5", [2, 4])])
