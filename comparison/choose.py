@@ -21,12 +21,11 @@ from restart.plan import with_kernel
 from restart.search import search, search_images
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
+from runtime.seeds import SELECTION_START, selection_seeds
 from samplers.generate import generate
 from samplers.sampler import Sampler
 from solvers.driver import Meter
 
-#: Seeds of the selection start here; tables report on seeds below.
-SELECTION_START = 10_000_000
 TOLERANCE = 1e-4  #: of dopri5: exact to 1 % of what plans of 9 NFE err by on the bundled model
 
 
@@ -143,8 +142,8 @@ def choose(
     """
 
     def score(candidate: Candidate, images: int) -> float:
-        seeds = range(SELECTION_START, SELECTION_START + images)
-        return objective(Sampler(candidate.label, candidate.plan), seeds, tick)
+        sampler = Sampler(candidate.label, candidate.plan)
+        return objective(sampler, selection_seeds(images), tick)
 
     identity = {
         **objective.describe(),

@@ -31,6 +31,7 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import progress
 from runtime.record import RunRecord
+from runtime.seeds import selection_seeds
 
 #: What ``--with`` adds, and the options that mean nothing without it.
 EXTRA: dict[str, tuple[str, ...]] = {
@@ -74,6 +75,7 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
     asked = options["budgets"]
     budgets = [] if asked == "none" else numbers("--budgets", asked, 1)
     rounds = numbers("--select", options["select"], 2)
+    selection_seeds(rounds[-1])  # whether there are so many
     harness = open_harness(options, world, detector, check_blocks(options))
     card = harness.model.card
     specs = [s for s in options["predictors"].split(",") if s]

@@ -1,4 +1,4 @@
-"""Lists of seeds as people write them."""
+"""Lists of seeds as people write them, and whose seeds are whose."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from collections import Counter
 from runtime.errors import UserError
 
 MOST = 10_000_000  #: seeds in one list; more is a slip of the keyboard
+#: Where the seeds of each use begin, so that no image serves two: figures are reported on those
+#: from 0, plans are chosen on those of selections, and a model's converged samples, which figures
+#: are held against, have theirs.
+SELECTION_START, CONVERGED_START = 10_000_000, 20_000_000
+
+
+def selection_seeds(images: int) -> range:
+    """The seeds of a selection; UserError for more than there are."""
+    if images > CONVERGED_START - SELECTION_START:
+        raise UserError(
+            f"a selection by {images} images has too few seeds of its own: give --select "
+            f"{CONVERGED_START - SELECTION_START} or less"
+        )
+    return range(SELECTION_START, SELECTION_START + images)
 
 
 def parse_seeds(text: str) -> list[int]:

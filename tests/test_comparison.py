@@ -212,6 +212,7 @@ def test_detectors_do_not_mix(harness, tmp_path):
             "--space_mask_path no.npy cannot be read",
         ),
         (["--select", "1"], "--select '1' is no list of whole numbers of 2 or more"),
+        (["--select", "64,10000001"], "give --select 10000000 or less"),
         (["--predictors", "no/such/run"], "there is no predictor at no/such/run"),
         (["--dataset_name", "cifar11"], "unknown dataset 'cifar11'"),
         (["--ref", "nothing.npz"], "nothing.npz"),

@@ -1,11 +1,11 @@
-"""Lists of seeds."""
+"""Lists of seeds, and whose they are."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import UserError
-from runtime.seeds import parse_seeds
+from runtime.seeds import CONVERGED_START, SELECTION_START, parse_seeds, selection_seeds
 
 
 @given(st.lists(st.integers(0, 300), unique=True, min_size=1), st.sampled_from(["", " "]))
@@ -45,3 +45,11 @@ def test_errors_name_the_part_and_the_remedy(text: str, reason: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_seeds(text)
     assert str(caught.value) == f"seeds '{text}': {reason}"
+
+
+def test_no_seed_serves_two_uses() -> None:
+    most = CONVERGED_START - SELECTION_START
+    uses = [range(SELECTION_START), selection_seeds(most), range(CONVERGED_START, 10**12)]
+    assert all(one.stop == other.start for one, other in zip(uses, uses[1:], strict=False))
+    with pytest.raises(UserError, match="give --select 10000000 or less"):
+        selection_seeds(most + 1)
