@@ -7,6 +7,8 @@ import contextlib
 import numpy as np
 from scipy import linalg
 
+NEGATIVE = 1e-4  #: of the largest eigenvalue: less is rounding of single precision
+
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2) - 2 tr sqrt(S1 S2), in float64.
@@ -19,7 +21,8 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
         mu1, mu2: means (d,). cov1, cov2: symmetric positive semi-definite covariances (d, d).
 
     Raises:
-        ValueError: shapes do not fit, or an entry is not finite, or a covariance is not symmetric.
+        ValueError: shapes do not fit, or an entry is not finite, or a covariance is not symmetric
+            or has a negative variance in some direction.
     """
     (mu1, cov1), (mu2, cov2) = _checked(mu1, cov1, "first"), _checked(mu2, cov2, "second")
     if mu1.shape != mu2.shape:
@@ -36,18 +39,19 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 
 def _eigenvalues_of_product(cov1: np.ndarray, cov2: np.ndarray) -> np.ndarray:
     """Eigenvalues of S1 S2, up to zeros."""
-    root = _root(cov1)
+    root = factor(cov1)
     values = linalg.eigvalsh(root.T @ cov2 @ root, driver="evd", check_finite=False)
-    if values.min(initial=np.inf) < _rounding(values):
+    _no_negative(values)
+    if values.min(initial=np.inf) < rounding(values):
         # A zero eigenvalue comes out as rounding, whose root is not small. If S2 is the singular
         # one, its root has fewer columns and the zeros do not come up.
-        other = _root(cov2)
+        other = factor(cov2)
         if other.shape[1] < root.shape[1]:
             return linalg.eigvalsh(other.T @ cov1 @ other, driver="evd", check_finite=False)
     return values
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
+def factor(cov: np.ndarray) -> np.ndarray:
     """Columns R (d, r) with R R' = cov, without directions whose variance is rounding.
 
     R' S R has the eigenvalues of A S A, A = cov^(1/2), but for zeros, since R = A U with U' U = 1.
@@ -55,16 +59,26 @@ def _root(cov: np.ndarray) -> np.ndarray:
     singular covariance: the root of a zero variance comes out as the root of rounding.
     """
     with contextlib.suppress(linalg.LinAlgError):
-        factor = linalg.cholesky(cov, lower=True, check_finite=False)
-        variances = factor.diagonal() ** 2  # of each feature given those before it
-        if variances.min(initial=np.inf) > 1e3 * _rounding(cov.diagonal()):
-            return factor
+        lower = linalg.cholesky(cov, lower=True, check_finite=False)
+        variances = lower.diagonal() ** 2  # of each feature given those before it
+        if variances.min(initial=np.inf) > 1e3 * rounding(cov.diagonal()):
+            return lower
     values, vectors = linalg.eigh(cov, driver="evd", check_finite=False)
-    kept = values > _rounding(values)
+    _no_negative(values)
+    kept = values > rounding(values)
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def _rounding(values: np.ndarray) -> float:
+def _no_negative(values: np.ndarray) -> None:
+    """ValueError for eigenvalues that no covariance has; those of float32 files pass."""
+    if values.min(initial=0) < -NEGATIVE * np.abs(values).max(initial=0):
+        raise ValueError(
+            f"a covariance has a negative variance in some direction ({values.min():.3g} beside "
+            f"{values.max():.3g}), as no images have: make the statistics again."
+        )
+
+
+def rounding(values: np.ndarray) -> float:
     """Eigenvalues below this cannot be told from zero in float64."""
     return len(values) * np.finfo(np.float64).eps * values.max(initial=0)
 
