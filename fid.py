@@ -19,7 +19,15 @@ import click
 
 from comparison.images import entry_of, image_summaries, listed, open_detectors, open_references
 from metrics.detectors import DETECTORS, parse_detectors
-from metrics.measures import METRICS, figures, lines, needs_of, parse_metrics, require
+from metrics.measures import (
+    METRICS,
+    figures,
+    lines,
+    needs_of,
+    parse_metrics,
+    reference_needs,
+    require,
+)
 from metrics.statistics import Statistics
 from metrics.summary import Summary
 from runtime import cli
@@ -43,7 +51,7 @@ def common_options(function: Any) -> Any:
         click.option("--num", "--num_images", type=click.IntRange(min=2), help="use N images"),
         click.option(
             "--features", type=click.IntRange(min=2), metavar="N",
-            help="of at most N images, for kid, pr and dc  [default: 10000]",
+            help="of at most N images, for fid_inf, kid, pr and dc  [default: 10000]",
         ),
         click.option(
             "--metrics", default="fid", metavar="LIST", help=f"of {', '.join(METRICS)}, by comma"
@@ -82,7 +90,7 @@ def calc(dry_run: bool, **options: Any) -> None:
         return click.echo(record.to_json())
     with world(options["device"]) as w:
         detectors = open_detectors(options, w)
-        references = open_references(options["ref"], detectors, needs)
+        references = open_references(options["ref"], detectors, reference_needs(names))
         if images.suffix == ".npz":
             if num is not None:
                 raise UserError(f"--num {num} draws images, but {images} holds statistics: omit it")

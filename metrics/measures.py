@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from metrics.detectors import Detector
+from metrics.extrapolation import fid_infinity
 from metrics.kid import kid
 from metrics.manifolds import density_coverage, precision_recall
 from metrics.statistics import Statistics
@@ -22,12 +23,21 @@ class Metric:
 
     compute: Callable[[Summary, Summary, int], dict[str, float]]
     text: str
-    features: bool = False
+    features: bool = False  #: of the images
+    reference_features: bool = False
     spatial: bool = False
 
 
 def _fid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
     return {"fid": images.moments.fid(reference.moments)}
+
+
+def _fid_inf(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+    found = fid_infinity(_features(images), reference.moments, seed)
+    return {
+        "fid_inf": found.fid, "fid_inf_bias": found.fids[0] - found.fid,
+        "fid_inf_most": found.sizes[0], "fid_inf_least": found.sizes[-1],
+    }  # fmt: skip
 
 
 def _sfid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
@@ -52,15 +62,27 @@ def _dc(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
 
 METRICS = {
     "fid": Metric(_fid, "FID {fid:.6g}"),
+    "fid_inf": Metric(
+        _fid_inf,
+        "FID-infinity {fid_inf:.6g} (bias {fid_inf_bias:+.3g} at {fid_inf_most} images; line over "
+        "1/N from {fid_inf_least})",
+        features=True,
+    ),
     "kid": Metric(
         _kid,
         "KID {kid:.6g} +- {kid_spread:.2g} ({kid_subsets} subsets of {kid_subset_size})",
-        features=True,
+        features=True, reference_features=True,
     ),
-    "pr": Metric(_pr, "precision {precision:.4f}, recall {recall:.4f}", features=True),
-    "dc": Metric(_dc, "density {density:.4f}, coverage {coverage:.4f}", features=True),
+    "pr": Metric(
+        _pr, "precision {precision:.4f}, recall {recall:.4f}",
+        features=True, reference_features=True,
+    ),
+    "dc": Metric(
+        _dc, "density {density:.4f}, coverage {coverage:.4f}",
+        features=True, reference_features=True,
+    ),
     "sfid": Metric(_sfid, "sFID {sfid:.6g}", spatial=True),
-}
+}  # fmt: skip
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
@@ -84,6 +106,12 @@ def needs_of(names: Sequence[str], kept: int | None = None, always: bool = False
     wanted = always or any(METRICS[name].features for name in names)
     count = (KEPT if kept is None else kept) if wanted else 0
     return Needs(count, any(METRICS[name].spatial for name in names))
+
+
+def reference_needs(names: Sequence[str]) -> Needs:
+    """What the metrics ask of a reference."""
+    features = any(METRICS[name].reference_features for name in names)
+    return Needs(KEPT if features else 0, needs_of(names).spatial)
 
 
 def require(summary: Summary, needs: Needs) -> Summary:
@@ -114,10 +142,9 @@ def lines(
     for name in names:
         count = f"{images.moments.n}"
         if METRICS[name].features:
-            count = (
-                f"{images.kept} of {images.moments.n} against {reference.kept} of "
-                f"{reference.moments.n}"
-            )
+            count = f"{images.kept} of {images.moments.n}"
+        if METRICS[name].reference_features:
+            count += f" against {reference.kept} of {reference.moments.n}"
         text = METRICS[name].text.format(**found)
         made.append(f"{text}  (detector {detector.name}, N = {count})")
     return made
@@ -126,8 +153,8 @@ def lines(
 def _features(summary: Summary) -> Tensor:
     if summary.features is None:
         raise ValueError(
-            f"statistics '{summary.moments.source}' hold no features, which kid, pr and dc "
-            "compare: make them again with fid.py ref --features 10000."
+            f"statistics '{summary.moments.source}' hold no features, which fid_inf, kid, "
+            "pr and dc need: make them again with fid.py ref --features 10000."
         )
     return summary.features
 

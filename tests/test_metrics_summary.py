@@ -16,10 +16,11 @@ from torch import Tensor
 
 import fid
 from metrics.detectors import Detector, load_detector
+from metrics.extrapolation import fid_infinity
 from metrics.frechet import frechet_distance
 from metrics.kid import kid
 from metrics.manifolds import density_coverage, precision_recall
-from metrics.measures import METRICS, figures, needs_of, parse_metrics, require
+from metrics.measures import METRICS, figures, needs_of, parse_metrics, reference_needs, require
 from metrics.sources import choose
 from metrics.statistics import DetectorId, Statistics
 from metrics.summary import Collector, Needs, Summary, collect
@@ -84,6 +85,9 @@ def test_every_figure_is_that_of_its_features() -> None:
         expected = frechet_distance(u.mean(0), np.cov(u.T), v.mean(0), np.cov(v.T))
         assert found[key] == pytest.approx(expected, rel=1e-8)
     assert found["kid"] == pytest.approx(kid(a, b, seed=3).mean, rel=1e-12)
+    infinity = fid_infinity(a, summary(y, needs).moments, seed=3)
+    assert found["fid_inf"] == infinity.fid
+    assert found["fid"] - found["fid_inf"] == pytest.approx(found["fid_inf_bias"], abs=1e-8)
     assert (found["precision"], found["recall"]) == precision_recall(b, a)
     assert (found["density"], found["coverage"]) == density_coverage(b, a)
 
@@ -110,9 +114,11 @@ def test_what_a_reference_lacks_is_said_before_a_pass(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             require(bare, needs_of([name]))
     assert require(bare, needs_of(["fid"])) is bare
+    assert require(bare, reference_needs(["fid_inf"])) is bare  # only the images' are cut up
+    assert reference_needs(["fid_inf", "pr"]).features and reference_needs(["sfid"]).spatial
     with pytest.raises(ValueError, match="pixels offers no spatial features: use --detector"):
         Collector(load_detector("pixels", device="cpu"), needs_of(["sfid"]), 9)
-    with pytest.raises(ValueError, match="'is' is no metric, choose from fid, kid, pr, dc, sfid"):
+    with pytest.raises(ValueError, match="'is' is no metric, choose from fid, fid_inf, kid, pr"):
         parse_metrics("fid,is")
     with pytest.raises(ValueError, match="no metric"):
         parse_metrics(" ")
@@ -187,6 +193,13 @@ def test_several_metrics_and_detectors_in_one_pass(
     expected = precision_recall(reference, detector(images(30)))
     assert (pixels["precision"], pixels["recall"]) == expected
     assert "8x8 by means over areas" in pixels["detector"]["resize"]
+    # a reference of moments alone is enough for the extrapolation
+    bare = ["--ref", tmp_path / "m.npz", "--detector", tmp_path / "corner.pt"]
+    assert run(capsys, "ref", "--data", y, "--dest", bare[1], *bare[2:])[0] == 0
+    code, out, err = run(capsys, "calc", "--images", x, "--metrics", "fid,fid_inf", *bare)
+    assert code == 0 and "images; line over 1/N from 15)  (detector corner, N = 30 of 30)" in out, (
+        err
+    )
 
 
 class Corner(torch.nn.Module):
@@ -219,8 +232,8 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run(capsys, "ref", "--data", x, "--detector", "pixels", "--dest", tmp_path / "s.npz")
     ref = ["--ref", tmp_path / "s.npz", "--detector", "pixels"]
     for arguments, message in [
-        (["--metrics", "fid,is"], "'is' is no metric, choose from fid, kid"),
-        ([*ref, "--metrics", "kid"], "hold no features, which kid, pr and dc compare"),
+        (["--metrics", "fid,is"], "'is' is no metric, choose from fid, fid_inf"),
+        ([*ref, "--metrics", "kid"], "hold no features, which fid_inf, kid, pr and dc need"),
         (["--detector", "pixels,cifar10-small"], "names 1 for 2 detectors: give one for each"),
         ([*ref, "--detector-path", x], "detector pixels has no weights"),
         (["--detector", "pixels,dinov2", "--detector-path", x], "write --detector name="),
