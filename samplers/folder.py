@@ -19,7 +19,10 @@ from samplers.generate import Batch
 RECORD = "run.json"
 PICTURE_MOST = 256  #: images in a grid, rows in a film strip
 #: Options that may change when a folder is continued: they leave the images alone.
-FREE = ("seeds", "batch", "device", "world_size", "grid", "return_inters", "outdir", "model_path")
+FREE = (
+    "seeds", "batch", "device", "world_size", "grid", "return_inters", "outdir", "model_path",
+    "prompt_path",
+)  # fmt: skip
 _PNG_HEAD, _PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 

@@ -86,6 +86,7 @@ class Job:
             "seeds": setup.seeds,
             "class": setup.label,
             "prompt": setup.prompt,
+            "prompt_path": setup.prompt_path,
             "prompts": self.conditions.describe(),
             "dtype": setup.dtype,
             "subdirs": setup.subdirs,
