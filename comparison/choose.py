@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ class Fid:
     def __call__(
         self, sampler: Sampler, seeds: Sequence[int], tick: Callable[[int], object]
     ) -> float:
-        return self.harness.fid(sampler, seeds, 1, tick)[0].fid
+        return self.harness.fid(sampler, seeds, 1, tick).fid.fid
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def choose_restart(
     """The plan of exactly ``budget`` NFE with the lowest FID, for a row of the table."""
     field = Space().field(budget, harness.model.card)
     file = folder / f"selection-{budget}.json"
-    best, _ = choose(field, Fid(harness), harness, rounds, file, tick)
+    to_data = Fid(replace(harness, converged=None))
+    best, _ = choose(field, to_data, harness, rounds, file, tick)
     settings = {"sampler": "restart", **best.options, "candidates": len(field)}
     return Sampler(best.label, best.plan, settings)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from comparison.choose import choose_restart, selection_cost
+from comparison.converged import NONE, open_converged
 from comparison.measure import Harness, measure
 from comparison.page import write_page
 from comparison.report import markdown, ordered, write_report
@@ -113,9 +114,10 @@ def check_blocks(options: dict[str, Any]) -> range:
 def open_harness(
     options: dict[str, Any], world: World, detector: Detector, seeds: range
 ) -> Harness:
-    """The model of the options, the detector and its reference, for ``seeds``."""
+    """The model of the options, the detector and its references, for ``seeds``."""
+    model = ModelSource.from_options(options).load(options["dtype"], world)
     return Harness(
-        ModelSource.from_options(options).load(options["dtype"], world),
+        model,
         detector,
         load_reference(options["ref"], detector),
         seeds,
@@ -123,6 +125,7 @@ def open_harness(
         -(-options["batch"] // world.size),
         torch.float64 if options["dtype"] == "float64" else torch.float32,
         world,
+        open_converged(options.get("ref_model", NONE), model, detector, seeds),
     )
 
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from comparison.converged import Converged
 from comparison.rows import Row
 from denoisers.registry import Model
 from metrics.detectors import Detector
@@ -26,9 +27,18 @@ from samplers.sampler import Sampler
 SHOWN = 10  #: images of each row in the picture
 
 
+class Measured(NamedTuple):
+    """What one pass over the images of a sampler gives."""
+
+    fid: BlockFid  #: to the data
+    converged: BlockFid | None  #: to the model's own converged samples
+    nfe: int  #: metered
+    images_per_second: float  #: of sampling alone
+
+
 @dataclass(frozen=True)
 class Harness:
-    """One model, one detector, one reference, one list of seeds for every row."""
+    """One model, one detector, the same references, one list of seeds for every row."""
 
     model: Model
     detector: Detector
@@ -38,9 +48,11 @@ class Harness:
     batch: int  #: images at once on one process
     dtype: torch.dtype  #: of the state
     world: World
+    converged: Converged | None = None  #: the second reference, where there is one
 
     def describe(self) -> dict[str, Any]:
         """What two figures must share to be compared."""
+        second = {} if self.converged is None else {"converged": self.converged.describe()}
         return {
             "model": self.model.card.name,
             "model_sha256": self.model.sha256,
@@ -50,12 +62,13 @@ class Harness:
             "reference_n": self.reference.n,
             "seeds": f"{self.seeds[0]}-{self.seeds[-1]}",
             "blocks": self.blocks,
+            **second,
         }
 
     def fid(
         self, sampler: Sampler, seeds: Sequence[int], blocks: int, tick: Callable[[int], object]
-    ) -> tuple[BlockFid, int, float]:
-        """FID of ``seeds`` in blocks, the metered NFE, and images per second of sampling alone."""
+    ) -> Measured:
+        """FID of ``seeds`` in blocks to each reference, by one pass."""
         per_block = len(seeds) // blocks
         parts, nfe, seconds = [], 0, 0.0
         for b in range(blocks):
@@ -78,7 +91,11 @@ class Harness:
                 begin = time.perf_counter()
             parts.append(stats.reduce())
         slowest = seconds / max(1, len(seeds) // self.world.size)
-        return block_fid(parts, self.reference), nfe, 1 / slowest * self.world.size
+        second = None
+        if self.converged is not None:
+            second = block_fid(parts, self.converged.statistics)
+        rate = 1 / slowest * self.world.size
+        return Measured(block_fid(parts, self.reference), second, nfe, rate)
 
     def pictures(self, sampler: Sampler) -> np.ndarray:
         """The first few seeds of a sampler, (SHOWN, H, W, C) uint8."""
@@ -110,7 +127,8 @@ def measure(
         tick(len(harness.seeds))
         return found
     begin = time.perf_counter()
-    fid, nfe, rate = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
+    fid, converged, nfe, rate = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
+    second = {} if converged is None else {"fid_converged": converged.fid}
     result = {
         "method": row.method,
         "group": row.group,
@@ -118,6 +136,7 @@ def measure(
         "detail": row.detail,
         "own_solver": row.own_solver,
         "fid": fid.fid,
+        **second,
         "fid_block_mean": fid.mean,
         "fid_block_spread": fid.spread,
         "fid_blocks": list(fid.blocks),

@@ -58,7 +58,13 @@ def harness_options(outdir: str) -> Callable[[F], F]:
 
 
 def image_options(function: F) -> F:
-    """How many images a row has, and in how many blocks."""
+    """How many images a row has, in how many blocks, and what else they are held against."""
+    function = click.option(
+        "--ref_model",
+        metavar="NAME",
+        help="statistics of the model's own converged samples, for a second FID: a name, an .npz "
+        "or 'none'  [default: NAME-converged of the model NAME, if bundled]",
+    )(function)
     function = click.option(
         "--blocks", type=click.IntRange(2), default=4, help="disjoint seed blocks"
     )(function)

@@ -95,7 +95,7 @@ def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _comparison(rows: list[dict[str, Any]]) -> str:
     words = escape(report.caption(rows).replace("**", ""))
     body = [(report.cells(row, rows), row["group"]) for row in rows]
-    return f"<h2>At matched budgets</h2>\n<p>{words}</p>\n{_table(report.HEAD, body)}"
+    return f"<h2>At matched budgets</h2>\n<p>{words}</p>\n{_table(report.head(rows), body)}"
 
 
 def _errors(content: dict[str, Any]) -> str:

@@ -16,10 +16,6 @@ from runtime.images import image_grid, save_png
 from runtime.record import RunRecord
 
 ZOOM = 2  #: small images are shown larger
-HEAD = (
-    "method", "NFE", "FID", "blocks", "excess", "vs own solver", "images/s", "NFE metered",
-    "detail",
-)  # fmt: skip
 #: What the excess of a row is measured by: no solver error to speak of, and a good plain solver.
 CEILING, YARDSTICK = "Heun-35", "iPNDM(4) + AFS"
 
@@ -53,6 +49,20 @@ def ordered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(results, key=lambda r: (r["budget"] is None, r["budget"] or 0, r["fid"]))
 
 
+def head(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns of a table of these rows."""
+    fids = ("FID", "FID to converged") if _held_against_model(rows) else ("FID",)
+    return (
+        "method", "NFE", *fids, "blocks", "excess", "vs own solver", "images/s", "NFE metered",
+        "detail",
+    )  # fmt: skip
+
+
+def _held_against_model(rows: list[dict[str, Any]]) -> bool:
+    """Whether there is a second FID, that to the model's own converged samples."""
+    return all("fid_converged" in row for row in rows)
+
+
 def caption(rows: list[dict[str, Any]]) -> str:
     """What the figures of ordered rows are, in words."""
     first = rows[0]["identity"]["harness"]
@@ -63,17 +73,31 @@ def caption(rows: list[dict[str, Any]]) -> str:
         f"row (N = {rows[0]['n']}); blocks: mean +- standard deviation over "
         f"{first['blocks']} disjoint blocks of {per_block}, whose FID is higher because they are "
         f"smaller. Excess: the share of {YARDSTICK}'s distance from {CEILING} that is left. "
-        "images/s is sampling alone."
+        f"images/s is sampling alone. {_second_reference(rows)}"
+    )
+
+
+def _second_reference(rows: list[dict[str, Any]]) -> str:
+    if not _held_against_model(rows):
+        return (
+            "There is no FID to the model's own converged samples, since no statistics of those "
+            "were given or come along (tools/converged.py makes them)."
+        )
+    made = rows[0]["identity"]["harness"]["converged"]
+    return (
+        f"FID to converged: against {made['n']} samples of the model itself by {made['solver']} "
+        f"at a tolerance of {made['tol']:g} (seeds {made['seeds']}), the model's error set aside."
     )
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of ordered rows."""
+    columns = head(rows)
     lines = [
         caption(rows),
         "",
-        "| " + " | ".join(HEAD) + " |",
-        "|" + "|".join("---" if h in ("method", "detail") else "---:" for h in HEAD) + "|",
+        "| " + " | ".join(columns) + " |",
+        "|" + "|".join("---" if h in ("method", "detail") else "---:" for h in columns) + "|",
     ]
     for row in rows:
         name, *rest = (cell.replace("|", "\\|") for cell in cells(row, rows))
@@ -83,12 +107,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """One of ordered rows under ``HEAD``; plain text."""
+    """One of ordered rows under ``head``; plain text."""
     left = excess(row, rows)
+    second = [f"{row['fid_converged']:.2f}"] if _held_against_model(rows) else []
     return [
         row["method"],
         str(row["nfe_planned"]),
         f"{row['fid']:.2f}",
+        *second,
         f"{row['fid_block_mean']:.2f} +- {row['fid_block_spread']:.2f}",
         "" if left is None else f"{left:.2f}",
         _gain(row, rows),

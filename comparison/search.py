@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison.choose import SELECTION_START, Dopri5Error, Fid, Objective, Space, choose
+from comparison.choose import Dopri5Error, Fid, Objective, Space, choose
 from comparison.job import make_record, numbers, open_harness
 from comparison.measure import Harness
 from metrics.detectors import Detector
@@ -18,6 +18,7 @@ from restart.search import search_images
 from runtime.dist import World
 from runtime.log import progress
 from runtime.record import RunRecord
+from runtime.seeds import selection_seeds
 
 OBJECTIVES: dict[str, Callable[[Harness], Objective]] = {"fid": Fid, "dopri5": Dopri5Error}
 #: Images per candidate in each round: FID needs many, the distance to the exact plan few.
@@ -54,8 +55,7 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Search
     space = Space(
         parse_intervals(options["intervals"]), parse_walks(options["walks"]), options["most"]
     )
-    seeds = range(SELECTION_START, SELECTION_START + rounds[-1])
-    harness = open_harness(options, world, detector, seeds)
+    harness = open_harness(options, world, detector, selection_seeds(rounds[-1]))
     fields = {budget: space.field(budget, harness.model.card) for budget in budgets}
     counts = {str(budget): len(field) for budget, field in fields.items()}
     more = {"budgets": budgets, "rounds": rounds, "candidates": counts}

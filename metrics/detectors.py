@@ -229,6 +229,7 @@ SCRIPTS = frozenset({".pt", ".pts", ".ts", ".jit", ".torchscript"})
 REFERENCES = {
     "cifar10-small": BUNDLED / "cifar10-small-train.npz",
     "cifar10-small-test": BUNDLED / "cifar10-small-test.npz",
+    "cifar10-small-converged": BUNDLED / "cifar10-small-converged.npz",
 }
 
 
