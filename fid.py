@@ -10,33 +10,31 @@ Examples:
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from comparison.images import entry_of, image_summaries, listed, open_detectors, open_references
-from metrics.detectors import DETECTORS, parse_detectors
-from metrics.measures import (
-    METRICS,
-    figures,
-    lines,
-    needs_of,
-    parse_metrics,
-    reference_needs,
-    require,
+from comparison.images import (
+    destinations,
+    image_pass,
+    keep,
+    open_detectors,
+    open_references,
+    report,
 )
+from metrics.detectors import DETECTORS, parse_detectors
+from metrics.measures import METRICS, needs_of, parse_metrics, reference_needs, require
 from metrics.statistics import Statistics
 from metrics.summary import Summary
 from runtime import cli
 from runtime.dist import world
 from runtime.errors import UserError
-from runtime.files import atomic_write
 from runtime.record import RunRecord
 
 PATH = click.Path(path_type=Path)
+Made = AbstractContextManager[list[Summary]]
 
 
 def common_options(function: Any) -> Any:
@@ -94,22 +92,13 @@ def calc(dry_run: bool, **options: Any) -> None:
         if images.suffix == ".npz":
             if num is not None:
                 raise UserError(f"--num {num} draws images, but {images} holds statistics: omit it")
-            made = [require(Summary.load(images, d), needs) for d in detectors]
+            made: Made = nullcontext([require(Summary.load(images, d), needs) for d in detectors])
         else:
-            made = image_summaries(
-                images, detectors, needs, w, options["batch"], num, options["seed"]
-            )
-        if not w.is_main:
-            return
-        results = []
-        for detector, summary, reference in zip(detectors, made, references, strict=True):
-            found = figures(names, summary, reference, options["seed"])
-            click.echo("\n".join(lines(names, found, detector, summary, reference)))
-            results.append(entry_of(found, detector, summary, reference))
-        if options["result_path"]:  # the first detector's figures at the top, as ever
-            content = {**results[0], "results": results, "record": asdict(record)}
-            with atomic_write(options["result_path"]) as temporary:
-                temporary.write_text(json.dumps(content, indent=2) + "\n")
+            made = image_pass(images, detectors, needs, options, w)
+        with made as summaries:
+            if w.is_main:
+                sets, path = (names, summaries, references, detectors), options["result_path"]
+                click.echo(report(*sets, options["seed"], record, path))
 
 
 @main.command()
@@ -122,30 +111,24 @@ def ref(dry_run: bool, **options: Any) -> None:
     Published statistics that hold mu and sigma alone become a reference when you state which
     detector (--detector) and how many images (--num) made them.
     """
-    data, num = options["data"], options["num"]
-    dests = listed("--dest", options["dest"], len(parse_detectors(options["detector"])))
-    kept = options["features"]
+    data, num, kept = options["data"], options["num"], options["features"]
+    dests = destinations(options["dest"], len(parse_detectors(options["detector"])))
     needs = needs_of(parse_metrics(options["metrics"]), kept, always=kept is not None)
     if dry_run:
         return click.echo(record_of("fid ref", options).to_json())
-    for dest in dests:
-        if not dest.endswith(".npz"):
-            raise UserError(f"--dest {dest} has to end in .npz, by which statistics are known")
     with world(options["device"]) as w:
         detectors = open_detectors(options, w)
         if data.suffix == ".npz":
             if num is None:
                 raise UserError(f"{data} does not say how many images it is of: add --num")
-            made = [Summary(Statistics.adopt(data, d.id, num)) for d in detectors]
-        else:
-            made = image_summaries(
-                data, detectors, needs, w, options["batch"], num, options["seed"]
+            made: Made = nullcontext(
+                [Summary(Statistics.adopt(data, d.id, num)) for d in detectors]
             )
-        for detector, summary, dest in zip(detectors, made, dests, strict=True):
+        else:
+            made = image_pass(data, detectors, needs, options, w)
+        with made as summaries:
             if w.is_main:
-                with atomic_write(dest) as file:
-                    summary.save(file)
-                click.echo(f"wrote {dest}  (detector {detector.name}, N = {summary.moments.n})")
+                click.echo(keep(dests, summaries, detectors))
 
 
 if __name__ == "__main__":

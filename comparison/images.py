@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
+from comparison.passes import Stream, gathered
 from metrics.detectors import (
     REPOSITORY_FILES,
     Detector,
@@ -16,13 +20,13 @@ from metrics.detectors import (
     load_detector,
     parse_detectors,
 )
-from metrics.measures import require
-from metrics.sources import count_images, image_batches
-from metrics.summary import Collector, Needs, Summary, collect
+from metrics.measures import figures, lines, require
+from metrics.sources import ImageSource, choose, image_batches
+from metrics.summary import Needs, Summary
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import cache_folder, download
-from runtime.log import progress
+from runtime.files import atomic_write, cache_folder, download
+from runtime.record import RunRecord
 
 HUB = "https://huggingface.co"
 
@@ -79,23 +83,21 @@ def _weights(name: str, path: Path | None, folder: Path, world: World) -> Path |
     return world.broadcast_object(fetch() if world.is_main else None)
 
 
-def image_summaries(
-    path: Path, detectors: Sequence[Detector], needs: Needs, world: World, batch: int,
-    num: int | None, seed: int,
-) -> list[Summary]:  # fmt: skip
-    """One pass over the images in a folder or zip: what each detector makes of them, all ranks'."""
-    share = -(-batch // world.size)
-    total = count_images(path, num)
-    collectors = [Collector(d, needs, total, seed, path.name) for d in detectors]
-    shard = (world.rank, world.size)
-    with progress(total, path.name, "img", enabled=world.is_main) as bar:
+def image_pass(
+    path: Path, detectors: Sequence[Detector], needs: Needs, options: Mapping[str, Any],
+    world: World,
+) -> AbstractContextManager[list[Summary]]:  # fmt: skip
+    """``gathered`` from the images in a folder or zip, drawn by ``--num`` and ``--seed``."""
+    num, seed = options["num"], options["seed"]
+    share = -(-options["batch"] // world.size)
+    with ImageSource(path) as source:
+        total, sha = len(choose(len(source), num, 0)), source.identity()
 
-        def watched() -> Iterator[Tensor]:
-            for images in image_batches(path, share, shard, num, seed):
-                yield images
-                bar.update(min(len(images) * world.size, total - bar.n))
+    def batches(start: int, bar: tqdm[Any]) -> Iterator[Tensor]:
+        return image_batches(path, share, (world.rank, world.size), num, seed, start)
 
-        return collect(watched(), collectors, shard)
+    stream = Stream(path.name, total, share, {"images": sha}, batches)
+    return gathered(stream, detectors, needs, seed, world, cache_folder(options["cache_dir"]))
 
 
 def open_references(text: str, detectors: Sequence[Detector], needs: Needs) -> list[Summary]:
@@ -116,3 +118,39 @@ def entry_of(
         "detector": {**asdict(detector.id), "resize": detector.resize},
         "reference": {"source": source.source, "n": source.n, "features_n": reference.kept},
     }
+
+
+def report(
+    names: Sequence[str], made: Sequence[Summary], references: Sequence[Summary],
+    detectors: Sequence[Detector], seed: int, record: RunRecord, path: Path | None,
+) -> str:  # fmt: skip
+    """The metrics ``names`` of every detector in words; as JSON in ``path``, with the record."""
+    results, text = [], []
+    for detector, summary, reference in zip(detectors, made, references, strict=True):
+        found = figures(names, summary, reference, seed)
+        text += lines(names, found, detector, summary, reference)
+        results.append(entry_of(found, detector, summary, reference))
+    if path is not None:  # the first detector's figures at the top, as ever
+        content = {**results[0], "results": results, "record": asdict(record)}
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    return "\n".join(text)
+
+
+def destinations(text: str, count: int) -> list[str]:
+    """The files of ``--dest``, one for each of ``count`` detectors."""
+    dests = listed("--dest", text, count)
+    for dest in dests:
+        if not dest.endswith(".npz"):
+            raise UserError(f"--dest {dest} has to end in .npz, by which statistics are known")
+    return dests
+
+
+def keep(dests: Sequence[str], made: Sequence[Summary], detectors: Sequence[Detector]) -> str:
+    """Write the summary of each detector to its file, to compare with later; says so in words."""
+    text = []
+    for detector, summary, dest in zip(detectors, made, dests, strict=True):
+        with atomic_write(dest) as file:
+            summary.save(file)
+        text.append(f"wrote {dest}  (detector {detector.name}, N = {summary.moments.n})")
+    return "\n".join(text)

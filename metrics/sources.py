@@ -5,11 +5,16 @@ Zips follow the EDM layout: image files in any sub-folder and a ``dataset.json``
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import threading
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,6 +23,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+#: Threads that decode: PIL and zlib leave the interpreter to the others while they work.
+WORKERS = min(16, os.cpu_count() or 1)
+TASK = 16  #: images that a thread decodes at a time
 
 
 def _is_image(name: str) -> bool:
@@ -26,7 +34,7 @@ def _is_image(name: str) -> bool:
 
 
 class ImageSource:
-    """A sorted list of image files in a folder (recursively) or a zip.
+    """A sorted list of image files in a folder (recursively) or a zip; threads may share it.
 
     Raises:
         FileNotFoundError: nothing lies at ``path``.
@@ -35,6 +43,7 @@ class ImageSource:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock = threading.Lock()  # a zip has one position to read from
         self._zip: zipfile.ZipFile | None = None
         if self.path.is_dir():
             files = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
@@ -65,7 +74,18 @@ class ImageSource:
             self._zip.close()
 
     def _bytes(self, name: str) -> bytes:
-        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+        if self._zip is None:
+            return (self.path / name).read_bytes()
+        with self._lock:
+            return self._zip.read(name)
+
+    def identity(self) -> str:
+        """SHA-256 of where the files lie, their names, sizes and times: of a file, the zip."""
+        digest = hashlib.sha256(str(self.path.resolve()).encode())
+        for file in [self.path] if self._zip else [self.path / name for name in self.names]:
+            seen = file.stat()
+            digest.update(f"{file.name}\0{seen.st_size}\0{seen.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:
         """The image as uint8 (3, H, W); a broken or non-RGB image raises ValueError."""
@@ -118,11 +138,13 @@ def image_batches(
     shard: tuple[int, int] = (0, 1),
     num: int | None = None,
     seed: int = 0,
+    start: int = 0,
 ) -> Iterator[Tensor]:
     """Yield uint8 (B, 3, H, W) batches of rank ``shard[0]`` of ``shard[1]``, B <= ``batch``.
 
     ``num`` images are drawn by ``seed`` before they are dealt out to the ranks, so the set of
-    images does not depend on the number of ranks.
+    images does not depend on the number of ranks; the first ``start`` of them are left out.
+    Threads decode the next batch while the caller is busy with this one.
 
     Raises:
         FileNotFoundError, ValueError: see ``ImageSource``; also for fewer than two images and for
@@ -136,15 +158,42 @@ def image_batches(
                 f"{path} gives {len(indices)} image, statistics need at least 2: add images."
             )
         shape = source.read(int(indices[0])).shape
-        mine = indices[rank::size]
-        for start in range(0, len(mine), batch):
-            images = []
-            for index in mine[start : start + batch]:
-                images.append(source.read(int(index)))
-                if images[-1].shape != shape:
-                    got, want = images[-1].shape[:0:-1], shape[:0:-1]
-                    raise ValueError(
-                        f"image {source.names[index]} in {path} is {got[0]}x{got[1]}, the first "
-                        f"is {want[0]}x{want[1]}: bring all images to one size."
-                    )
-            yield torch.from_numpy(np.stack(images))
+        mine = indices[start + rank :: size]
+        pool = ThreadPoolExecutor(WORKERS)
+        try:
+            waiting: deque[tuple[np.ndarray, list[Future]]] = deque()
+            for i in range(0, len(mine), batch):
+                waiting.append(_decode(source, mine[i : i + batch], shape, pool))
+                if len(waiting) > 1:
+                    yield _decoded(*waiting.popleft())
+            while waiting:
+                yield _decoded(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decode(
+    source: ImageSource, indices: np.ndarray, shape: tuple[int, ...], pool: ThreadPoolExecutor
+) -> tuple[np.ndarray, list[Future]]:
+    """Room for the images (B, 3, H, W), and the tasks that fill it."""
+    images = np.empty((len(indices), *shape), dtype=np.uint8)
+
+    def fill(begin: int) -> None:
+        for row in range(begin, min(begin + TASK, len(indices))):
+            index = int(indices[row])
+            image = source.read(index)
+            if image.shape != shape:
+                got, want = image.shape[:0:-1], shape[:0:-1]
+                raise ValueError(
+                    f"image {source.names[index]} in {source.path} is {got[0]}x{got[1]}, the "
+                    f"first is {want[0]}x{want[1]}: bring all images to one size."
+                )
+            images[row] = image
+
+    return images, [pool.submit(fill, begin) for begin in range(0, len(indices), TASK)]
+
+
+def _decoded(images: np.ndarray, tasks: list[Future]) -> Tensor:
+    for task in tasks:
+        task.result()  # raises what went wrong there, the first image first
+    return torch.from_numpy(images)

@@ -33,8 +33,8 @@ class DetectorId:
 class Statistics:
     """Sums and outer products of features; sums of parts equal the sums of the whole.
 
-    Everything is held in float64 on the CPU, so memory does not grow with the number of images
-    and devices without float64 can be used.
+    They are held in float64, so memory does not grow with the number of images: on the CUDA
+    device that made the features, lest it wait for the CPU, else on the CPU (MPS has no float64).
     """
 
     def __init__(self, detector: DetectorId, source: str = "") -> None:
@@ -48,7 +48,8 @@ class Statistics:
 
     def update(self, features: Tensor) -> None:
         """Add a batch of features (B, dim) of any floating type on any device."""
-        x = features.detach().cpu().double()
+        x = features.detach()
+        x = (x if x.device.type == "cuda" else x.cpu()).double()
         if x.ndim != 2 or x.shape[1] != self.detector.dim:
             raise ValueError(
                 f"features of shape {tuple(x.shape)} do not come from detector {self.detector}: "
@@ -60,8 +61,8 @@ class Statistics:
             )
         self._given = None
         self.n += len(x)
-        self._sum += x.sum(0)
-        self._outer += x.T @ x
+        self._sum = self._sum.to(x.device).add_(x.sum(0))
+        self._outer = self._outer.to(x.device).addmm_(x.T, x)
 
     def merge(self, *others: Statistics) -> Statistics:
         """New statistics of these images and of the others' together."""
@@ -69,8 +70,8 @@ class Statistics:
         for part in (self, *others):
             self.require(part.detector)
             merged.n += part.n
-            merged._sum += part._sum
-            merged._outer += part._outer
+            merged._sum += part._sum.cpu()
+            merged._outer += part._outer.cpu()
         return merged
 
     def reduce(self) -> Statistics:
@@ -78,12 +79,22 @@ class Statistics:
 
         Call it once, on every rank, after the last ``update``.
         """
-        count = torch.tensor([self.n], dtype=torch.float64)
-        packed = sum_over_ranks(torch.cat([count, self._sum, self._outer.flatten()]))
-        dim, self._given = self.detector.dim, None
-        self.n = int(packed[0])
-        self._sum, self._outer = packed[1 : dim + 1], packed[dim + 1 :].view(dim, dim)
+        self._given = None
+        self.restore(self.state())
         return self
+
+    def state(self) -> Tensor:
+        """What all ranks hold so far, packed: (1 + dim + dim^2,) float64; call it on every rank."""
+        count = torch.tensor([self.n], dtype=torch.float64)
+        return sum_over_ranks(torch.cat([count, self._sum.cpu(), self._outer.cpu().flatten()]))
+
+    def restore(self, state: Tensor) -> None:
+        """Hold exactly what ``state`` gave."""
+        dim = self.detector.dim
+        self.n = int(state[0])
+        # copies, since the rounding of a BLAS depends on where in memory a matrix begins
+        self._sum = state[1 : dim + 1].clone()
+        self._outer = state[dim + 1 :].view(dim, dim).clone()
 
     @property
     def mean(self) -> np.ndarray:
@@ -91,7 +102,7 @@ class Statistics:
         self._require_two()
         if self._given is not None:
             return self._given[0]
-        return (self._sum / self.n).numpy()
+        return (self._sum.cpu() / self.n).numpy()
 
     @property
     def cov(self) -> np.ndarray:
@@ -99,7 +110,8 @@ class Statistics:
         self._require_two()
         if self._given is not None:
             return self._given[1]
-        return ((self._outer - torch.outer(self._sum, self._sum) / self.n) / (self.n - 1)).numpy()
+        total, outer = self._sum.cpu(), self._outer.cpu()
+        return ((outer - torch.outer(total, total) / self.n) / (self.n - 1)).numpy()
 
     def fid(self, reference: Statistics) -> float:
         """Frechet distance to a reference made with the same detector."""

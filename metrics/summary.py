@@ -6,7 +6,7 @@ asks for them. Memory does not grow with the number of images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,20 @@ class Collector:
             )
             self._rows[rows] = features.cpu()[torch.from_numpy(mine)].float()
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What all ranks have gathered so far, for ``restore``; call it on every rank."""
+        parts = {"moments": self._moments.state(), "rows": sum_over_ranks(self._rows.clone())}
+        if self._spatial is not None:
+            parts["spatial"] = self._spatial.state()
+        return {name: part.numpy() for name, part in parts.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from ``state``, bit by bit; call it before the first image, on one rank only."""
+        self._moments.restore(torch.from_numpy(state["moments"]))
+        self._rows = torch.from_numpy(state["rows"])
+        if self._spatial is not None:
+            self._spatial.restore(torch.from_numpy(state["spatial"]))
+
     def finish(self) -> Summary:
         """The summary over all ranks; call it once, on every rank."""
         spatial = None if self._spatial is None else self._spatial.reduce()
@@ -145,17 +159,18 @@ class Collector:
 
 
 def collect(
-    batches: Iterable[Tensor], collectors: Sequence[Collector], shard: tuple[int, int] = (0, 1)
-) -> list[Summary]:
+    batches: Iterable[Tensor], collectors: Sequence[Collector], shard: tuple[int, int] = (0, 1),
+    start: int = 0,
+) -> list[Summary]:  # fmt: skip
     """One pass over the batches of rank ``shard[0]`` of ``shard[1]``, through all detectors.
 
-    The images of a rank have the numbers rank, rank + size, ... among all, as in
+    The images of a rank have the numbers start + rank, start + rank + size, ... among all, as in
     ``sources.image_batches``.
     """
     rank, size = shard
     seen = 0
     for images in batches:
-        first = rank + seen * size
+        first = start + rank + seen * size
         positions = range(first, first + len(images) * size, size)
         for collector in collectors:
             collector.update(images, positions)
