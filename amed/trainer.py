@@ -29,6 +29,8 @@ from teachers.supervision import Teacher, visit_variance
 
 STATE = "training-state.pt"
 VARIANCE_SAMPLES, VARIANCE_DRAWS = 4, 4
+#: What the name of a draw in training begins with; that of a sampler's draw never does.
+STREAMS = ("train", "variance", *(f"variance-{k}" for k in range(VARIANCE_DRAWS)))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Data:
     device: torch.device
 
     def draw(
-        self, numbers: Sequence[int], stream: str = "train"
+        self, numbers: Sequence[int], stream: str = STREAMS[0]
     ) -> tuple[Meter, Tensor, Callable[[tuple], Tensor]]:
         """Meter, start states (B, C, H, W) at sigma_max, and the samples' named noise."""
         noise = SeedNoise(numbers)
@@ -163,8 +165,8 @@ def _figures(window: list[list[IntervalResult]], loop: Loop, world: World) -> di
 def _variance(teacher: Teacher, data: Data, it: int) -> list[float]:
     """Variance of the teacher's states over a few draws from a few starts, fresh every tick."""
     numbers = range(it * VARIANCE_SAMPLES, (it + 1) * VARIANCE_SAMPLES)
-    meter, x, _ = data.draw(numbers, "variance")
-    draws = [data.draw(numbers, f"variance-{k}")[2] for k in range(VARIANCE_DRAWS)]
+    meter, x, _ = data.draw(numbers, STREAMS[1])
+    draws = [data.draw(numbers, stream)[2] for stream in STREAMS[2:]]
     return visit_variance(teacher, meter, x, draws).tolist()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from comparison.choose import choose_restart, selection_cost
 from comparison.converged import NONE, open_converged
+from comparison.draws import seeds_section
 from comparison.measure import Harness, measure
 from comparison.page import write_page
 from comparison.report import markdown, ordered, write_report
@@ -76,7 +77,7 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
     asked = options["budgets"]
     budgets = [] if asked == "none" else numbers("--budgets", asked, 1)
     rounds = numbers("--select", options["select"], 2)
-    selection_seeds(rounds[-1])  # whether there are so many
+    selected = selection_seeds(rounds[-1] if budgets else 0)
     harness = open_harness(options, world, detector, check_blocks(options))
     card = harness.model.card
     specs = [s for s in options["predictors"].split(",") if s]
@@ -95,7 +96,8 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
         b: classic_rows(b, card, options["schedule_type"]) + learned_rows(b, students, card)
         for b in budgets
     }
-    more = {"budgets": budgets, "predictors": [s.name for s in students]}
+    seeds = seeds_section(harness.seeds, selected, students)
+    more = {"budgets": budgets, "predictors": [s.name for s in students], "seeds": seeds}
     record = make_record("compare", options, harness, more)
     return Job(harness, rows, extra, ceilings, rounds, options["outdir"], record)
 

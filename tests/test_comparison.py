@@ -234,6 +234,8 @@ def test_a_dry_run_lists_the_rows_and_touches_nothing(tmp_path):
     assert done.exit_code == 0 and not out.exists()
     assert "DPM-Solver-2 + AFS" in done.output and "ceilings: Heun-35, Restart-43" in done.output
     assert "PDS" not in done.output
+    seeds = RunRecord.from_json(done.output[: done.output.index("\n}") + 2]).plan["seeds"]
+    assert (seeds["evaluation"], seeds["selection"]) == ("0-1999", "10000000-10000255")
     flags = ["-n", "--budgets", "none", "--with", "pds", "--outdir", str(out), "--device", "cpu"]
     done = CliRunner().invoke(compare.main, flags, catch_exceptions=False)
     assert done.exit_code == 0 and not out.exists() and "DPM" not in done.output
