@@ -1,7 +1,8 @@
-"""Figures of images against reference statistics, and making such statistics.
+"""Figures of images, or of a model's samples, against reference statistics; making such statistics.
 
 Examples:
 
+    python fid.py gen --predictor_path=1 --seeds 0-49999 --json fid.json
     python fid.py calc --images samples/00001 --num 2000 --json fid.json
     python fid.py calc --images samples/00001 --metrics fid,kid,pr,dc --ref stats.npz
     python fid.py ref --data cifar10-32x32-train.zip --features 10000 --dest stats.npz
@@ -16,6 +17,8 @@ from typing import Any
 
 import click
 
+import sample
+from comparison import generated
 from comparison.images import (
     destinations,
     image_pass,
@@ -24,8 +27,9 @@ from comparison.images import (
     open_references,
     report,
 )
-from metrics.detectors import DETECTORS, parse_detectors
-from metrics.measures import METRICS, needs_of, parse_metrics, reference_needs, require
+from comparison.options import detector_options
+from metrics.detectors import parse_detectors
+from metrics.measures import needs_of, parse_metrics, reference_needs, require
 from metrics.statistics import Statistics
 from metrics.summary import Summary
 from runtime import cli
@@ -35,6 +39,8 @@ from runtime.record import RunRecord
 
 PATH = click.Path(path_type=Path)
 Made = AbstractContextManager[list[Summary]]
+#: All options of sample.py but those of its pictures.
+SAMPLING = [o for o in sample.main.params if o.name not in {"outdir", "grid", "return_inters"}]
 
 
 def common_options(function: Any) -> Any:
@@ -44,22 +50,10 @@ def common_options(function: Any) -> Any:
         cli.device_option,
         cli.cache_option,
         cli.batch_option(256),
-        click.option("--seed", type=int, default=0, help="draws the N images, and subsets"),
         # torchrun takes --num for a prefix of its own options, hence the longer name
         click.option("--num", "--num_images", type=click.IntRange(min=2), help="use N images"),
-        click.option(
-            "--features", type=click.IntRange(min=2), metavar="N",
-            help="of at most N images, for fid_inf, kid, pr and dc  [default: 10000]",
-        ),
-        click.option(
-            "--metrics", default="fid", metavar="LIST", help=f"of {', '.join(METRICS)}, by comma"
-        ),
-        click.option("--detector-path", type=PATH, help="file of a detector that is not bundled"),
-        click.option(
-            "--detector", default="cifar10-small", metavar="LIST",
-            help=f"{', '.join(DETECTORS)}, a TorchScript file, or name=path; by comma",
-        ),
-    ):  # fmt: skip
+        detector_options,
+    ):
         function = option(function)
     return function
 
@@ -129,6 +123,26 @@ def ref(dry_run: bool, **options: Any) -> None:
         with made as summaries:
             if w.is_main:
                 click.echo(keep(dests, summaries, detectors))
+
+
+@main.command(
+    params=SAMPLING, context_settings={"show_default": True, "default_map": {"seeds": "0-1999"}}
+)
+@click.option("--outdir", metavar="DIR", help="keep the images there too, as sample.py does")
+@click.option("--ref", default="cifar10-small", help="as of calc, or 'none' for --dest alone")
+@click.option("--dest", help=".npz: keep the statistics as a reference; one for each detector")
+@click.option("--json", "result_path", type=PATH, help="write the result to this file")
+@detector_options
+def gen(dry_run: bool, device: str | None, predictor_path: str | None, **options: Any) -> None:
+    """Figures of a model's samples, which go straight into the statistics.
+
+    The samplers and their flags are those of sample.py. A killed command goes on where it stopped.
+    """
+    with world(device) as w:
+        job = generated.plan(options, predictor_path, w)
+        text = job.outline() if dry_run else generated.run(job)
+        if w.is_main:
+            click.echo(text)
 
 
 if __name__ == "__main__":

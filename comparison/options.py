@@ -11,6 +11,7 @@ import click
 from denoisers.cards import cards
 from denoisers.registry import DTYPES
 from metrics.detectors import DETECTORS
+from metrics.measures import METRICS
 from runtime import cli
 from runtime.seeds import SELECTION_START
 
@@ -76,3 +77,27 @@ def image_options(function: F) -> F:
         default=2000,
         help="images per row",
     )(function)
+
+
+def detector_options(function: F) -> F:
+    """What ``fid.py`` measures, and by which detectors: ``open_detectors`` takes several."""
+    for option in (
+        click.option("--seed", type=int, default=0, help="draws the N images, and subsets"),
+        click.option(
+            "--features", type=click.IntRange(min=2), metavar="N",
+            help="of at most N images, for fid_inf, kid, pr and dc  [default: 10000]",
+        ),
+        click.option(
+            "--metrics", default="fid", metavar="LIST", help=f"of {', '.join(METRICS)}, by comma"
+        ),
+        click.option(
+            "--detector-path", type=click.Path(path_type=Path),
+            help="file of a detector that is not bundled",
+        ),
+        click.option(
+            "--detector", default="cifar10-small", metavar="LIST",
+            help=f"{', '.join(DETECTORS)}, a TorchScript file, or name=path; by comma",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function

@@ -167,10 +167,7 @@ def run(job: Job, world: World, model: Model | None = None) -> Summary:
     ``model`` is the job's, where it is loaded already.
     """
     setup, folder = job.setup, job.folder
-    model = model or job.source.load(setup.dtype, world)
-    note = _other_weights(job.sampler, model.sha256)
-    if note and world.is_main:
-        tqdm.write(note, file=sys.stderr)
+    model = open_model(job, world, model)
     record, missing = world.broadcast_object(
         folder.open(job.record(model.sha256, world), job.seeds) if world.is_main else None
     ) or (None, [])
@@ -206,6 +203,15 @@ def run(job: Job, world: World, model: Model | None = None) -> Summary:
             pictures.append(folder.save_strips(job.seeds))
     found = len(job.seeds) - len(missing)
     return Summary(folder.path, int(made), found, job.sampler.nfe, seconds, tuple(pictures))
+
+
+def open_model(job: Job, world: World, model: Model | None = None) -> Model:
+    """The model of a job, loaded unless given; notes where a predictor was trained on another."""
+    model = model or job.source.load(job.setup.dtype, world)
+    note = _other_weights(job.sampler, model.sha256)
+    if note and world.is_main:
+        tqdm.write(note, file=sys.stderr)
+    return model
 
 
 def _learned(
