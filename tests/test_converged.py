@@ -1,22 +1,39 @@
-"""tools/converged.py: the ODE's own images."""
+"""tools/converged.py: the ODE's own images, and statistics of them."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+import compare
+import sweep
+from comparison import passes
+from comparison.converged import Converged
 from denoisers.registry import ModelSource
+from metrics.detectors import load_detector
+from metrics.statistics import Statistics
 from runtime import cli
+from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
+from runtime.seeds import CONVERGED_START, SELECTION_START
 from tests.sampler_models import MEAN, SHAPE, VAR, GaussianModel
 from tools import converged as tool
 from tools.converged import converged
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = f"{CONVERGED_START}-{CONVERGED_START + 8}"
+STATISTICS = ("--dest=own.npz", "--detector=pixels", "--dtype=float64", "--tol=1e-6", "--batch=4")
 
 
 def exact(seeds: tuple[int, ...]) -> torch.Tensor:
@@ -42,11 +59,10 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Any:
     monkeypatch.setattr(ModelSource, "load", lambda *_: GaussianModel())
     monkeypatch.setattr(ModelSource, "card", lambda *_: GaussianModel().card)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AMED_CACHE", str(tmp_path / "cache"))
 
     def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(
-            "sys.argv", ["converged.py", "--outdir=out", "--device=cpu", *arguments]
-        )
+        monkeypatch.setattr("sys.argv", ["converged.py", "--device=cpu", *arguments])
         with pytest.raises(SystemExit) as stop:
             cli.run(tool.main)
         out = capsys.readouterr()
@@ -56,7 +72,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Any:
 
 
 def test_a_run_goes_on_where_it_stopped(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert command("--seeds=0-2", "--dtype=float64")[0] == 0
+    assert command("--outdir=out", "--seeds=0-2", "--dtype=float64")[0] == 0
     files = {path.name: path.read_bytes() for path in Path("out").glob("*.png")}
     assert sorted(files) == ["000000.png", "000001.png", "000002.png"]
     record = RunRecord.read(Path("out/run.json"))
@@ -71,7 +87,7 @@ def test_a_run_goes_on_where_it_stopped(command: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(tool, "converged", watched)
     Path("out/000001.png").unlink()
-    code, text = command("--seeds=0-4", "--dtype=float64", "--batch=2")
+    code, text = command("--outdir=out", "--seeds=0-4", "--dtype=float64", "--batch=2")
     assert code == 0 and "3 images made" in text
     assert made == [(1, 3), (4,)]
     assert Path("out/000001.png").read_bytes() == files["000001.png"]  # the tolerance is below 1/2
@@ -79,8 +95,145 @@ def test_a_run_goes_on_where_it_stopped(command: Any, monkeypatch: pytest.Monkey
 
 
 def test_other_settings_are_refused(command: Any) -> None:
-    assert command("--seeds=0-1")[0] == 0
-    code, text = command("--seeds=0-1", "--tol=0.1")
+    assert command("--outdir=out", "--seeds=0-1")[0] == 0
+    code, text = command("--outdir=out", "--seeds=0-1", "--tol=0.1")
     assert code == 1 and "out holds images of other settings" in text and "tol" in text
-    code, text = command("--seeds=0-x")
+    code, text = command("--outdir=out", "--seeds=0-x")
     assert code == 1 and "0-x" in text
+
+
+def own_statistics(batch: int = 4) -> Statistics:
+    """Of what STATISTICS asks for, by hand."""
+    first, last = map(int, SEEDS.split("-"))
+    seeds = range(first, last + 1)
+    stats = Statistics(load_detector("pixels", device="cpu").id)
+    for i in range(0, len(seeds), batch):
+        made = converged(GaussianModel(), tuple(seeds[i : i + batch]), 1e-6, torch.float64, CPU)
+        pixels = torch.from_numpy(to_uint8(made.images)).permute(0, 3, 1, 2)
+        stats.update(load_detector("pixels", device="cpu")(pixels))
+    return stats
+
+
+def assert_equal(found: Statistics, truth: Statistics) -> None:
+    assert found.n == truth.n == 9 and found.detector == truth.detector
+    assert np.abs(found.mean - truth.mean).max() < 1e-12
+    assert np.abs(found.cov - truth.cov).max() < 1e-12
+
+
+def test_statistics_are_those_of_the_images_and_say_how_they_were_made(command: Any) -> None:
+    code, text = command(*STATISTICS, f"--seeds={SEEDS}")
+    assert code == 0 and "wrote own.npz  (detector pixels, N = 9, " in text, text
+    made = Converged.load(Path("own.npz"))
+    assert_equal(made.statistics, own_statistics())
+    assert made.record.model == {"name": "tiny", "sha256": "0" * 64}
+    assert made.record.options["seeds"] == SEEDS and made.record.options["dtype"] == "float64"
+    plan = made.record.plan
+    assert (plan["solver"], plan["tol"]) == ("dopri5", 1e-6) and plan["nfe_metered"] > 20
+    assert not list(Path().rglob("*.png"))
+    before = Path("own.npz").read_bytes()
+    assert command(*STATISTICS, f"--seeds={SEEDS}") == (0, "own.npz is there already\n")
+    code, text = command(*STATISTICS, f"--seeds={SEEDS}", "--tol=1e-2")
+    assert code == 1 and "own.npz holds statistics of other settings" in text and "tol" in text
+    code, text = command(*STATISTICS, f"--seeds={CONVERGED_START}-{CONVERGED_START + 4}")
+    assert code == 1 and "options.seeds" in text and Path("own.npz").read_bytes() == before
+
+
+def test_images_are_kept_where_they_are_asked_for(command: Any) -> None:
+    assert command(*STATISTICS, f"--seeds={SEEDS}", "--outdir=out")[0] == 0
+    assert len(list(Path("out").glob("*.png"))) == 9
+    assert RunRecord.read(Path("out/run.json")).plan["nfe_metered"] > 20
+    Path("own.npz").unlink()
+    text = command("--outdir=out", "--dtype=float64", "--tol=1e-6", f"--seeds={SEEDS}")[1]
+    assert "out: 0 images made" in text
+
+
+def test_killed_statistics_go_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "SAVE_EVERY", 0.0)
+    made: list[int] = []
+    real = converged
+
+    def mortal(model: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
+        if len(made) == 8:
+            raise KeyboardInterrupt
+        made.extend(seeds)
+        return real(model, seeds, *rest)
+
+    monkeypatch.setattr(tool, "converged", mortal)
+    assert command(*STATISTICS, f"--seeds={SEEDS}")[0] == 130
+    assert len(made) == 8 and not Path("own.npz").exists()
+    made.clear()
+    assert command(*STATISTICS, f"--seeds={SEEDS}")[0] == 0
+    assert made == [CONVERGED_START + 8]
+    assert_equal(Converged.load(Path("own.npz")).statistics, own_statistics())
+    assert not list(Path("cache").rglob("*.npz"))  # nothing is left behind
+
+
+WORLD = """
+from denoisers.registry import ModelSource
+from runtime import cli
+from tests.sampler_models import GaussianModel
+from tools import converged
+ModelSource.load = lambda *_: GaussianModel()
+ModelSource.card = lambda *_: GaussianModel().card
+cli.run(converged.main)
+"""
+
+
+def test_two_processes_make_the_statistics_of_one(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(WORLD)
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*runner, "script.py", *STATISTICS, f"--seeds={SEEDS}", "--device=cpu"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "AMED_CACHE": str(tmp_path / "cache")},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote own.npz") == 1
+    # other neighbours, hence other steps: the same images, since the tolerance is far below 1/2
+    assert_equal(Converged.load(tmp_path / "own.npz").statistics, own_statistics())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--seeds=0-3",), "nothing to make: give --dest FILE.npz, --outdir FOLDER"),
+        ((*STATISTICS, "--seeds=0-3"), "--seeds 0 and others below 20000000 are those of tables"),
+        ((*STATISTICS, f"--seeds={CONVERGED_START - 1},{CONVERGED_START}"), "--seeds 19999999 and"),
+        ((*STATISTICS, f"--seeds={SELECTION_START}-{CONVERGED_START}"), "more than 10000000 seeds"),
+        ((*STATISTICS, f"--seeds={CONVERGED_START}"), "at least 2 images: give more --seeds"),
+        (("--dest=own.txt",), "--dest own.txt has to end in .npz"),
+    ],
+)
+def test_nonsense_is_one_sentence(command: Any, flags: tuple[str, ...], sentence: str) -> None:
+    code, text = command(*flags)
+    assert code == 1 and sentence in text and text.count("\n") == 1
+    assert not list(Path().iterdir())
+
+
+def test_a_dry_run_touches_nothing(command: Any) -> None:
+    code, text = command("-n", "--dest=own.npz")
+    plan = json.loads(text)
+    assert code == 0 and not list(Path().iterdir())
+    assert plan["options"]["seeds"] == f"{CONVERGED_START}-{CONVERGED_START + 9999}"
+    assert plan["plan"]["tol"] == 1e-3
+
+
+def test_tables_are_held_against_what_the_command_wrote(command: Any) -> None:
+    assert command(*STATISTICS, f"--seeds={SEEDS}")[0] == 0
+    own_statistics(batch=3).save("data.npz")
+    fixed = ["--ref=data.npz", "--detector=pixels", "--num=8", "--blocks=2", "--device=cpu",
+             "--dtype=float64"]  # fmt: skip
+    compared = [compare.main, "--budgets=none"]
+    swept = [sweep.main, "figure", "--sde=none", "--ode=35", '--restart=2 {"0": [2, 1, 1, 2]}']
+    for out, (main, *flags) in {"compared": compared, "swept": swept, "plain": swept}.items():
+        given = "none" if out == "plain" else "own.npz"
+        flags += [*fixed, f"--outdir={out}", f"--ref_model={given}"]
+        done = CliRunner().invoke(main, flags)
+        assert done.exit_code == 0, done.output
+        assert ("| FID | FID to converged |" in done.output) == (given == "own.npz")
+        assert ("There is no FID to the model's own" in done.output) == (given == "none")
+    for out in ("compared", "swept"):
+        rows = json.loads(Path(out, "results.json").read_text())["rows"]
+        heun = next(row for row in rows if row["nfe_planned"] == 35)
+        # both references are of the same images; rounding is all that is between the files
+        assert heun["fid_converged"] == pytest.approx(heun["fid"], abs=1e-9)
