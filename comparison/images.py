@@ -75,12 +75,16 @@ def _weights(name: str, path: Path | None, folder: Path, world: World) -> Path |
     def fetch() -> Path:
         if entry.url is not None:
             return download(entry.url, folder)
-        target = folder / str(entry.repository)
-        for file in REPOSITORY_FILES:
-            download(f"{HUB}/{entry.repository}/resolve/main/{file}", target)
-        return target
+        return from_hub(str(entry.repository), REPOSITORY_FILES, folder)
 
     return world.broadcast_object(fetch() if world.is_main else None)
+
+
+def from_hub(repository: str, files: Sequence[str], cache: Path) -> Path:
+    """The folder in the cache with ``files`` of a repository of the Hugging Face hub."""
+    for file in files:
+        download(f"{HUB}/{repository}/resolve/main/{file}", cache / repository)
+    return cache / repository
 
 
 def image_pass(
@@ -115,8 +119,14 @@ def entry_of(
         **found,
         "n": images.moments.n,
         "features_n": images.kept,
+        "source_sha256": images.moments.source_sha256,
         "detector": {**asdict(detector.id), "resize": detector.resize},
-        "reference": {"source": source.source, "n": source.n, "features_n": reference.kept},
+        "reference": {
+            "source": source.source,
+            "source_sha256": source.source_sha256,
+            "n": source.n,
+            "features_n": reference.kept,
+        },
     }
 
 

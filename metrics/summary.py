@@ -6,6 +6,7 @@ asks for them. Memory does not grow with the number of images.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,9 @@ def _spatial(
 class Collector:
     """Fills a summary image by image; neither batches nor ranks leave a trace in it.
 
+    The source bears a SHA-256: that of the SHA-256 of each image's pixels, in order. It takes 32
+    bytes an image.
+
     Args:
         total: images over all ranks, of which ``needs.features`` are drawn by ``seed``.
 
@@ -123,9 +127,11 @@ class Collector:
             self._spatial = Statistics(detector.spatial_id, source)
         self._chosen = choose(total, min(total, needs.features), seed)
         self._rows = torch.zeros(len(self._chosen), detector.dim if needs.features else 0)
+        self._digests = torch.zeros(total, 32, dtype=torch.uint8)
 
     def update(self, images: Tensor, positions: Sequence[int]) -> None:
         """Add uint8 (B, 3, H, W) images, which have these numbers among all."""
+        self._digests[list(positions)] = _digests(images)
         features, spatial = self.detector.both(images)
         self._moments.update(features)
         if self._spatial is not None and spatial is not None:
@@ -138,7 +144,11 @@ class Collector:
 
     def state(self) -> dict[str, np.ndarray]:
         """What all ranks have gathered so far, for ``restore``; call it on every rank."""
-        parts = {"moments": self._moments.state(), "rows": sum_over_ranks(self._rows.clone())}
+        parts = {
+            "moments": self._moments.state(),
+            "rows": sum_over_ranks(self._rows.clone()),
+            "digests": sum_over_ranks(self._digests.clone()),
+        }
         if self._spatial is not None:
             parts["spatial"] = self._spatial.state()
         return {name: part.numpy() for name, part in parts.items()}
@@ -147,15 +157,28 @@ class Collector:
         """Go on from ``state``, bit by bit; call it before the first image, on one rank only."""
         self._moments.restore(torch.from_numpy(state["moments"]))
         self._rows = torch.from_numpy(state["rows"])
+        self._digests = torch.from_numpy(state["digests"])
         if self._spatial is not None:
             self._spatial.restore(torch.from_numpy(state["spatial"]))
 
     def finish(self) -> Summary:
         """The summary over all ranks; call it once, on every rank."""
-        spatial = None if self._spatial is None else self._spatial.reduce()
-        # each row is zero on all ranks but one
+        # each row, and each digest, is zero on all ranks but one
         features = sum_over_ranks(self._rows) if len(self._chosen) else None
-        return Summary(self._moments.reduce(), spatial, features)
+        sha = hashlib.sha256(sum_over_ranks(self._digests).numpy().tobytes()).hexdigest()
+        moments = self._moments.reduce()
+        spatial = None if self._spatial is None else self._spatial.reduce()
+        for statistics in (moments, spatial):
+            if statistics is not None:
+                statistics.source_sha256 = sha
+        return Summary(moments, spatial, features)
+
+
+def _digests(images: Tensor) -> Tensor:
+    """SHA-256 of the pixels of each image (3, H, W) and of their shape, (B, 32) uint8."""
+    shape = str(tuple(images.shape[1:])).encode()
+    made = [hashlib.sha256(shape + image.tobytes()).digest() for image in images.cpu().numpy()]
+    return torch.from_numpy(np.frombuffer(b"".join(made), np.uint8).reshape(-1, 32).copy())
 
 
 def collect(

@@ -99,6 +99,19 @@ def test_another_detector_is_refused(other: DetectorId) -> None:
             mix()
 
 
+def test_the_same_images_are_at_no_distance_however_they_were_summed(tmp_path: Path) -> None:
+    one, two = statistics(features(40)), Statistics(ID, "elsewhere")
+    for part in features(40).split(7):
+        two.update(part * (1 + 1e-4))  # far coarser than any rounding
+    assert one.fid(two) > 0
+    one.source_sha256 = two.source_sha256 = "ef" * 32
+    one.save(tmp_path / "s.npz")
+    assert one.fid(two) == Statistics.load(tmp_path / "s.npz").fid(two) == 0.0
+    two.update(features(3, 1))  # no longer those images
+    assert two.source_sha256 == "" and one.fid(two) > 1e-3
+    assert one.merge(statistics(features(3, 1))).source_sha256 == ""
+
+
 def test_features_that_make_no_sense_are_refused() -> None:
     stats = Statistics(ID)
     with pytest.raises(ValueError, match=r"features of shape \(2, 4\)"):

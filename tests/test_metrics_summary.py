@@ -71,8 +71,31 @@ def test_the_ranks_together_keep_what_one_keeps() -> None:
         parts.append(collect(x[rank::3].split(4), [collector], (rank, 3))[0])
     one = collect([x], [Collector(toy(), Needs(12), 31, 5)])[0]
     assert torch.equal(parts[0].features + parts[1].features + parts[2].features, one.features)
+    assert len({p.moments.source_sha256 for p in parts}) == 3  # without a group each has its part
     merged = parts[0].moments.merge(parts[1].moments, parts[2].moments)
     np.testing.assert_allclose(merged.cov, one.moments.cov, atol=1e-12)
+
+
+def test_the_hash_is_that_of_the_images_in_order() -> None:
+    x = images(9)
+    whole = summary(x, Needs(), 4).moments.source_sha256
+    assert summary(x, Needs(), 9).moments.source_sha256 == whole
+    for others in (x.flip(0), x[:8], x.transpose(2, 3).contiguous(), x.bitwise_xor(1)):
+        assert summary(others, Needs()).moments.source_sha256 != whole
+    square = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    flat = summary(square.view(2, 3, 4, 16), Needs()).moments.source_sha256
+    assert summary(square, Needs()).moments.source_sha256 != flat
+
+
+def test_a_pass_that_goes_on_knows_all_its_images() -> None:
+    x, needs = images(20), Needs(8, spatial=True)
+    first = Collector(toy(), needs, 20)
+    first.update(x[:12], range(12))
+    second = Collector(toy(), needs, 20)
+    second.restore(first.state())
+    made = collect([x[12:]], [second], start=12)[0]
+    assert made.moments.source_sha256 == summary(x, needs).moments.source_sha256
+    assert made.spatial.source_sha256 == made.moments.source_sha256
 
 
 def test_every_figure_is_that_of_its_features() -> None:
