@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def test_the_bundled_reference_belongs_to_the_bundled_detector(small: Detector) 
     for name, count in (("cifar10-small", 50_000), ("cifar10-small-test", 10_000)):
         reference = load_reference(name, small)
         assert reference.n == count and reference.detector == small.id
+        assert re.fullmatch("[0-9a-f]{64}", reference.source_sha256)
         assert np.linalg.eigvalsh(reference.cov).min() > 0
     # the floor: real images against real images
     assert 0 < reference.fid(load_reference("cifar10-small", small)) < 0.1
