@@ -7,10 +7,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metrics.detectors import Detector
-from metrics.summary import Collector, Needs, Summary, collect
+from metrics.summary import Collector, Gathers, Needs, Summary, collect
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import progress
 
+T = TypeVar("T")
 SAVE_EVERY = 60.0  #: seconds of work that a kill may cost
 FOLDER = "passes"  #: in the cache: what unfinished passes have gathered
 
@@ -52,7 +53,7 @@ class Kept:
     """
 
     file: Path
-    collectors: Sequence[Collector]
+    collectors: Sequence[Gathers]
     world: World
 
     def load(self) -> int:
@@ -82,36 +83,42 @@ class Kept:
                 np.savez(file, **named)
 
 
-@contextmanager
 def gathered(
     stream: Stream, detectors: Sequence[Detector], needs: Needs, seed: int, world: World,
     cache: Path,
-) -> Iterator[list[Summary]]:  # fmt: skip
-    """``with gathered(...) as summaries:`` what each detector makes of a stream, over all ranks.
-
-    Every minute the sums go to a file in ``cache``, and a killed pass goes on from there, on any
-    number of ranks. The file is removed when the block ends without an exception, so write the
-    results in the block.
-    """
+) -> AbstractContextManager[list[Summary]]:  # fmt: skip
+    """``with gathered(...) as summaries:`` what each detector makes of a stream; see `resumed`."""
     collectors = [Collector(d, needs, stream.total, seed, stream.name) for d in detectors]
-    identity = {
-        **stream.identity, "total": stream.total, "needs": asdict(needs), "seed": seed,
-        "detectors": [asdict(d.id) for d in detectors],
-    }  # fmt: skip
+    detected = [asdict(d.id) for d in detectors]
+    identity = {**stream.identity, "needs": asdict(needs), "seed": seed, "detectors": detected}
+    return resumed(replace(stream, identity=identity), collectors, world, cache)
+
+
+@contextmanager
+def resumed(
+    stream: Stream, collectors: Sequence[Gathers[T]], world: World, cache: Path
+) -> Iterator[list[T]]:
+    """``with resumed(...) as made:`` what each collector makes of a stream, over all ranks.
+
+    Every minute what they have goes to a file in ``cache``, and a killed pass goes on from there,
+    on any number of ranks. The file is removed when the block ends without an exception, so write
+    the results in the block.
+    """
+    identity = {**stream.identity, "total": stream.total}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     kept = Kept(cache / FOLDER / f"{name[:32]}.npz", collectors, world)
-    yield _run(stream, kept, world)
+    yield _run(stream, collectors, kept, world)
     if world.is_main:
         kept.file.unlink(missing_ok=True)
 
 
-def _run(stream: Stream, kept: Kept, world: World) -> list[Summary]:
+def _run(stream: Stream, collectors: Sequence[Gathers[T]], kept: Kept, world: World) -> list[T]:
     start = kept.load()
     if start and world.is_main:
         tqdm.write(f"going on after {start} of {stream.total} images", file=sys.stderr)
     with progress(stream.total, stream.name, "img", start, enabled=world.is_main) as bar:
         watched = _watched(stream, kept, world, start, bar)
-        return collect(watched, kept.collectors, (world.rank, world.size), start)
+        return collect(watched, collectors, (world.rank, world.size), start)
 
 
 def _watched(

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from metrics.detectors import REFERENCES, Detector
 from metrics.sources import choose
 from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,18 @@ def _spatial(
     spatial = Statistics.of_arrays(path, {**content, **moments, **name})
     spatial.require(id)
     return spatial
+
+
+class Gathers(Protocol[T_co]):
+    """Makes something of numbered images, in any batches and on any ranks; see `Collector`."""
+
+    def update(self, images: Tensor, positions: Sequence[int]) -> None: ...
+
+    def state(self) -> dict[str, np.ndarray]: ...
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+    def finish(self) -> T_co: ...
 
 
 class Collector:
@@ -182,9 +198,9 @@ def _digests(images: Tensor) -> Tensor:
 
 
 def collect(
-    batches: Iterable[Tensor], collectors: Sequence[Collector], shard: tuple[int, int] = (0, 1),
+    batches: Iterable[Tensor], collectors: Sequence[Gathers[T]], shard: tuple[int, int] = (0, 1),
     start: int = 0,
-) -> list[Summary]:  # fmt: skip
+) -> list[T]:  # fmt: skip
     """One pass over the batches of rank ``shard[0]`` of ``shard[1]``, through all detectors.
 
     The images of a rank have the numbers start + rank, start + rank + size, ... among all, as in

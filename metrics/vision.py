@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DINOV2_RESOLUTION = 224  #: Stein et al., 2023 (arXiv 2306.04675)
+SAFE, OLDER = "model*.safetensors", "pytorch_model*.bin"  #: weights, whole or in parts
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class Vision(NamedTuple):
@@ -29,64 +30,93 @@ class Vision(NamedTuple):
     sha256: str
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) of whole numbers in [0, 255].
+def resize(images: Tensor, height: int, width: int | None = None) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 (B, 3, height, width) of whole numbers in [0, 255].
+
+    Without a width it is a square, whatever the images were.
 
     Columns first, then rows, each rounded to grey levels: as PIL does it, to one level.
     """
     x = images.float()
-    for shape in ((images.shape[2], size), (size, size)):
+    width = width or height
+    for shape in ((images.shape[2], width), (height, width)):
         if x.shape[2:] != shape:
             made = F.interpolate(x, shape, mode="bicubic", antialias=True)
             x = made.round().clamp(0, 255)
     return x
 
 
-def _normalise(images: Tensor, constants: tuple[tuple[float, ...], ...]) -> Tensor:
+def centre(images: Tensor, size: int) -> Tensor:
+    """As `resize`, but keeps the proportions and the middle square: what CLIP was trained with.
+
+    The shorter side becomes ``size``; halves of a pixel go where torchvision's rule puts them.
+    """
+    height, width = images.shape[2:]
+    short = min(height, width)
+    height, width = size * height // short, size * width // short
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return resize(images, height, width)[..., top : top + size, left : left + size]
+
+
+def normalise(images: Tensor, constants: tuple[tuple[float, ...], ...]) -> Tensor:
     mean, std = (images.new_tensor(c).view(3, 1, 1) for c in constants)
     return (images / 255 - mean) / std
 
 
 def load_dinov2(folder: Path, device: torch.device) -> Vision:
     """The class token of DINOv2 (Oquab et al., 2023), after the last normalisation."""
-    model = _open(folder, "Dinov2Model", device)
+    model = open_model(folder, "Dinov2Model", device)
 
     def features(images: Tensor) -> Tensor:
-        x = _normalise(resize(images, DINOV2_RESOLUTION), _IMAGENET)
+        x = normalise(resize(images, DINOV2_RESOLUTION), _IMAGENET)
         token: Tensor = model(pixel_values=x).last_hidden_state[:, 0]
         return token
 
-    return Vision(features, model.config.hidden_size, _sha256(folder))
+    return Vision(features, model.config.hidden_size, folder_sha256(folder))
 
 
 def load_clip(folder: Path, device: torch.device) -> Vision:
     """The image embedding of CLIP (Radford et al., 2021), after the projection, not normalised."""
-    model = _open(folder, "CLIPVisionModelWithProjection", device)
+    model = open_model(folder, "CLIPVisionModelWithProjection", device)
 
     def features(images: Tensor) -> Tensor:
-        x = _normalise(resize(images, model.config.image_size), _CLIP)
+        x = normalise(resize(images, model.config.image_size), CLIP)
         embedding: Tensor = model(pixel_values=x).image_embeds
         return embedding
 
-    return Vision(features, model.config.projection_dim, _sha256(folder))
+    return Vision(features, model.config.projection_dim, folder_sha256(folder))
 
 
-def _open(folder: Path, kind: str, device: torch.device) -> Any:
-    """The model of class ``kind`` in float32; every weight has to be in the folder."""
+def open_model(folder: Path, kind: str, device: torch.device) -> Any:
+    """The model of class ``kind`` in float32; every weight has to be in the folder.
+
+    Of two formats safetensors are preferred; the older one is read as weights only.
+    """
     if not folder.is_dir():
-        raise FileNotFoundError(f"detector folder {folder} does not exist: check --detector-path.")
-    library = _transformers()
+        raise FileNotFoundError(
+            f"folder {folder} does not exist: give one with config.json and weights of a {kind}."
+        )
+    library = transformers_library()
     verbosity = library.logging.get_verbosity()
     library.logging.set_verbosity_error()  # a table of the text tower's weights, which nobody needs
     try:
         model, info = getattr(library, kind).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=any(folder.glob(SAFE)),
+            weights_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
         raise ValueError(
             f"{folder} cannot be read as a {kind} of transformers "
             f"({' '.join(str(err).split())[:200]}): pass a folder with its config.json and "
-            "model.safetensors."
+            "model.safetensors or pytorch_model.bin."
+        ) from err
+    except Exception as err:  # of whatever kind torch finds in an older file: it is not run
+        raise ValueError(
+            f"{folder} holds more than weights ({type(err).__name__}): pass a folder with its "
+            "config.json and model.safetensors."
         ) from err
     finally:
         library.logging.set_verbosity(verbosity)
@@ -98,21 +128,27 @@ def _open(folder: Path, kind: str, device: torch.device) -> Any:
     return model.float().to(device).eval().requires_grad_(False)
 
 
-def _transformers() -> ModuleType:
+def transformers_library() -> ModuleType:
     try:
         import transformers
     except ImportError as err:
         raise ValueError(
-            f"this detector needs {err.name}: pip install 'amed-toolkit[diffusion]'."
+            f"CLIP and DINOv2 need {err.name}: pip install 'amed-toolkit[diffusion]'."
         ) from err
     module: ModuleType = transformers
     return module
 
 
-def _sha256(folder: Path) -> str:
+def folder_sha256(folder: Path) -> str:
     """Hash of the configuration and of the weights; other files do not change the features."""
+    weights = sorted(folder.glob(SAFE)) or sorted(folder.glob(OLDER))
+    return files_sha256(folder / "config.json", *weights)
+
+
+def files_sha256(*files: Path) -> str:
+    """The SHA-256 of files one after the other."""
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for file in files:
         with open(file, "rb") as opened:
             while part := opened.read(1 << 20):
                 digest.update(part)

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": _LEARNED | {"samplers"},
     "toy": _BASE | {"denoisers", "restart"},
 }
-SCRIPTS = ("train", "sample", "fid", "compare", "errors", "sweep", "visualize")
+SCRIPTS = ("train", "sample", "fid", "clip_score", "compare", "errors", "sweep", "visualize")
 #: Import what they like, and nobody imports them.
 FREE = {"tools", "benchmarks", "examples", "tests"}
 OURS = {*MAY_IMPORT, *SCRIPTS, *FREE}

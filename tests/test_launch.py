@@ -354,7 +354,7 @@ def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
 def test_every_option_can_be_given_through_torchrun() -> None:
     """torchrun refuses what abbreviates two options of its own, even behind a script's name."""
     theirs = [o for action in get_args_parser()._actions for o in action.option_strings]
-    scripts = ("train", "sample", "fid", "compare", "errors", "sweep", "visualize")
+    scripts = ("train", "sample", "fid", "clip_score", "compare", "errors", "sweep", "visualize")
     mains = [importlib.import_module(script).main for script in scripts]
     for main in mains:
         for command in main.commands.values() if isinstance(main, click.Group) else [main]:
