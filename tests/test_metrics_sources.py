@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -122,3 +124,28 @@ def test_bad_places(tmp_path: Path) -> None:
         ImageSource(tmp_path / "torn.zip")
     with pytest.raises(ValueError, match="3 images were asked for, found 2: lower the number"):
         list(image_batches(fill(tmp_path / "two", OK), 2, num=3))
+
+
+def test_threads_decode_ahead_but_not_far(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a batch is at work the next one is decoded, elsewhere, and no more than that."""
+    fill(target, {f"{i:03}.png": encoded(i)[1] for i in range(40)})
+    seen: list[tuple[int, str]] = []
+    read = ImageSource.read
+
+    def noted(source: ImageSource, index: int) -> np.ndarray:
+        image = read(source, index)
+        seen.append((index, threading.current_thread().name))
+        return image
+
+    monkeypatch.setattr(ImageSource, "read", noted)
+    batches = image_batches(target, 8)
+    next(batches)
+    until = time.monotonic() + 60
+    while len(seen) < 17 and time.monotonic() < until:  # the first image twice, for its size
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(index for index, _ in seen) == sorted([0, *range(16)])
+    assert {name for _, name in seen[1:]} & {threading.current_thread().name} == set()
+    before = threading.active_count()
+    batches.close()  # leaves no thread behind
+    assert threading.active_count() < before

@@ -1,0 +1,144 @@
+"""What a pass over images costs beside its detector's own forward, and how much memory it takes.
+
+    python benchmarks/metrics.py throughput                            PNGs of noise, the worst case
+    python benchmarks/metrics.py throughput --threads 1 --clock cpu    on a machine that others use
+    python benchmarks/metrics.py throughput --images x.zip --detector inception-pt --path FILE
+    python benchmarks/metrics.py memory                                50,000 x 2048 features
+
+`throughput` times `fid.py`'s whole pass (reading and decoding in threads, the detector, the
+statistics) against the forward on images that are ready in memory, in turn, and gives the median
+ratio. By the CPU's clock the threads' work counts as if it were in line: an upper bound of what
+idle cores would see. `memory` gives the peak after a fifth of the images and after all, the
+covariance included. Exit code 1 above a limit: a ratio of 1.1, or 32 MiB more for four fifths more.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
+
+from benchmarks.sampling import CLOCKS, Stopwatch  # noqa: E402
+from comparison.images import image_pass  # noqa: E402
+from metrics.detectors import CHUNK, Detector, load_detector  # noqa: E402
+from metrics.sources import image_batches  # noqa: E402
+from metrics.statistics import DetectorId  # noqa: E402
+from metrics.summary import Collector, Needs  # noqa: E402
+from runtime import cli  # noqa: E402
+from runtime.dist import World, choose_device  # noqa: E402
+
+RATIO, GROWTH = 1.1, 32.0
+MIB = 2**20
+
+
+@click.group(context_settings={"show_default": True})
+def main() -> None:
+    """Throughput and memory of the statistics of images."""
+
+
+def noise(folder: Path, count: int, size: int) -> Path:
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:06}.png")
+    return folder
+
+
+@main.command()
+@click.option("--images", type=click.Path(path_type=Path), help="[default: PNGs of noise]")
+@click.option("--num", type=click.IntRange(2), default=2048, help="images")
+@click.option("--size", type=click.IntRange(1), default=32, help="of the noise")
+@click.option("--detector", default="cifar10-small")
+@click.option("--path", type=click.Path(path_type=Path), help="its file")
+@click.option("--batch", type=click.IntRange(1), default=256)
+@click.option("--rounds", type=click.IntRange(1), default=5)
+@click.option("--threads", type=click.IntRange(1), help="of torch  [default: its own choice]")
+@click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall")
+@cli.device_option
+def throughput(
+    images: Path | None, num: int, size: int, detector: str, path: Path | None, batch: int,
+    rounds: int, threads: int | None, clock: str, device: str | None,
+) -> None:  # fmt: skip
+    """The pass over the forward."""
+    if threads:
+        torch.set_num_threads(threads)
+    here = World(0, 1, choose_device(device))
+    watch = Stopwatch(CLOCKS[clock], here.device)
+    network = load_detector(detector, path=path, device=here.device)
+    with tempfile.TemporaryDirectory() as folder:
+        source = images or noise(Path(folder), num, size)
+        options: dict[str, Any] = {"num": num, "seed": 0, "batch": batch, "cache_dir": folder}
+        ready = list(image_batches(source, batch, num=num))
+
+        def forward() -> None:
+            for part in ready:
+                network.both(part)
+
+        def whole() -> None:
+            with image_pass(source, [network], Needs(), options, here):
+                pass
+
+        watch(forward)  # the first call prepares kernels
+        forwards, wholes, ratios = [], [], []
+        for _ in range(rounds):
+            before, taken, after = watch(forward), watch(whole), watch(forward)
+            forwards += [before, after]
+            wholes.append(taken)
+            ratios.append(taken / (before + after) * 2)
+    ratio, median = statistics.median(ratios), statistics.median
+    click.echo(f"{num} images, detector {detector}, {clock} clock, median of {rounds} rounds")
+    click.echo(f"forward {num / median(forwards):.0f} images/s, pass {num / median(wholes):.0f}")
+    click.echo(f"ratio {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f}), limit {RATIO}")
+    sys.exit(ratio > RATIO)
+
+
+def peak() -> float:
+    """MiB that this process has taken at most so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+@main.command()
+@click.option("--num", type=click.IntRange(10), default=50_000, help="images")
+@click.option("--dim", type=click.IntRange(1), default=2048, help="features of each")
+@click.option("--features", type=click.IntRange(0), default=10_000, help="kept for kid, pr and dc")
+@click.option("--limit", type=float, default=GROWTH, help="MiB from a fifth of the images to all")
+def memory(num: int, dim: int, features: int, limit: float) -> None:
+    """Peak memory of the statistics of normal features."""
+    draw = torch.Generator().manual_seed(0)
+    network = Detector(
+        DetectorId("normal", "0" * 64, dim),
+        lambda x: torch.randn(CHUNK, dim, generator=draw), torch.device("cpu"),
+    )  # fmt: skip
+    begin = peak()
+
+    def gather(count: int) -> float:
+        """The peak once ``count`` images are in; also checks that they are."""
+        collector = Collector(network, Needs(features), max(count, features))
+        for start in range(0, count, CHUNK):
+            positions = range(start, min(start + CHUNK, count))
+            collector.update(torch.zeros(len(positions), 3, 1, 1, dtype=torch.uint8), positions)
+        moments = collector.finish().moments
+        trace = float(np.trace(moments.cov)) / dim
+        assert moments.n == count and abs(trace - 1) < 6 * (2 / (count * dim)) ** 0.5, trace
+        return peak()
+
+    fifth, most = gather(num // 5), gather(num)
+    click.echo(f"{num} x {dim} features, {features} of them kept; all would be "
+               f"{num * dim * 4 / MIB:.0f} MiB")  # fmt: skip
+    click.echo(f"peak {begin:.0f} MiB at the start, {fifth:.0f} after {num // 5}, {most:.0f} after "
+               f"{num}: {most - fifth:.0f} more, limit {limit:g}")  # fmt: skip
+    sys.exit(most - fifth > limit)
+
+
+if __name__ == "__main__":
+    main()
