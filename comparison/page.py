@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,33 @@ FIGURES = {
     "trajectories.png": "One seed in the plane of its exact trajectory; right: the end enlarged",
 }
 STYLE = """
-body { font: 1rem/1.5 system-ui, sans-serif; margin: 0; color: #1a1a1a; background: #fff; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --dim: #5a5a5a; --page: #fff; --line: #ddd;
+  --box: #f4f4f4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --dim: #a8a8a8; --page: #17191d; --line: #3b3e44; --box: #23262c; } }
+body { font: 1rem/1.5 system-ui, sans-serif; margin: 0; color: var(--ink);
+  background: var(--page); }
 main { max-width: 75rem; margin: auto; padding: 0 1rem 3rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+p, dl { max-width: 52rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: left; }
-th { border-bottom: 2px solid #888; white-space: nowrap; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.text { min-width: 14rem; } tr.learned td:first-child { font-weight: 600; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
-figcaption { font-size: .9rem; color: #555; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .7rem; font-size: .8rem; }
+table { border-collapse: collapse; font-size: .875rem; line-height: 1.35; }
+th, td { padding: .25rem .6rem; text-align: right; vertical-align: top; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+th { vertical-align: bottom; border-bottom: 2px solid var(--dim); white-space: normal; }
+td { border-bottom: 1px solid var(--line); }
+tbody + tbody tr:first-child td { border-top: 2px solid var(--dim); }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page);
+  text-align: left; white-space: normal; min-width: 11rem; }
+td.words { white-space: normal; min-width: 8rem; }
+tr.learned td:first-child { font-weight: 600; }
+small { display: block; font-size: .75rem; font-weight: 400; color: var(--dim); }
+figure { margin: 1.5rem 0; overflow-x: auto; }
+img { max-width: max(100%, 45rem); height: auto; background: #fff; }
+figcaption { font-size: .875rem; color: var(--dim); position: sticky; left: 0; }
+pre { overflow-x: auto; background: var(--box); padding: .7rem; font-size: .8rem; }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
 """
 
@@ -94,35 +110,43 @@ def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _comparison(rows: list[dict[str, Any]]) -> str:
     words = escape(report.caption(rows).replace("**", ""))
-    body = [(report.cells(row, rows), row["group"]) for row in rows]
-    return f"<h2>At matched budgets</h2>\n<p>{words}</p>\n{_table(report.head(rows), body)}"
+    table = _table(report.head(rows), [report.cells(row, rows) for row in rows], rows)
+    return f"<h2>Samplers compared</h2>\n<p>{words}</p>\n{table}"
 
 
 def _errors(content: dict[str, Any]) -> str:
-    body = [(errors_report.cells(row), row["group"]) for row in content["rows"]]
+    rows = content["rows"]
     out = ["<h2>Solver error alone</h2>", f"<p>{escape(errors_report.sentence(content))}</p>"]
-    out.append(_table(errors_report.HEAD, body))
+    out.append(_table(errors_report.HEAD, [errors_report.cells(row) for row in rows], rows))
     out += [
         f"<p>Left out: {escape(s['method'])}: {escape(s['why'])}.</p>" for s in content["skipped"]
     ]
     return "\n".join(out)
 
 
-def _table(head: Sequence[str], body: Sequence[tuple[list[str], str]]) -> str:
-    """A table of plain cells; each row has a group, which is its class."""
-    kinds = ["text" if name in ("method", "detail") else "n" for name in head]
+def _table(
+    head: Sequence[str], cells: Sequence[Sequence[str]], rows: Sequence[dict[str, Any]]
+) -> str:
+    """The cells of each row under ``head``: budgets apart, empty columns left out.
 
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return "".join(
-            f'<{tag} class="{kind}">{escape(cell)}</{tag}>'
-            for kind, cell in zip(kinds, cells, strict=True)
-        )
+    The detail, which is the last column, stands below the method, the first, to keep tables narrow.
+    """
+    kept = [i for i in range(1, len(head) - 1) if any(own[i] for own in cells)]
 
-    lines = [f'<tr class="{escape(group)}">{row("td", cells)}</tr>' for cells, group in body]
+    def line(own: Sequence[str], row: dict[str, Any]) -> str:
+        first = f"<td>{escape(own[0])}<small>{escape(own[-1])}</small></td>"
+        kinds = [' class="words"' if head[i] == "vs own solver" else "" for i in kept]
+        rest = (f"<td{kind}>{escape(own[i])}</td>" for i, kind in zip(kept, kinds, strict=True))
+        return f'<tr class="{escape(row["group"])}">{first}{"".join(rest)}</tr>'
+
+    names = "".join(f"<th>{escape(head[i])}</th>" for i in (0, *kept))
+    pairs = zip(cells, rows, strict=True)
+    bodies = groupby(pairs, key=lambda pair: pair[1]["budget"])
+    lines = ["".join(f"{line(*pair)}\n" for pair in body) for _, body in bodies]
     return (
-        f'<div class="wide"><table>\n<thead><tr>{row("th", head)}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table></div>"
+        f'<div class="wide"><table>\n<thead><tr>{names}</tr></thead>\n'
+        + "".join(f"<tbody>\n{body}</tbody>\n" for body in lines)
+        + "</table></div>"
     )
 
 
@@ -146,7 +170,7 @@ def _runs(contents: Sequence[dict[str, Any]]) -> str:
     out = ["<h2>What was run</h2>"]
     for content in contents:
         record = content["record"]
-        out.append(f"<pre>{escape(command(record))}</pre>\n<dl>")
+        out.append(f'<pre class="command">{escape(command(record))}</pre>\n<dl>')
         facts = {
             "begun": record["created"],
             "commit": record["git_commit"],
@@ -158,7 +182,7 @@ def _runs(contents: Sequence[dict[str, Any]]) -> str:
         for name, value in facts.items():
             text = value if isinstance(value, str) else json.dumps(value)
             out.append(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>")
-        out.append("</dl>")
+        out += ["</dl>", _seconds(content["rows"])]
     return "\n".join(out)
 
 
@@ -174,11 +198,20 @@ def command(record: dict[str, Any]) -> str:
 
 
 def _wall_time(rows: list[dict[str, Any]]) -> str:
-    """Per row and in all; rows of an older version do not say."""
-    known = [(r["method"], r["nfe_planned"], r["seconds"]) for r in rows if "seconds" in r]
-    total = sum(seconds for *_, seconds in known)
-    parts = [f"{method} at {nfe} NFE {seconds:.1f} s" for method, nfe, seconds in known]
-    return f"{total:.0f} s: {', '.join(parts)}" if known else "unknown"
+    """In all; rows of an older version do not say."""
+    known = [row["seconds"] for row in rows if "seconds" in row]
+    return f"{sum(known):.0f} s" if known else "unknown"
+
+
+def _seconds(rows: list[dict[str, Any]]) -> str:
+    """The wall time of each row."""
+    cells = [
+        [r["method"], str(r["nfe_planned"]), f"{r['seconds']:.1f}" if "seconds" in r else "",
+         r["detail"]]
+        for r in rows
+    ]  # fmt: skip
+    table = _table(("method", "NFE", "seconds", "detail"), cells, rows)
+    return f"<details><summary>wall time of each row</summary>\n{table}</details>"
 
 
 def _data(name: str, content: dict[str, Any]) -> str:
