@@ -11,6 +11,7 @@ import torch
 from comparison.choose import choose_restart, selection_cost
 from comparison.converged import NONE, open_converged
 from comparison.draws import seeds_section
+from comparison.gaps import with_gaps
 from comparison.measure import Harness, measure
 from comparison.page import write_page
 from comparison.report import markdown, ordered, write_report
@@ -160,6 +161,7 @@ def run(job: Job, world: World) -> str:
     world.barrier()
     if not world.is_main:
         return ""
+    results = with_gaps(results, job.harness, job.folder)
     files = [*write_report(job.folder, job.record, results), write_page(job.folder)]
     return "\n".join([markdown(ordered(results)), *map(str, files)])
 

@@ -17,7 +17,9 @@ from comparison.rows import Row
 from denoisers.registry import Model
 from metrics.detectors import Detector
 from metrics.fid import BlockFid, block_fid
+from metrics.measures import KEPT
 from metrics.statistics import Statistics
+from metrics.summary import Collector, Needs, Summary, joined
 from runtime.dist import World
 from runtime.files import atomic_write
 from runtime.images import image_grid, save_png, to_uint8
@@ -34,6 +36,7 @@ class Measured(NamedTuple):
     converged: BlockFid | None  #: to the model's own converged samples
     nfe: int  #: metered
     images_per_second: float  #: of sampling alone
+    summary: Summary  #: with features, of at most `KEPT` images, in the order of the seeds
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Harness:
             "detector_sha256": self.detector.sha256,
             "reference": self.reference.source,
             "reference_n": self.reference.n,
+            "reference_sha256": self.reference.source_sha256,
             "seeds": f"{self.seeds[0]}-{self.seeds[-1]}",
             "blocks": self.blocks,
             **second,
@@ -70,15 +74,16 @@ class Harness:
     ) -> Measured:
         """FID of ``seeds`` in blocks to each reference, by one pass."""
         per_block = len(seeds) // blocks
+        keep = Needs(KEPT // blocks)
         parts, nfe, seconds = [], 0, 0.0
         for b in range(blocks):
-            stats = Statistics(self.detector.id, sampler.label)
-            mine = self.world.shard(seeds[b * per_block : (b + 1) * per_block])
+            collector = Collector(self.detector, keep, per_block, source=sampler.label)
+            mine = self.world.shard(range(per_block))
             begin = time.perf_counter()
             for made in generate(
                 sampler,
                 self.model,
-                mine,
+                [seeds[b * per_block + place] for place in mine],
                 batch=self.batch,
                 device=self.world.device,
                 dtype=self.dtype,
@@ -86,16 +91,17 @@ class Harness:
                 pixels = to_uint8(made.images)  # waits for the device
                 seconds += time.perf_counter() - begin
                 nfe = made.nfe
-                stats.update(self.detector(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
+                now, mine = mine[: len(pixels)], mine[len(pixels) :]
+                collector.update(torch.from_numpy(pixels).permute(0, 3, 1, 2), now)
                 tick(len(pixels) * self.world.size)
                 begin = time.perf_counter()
-            parts.append(stats.reduce())
+            parts.append(collector.finish())
         slowest = seconds / max(1, len(seeds) // self.world.size)
-        second = None
+        moments, second = [part.moments for part in parts], None
         if self.converged is not None:
-            second = block_fid(parts, self.converged.statistics)
+            second = block_fid(moments, self.converged.statistics)
         rate = 1 / slowest * self.world.size
-        return Measured(block_fid(parts, self.reference), second, nfe, rate)
+        return Measured(block_fid(moments, self.reference), second, nfe, rate, joined(parts))
 
     def pictures(self, sampler: Sampler) -> np.ndarray:
         """The first few seeds of a sampler, (SHOWN, H, W, C) uint8."""
@@ -117,6 +123,8 @@ def measure(
     """The figures of one row; read from ``folder`` if the same row was measured before.
 
     A row is one JSON file, written whole at its end, so a killed comparison loses one row at most.
+    Its statistics and features lie beside it (`Summary.load`): what else may be asked of the row
+    needs no sampling.
     """
     file = folder / "rows" / f"{row.key}.json"
     identity = json.loads(
@@ -127,7 +135,8 @@ def measure(
         tick(len(harness.seeds))
         return found
     begin = time.perf_counter()
-    fid, converged, nfe, rate = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
+    made = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
+    fid, converged = made.fid, made.converged
     second = {} if converged is None else {"fid_converged": converged.fid}
     result = {
         "method": row.method,
@@ -142,16 +151,19 @@ def measure(
         "fid_blocks": list(fid.blocks),
         "n": fid.n,
         "nfe_planned": row.sampler.nfe,
-        "nfe_metered": nfe,
-        "images_per_second": rate,
+        "nfe_metered": made.nfe,
+        "images_per_second": made.images_per_second,
         "seconds": time.perf_counter() - begin,
         "detector": harness.detector.name,
         "identity": identity,
         "pictures": f"rows/{row.key}.png",
+        "statistics": f"rows/{row.key}.npz",
     }
     if harness.world.is_main:
         images = harness.pictures(row.sampler)
         save_png(file.with_suffix(".png"), image_grid(images, columns=len(images)))
+        with atomic_write(file.with_suffix(".npz")) as temporary:
+            made.summary.save(temporary)
         with atomic_write(file) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from metrics.paired import LEVEL
 from runtime.files import atomic_write
 from runtime.images import image_grid, save_png
 from runtime.record import RunRecord
@@ -18,6 +19,8 @@ from runtime.record import RunRecord
 ZOOM = 2  #: small images are shown larger
 #: What the excess of a row is measured by: no solver error to speak of, and a good plain solver.
 CEILING, YARDSTICK = "Heun-35", "iPNDM(4) + AFS"
+SAME = "="  #: marks two rows that the images cannot tell apart
+TESTS = ("to_best", "to_own")
 
 STYLES = {
     "learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-.", "ode": "^:", "sde": "v-.",
@@ -52,15 +55,21 @@ def ordered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def head(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """The columns of a table of these rows."""
     fids = ("FID", "FID to converged") if _held_against_model(rows) else ("FID",)
+    best = ("to best",) if _told_apart(rows) else ()
     return (
-        "method", "NFE", *fids, "blocks", "excess", "vs own solver", "images/s", "NFE metered",
-        "detail",
+        "method", "NFE", *fids, *best, "blocks", "excess", "vs own solver", "images/s",
+        "NFE metered", "detail",
     )  # fmt: skip
 
 
 def _held_against_model(rows: list[dict[str, Any]]) -> bool:
     """Whether there is a second FID, that to the model's own converged samples."""
     return all("fid_converged" in row for row in rows)
+
+
+def _told_apart(rows: list[dict[str, Any]]) -> bool:
+    """Whether any two rows could be compared image by image."""
+    return any(row.get("to_best") for row in rows)
 
 
 def caption(rows: list[dict[str, Any]]) -> str:
@@ -73,7 +82,17 @@ def caption(rows: list[dict[str, Any]]) -> str:
         f"row (N = {rows[0]['n']}); blocks: mean +- standard deviation over "
         f"{first['blocks']} disjoint blocks of {per_block}, whose FID is higher because they are "
         f"smaller. Excess: the share of {YARDSTICK}'s distance from {CEILING} that is left. "
-        f"images/s is sampling alone. {_second_reference(rows)}"
+        f"images/s is sampling alone. {_second_reference(rows)} {_test(rows)}"
+    )
+
+
+def _test(rows: list[dict[str, Any]]) -> str:
+    if not _told_apart(rows):
+        return "There are too few images to say which rows differ."
+    return (
+        "To best, vs own solver: difference +- its standard error, paired over the seeds that all "
+        f"rows share; '{SAME}' behind it: these {rows[0]['n']} images cannot tell the two apart "
+        f"(p >= {LEVEL:g}; to best: corrected for the number of rows); blank: not tested."
     )
 
 
@@ -115,6 +134,7 @@ def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         str(row["nfe_planned"]),
         f"{row['fid']:.2f}",
         *second,
+        *([_to_best(row, rows)] if _told_apart(rows) else []),
         f"{row['fid_block_mean']:.2f} +- {row['fid_block_spread']:.2f}",
         "" if left is None else f"{left:.2f}",
         _gain(row, rows),
@@ -150,16 +170,41 @@ def _gain(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     own = own_row(row, rows) if row["own_solver"] else None
     if own is None:
         return ""
-    return f"{row['fid'] - own['fid']:+.2f} ({own['method']})"
+    tested = row.get("to_own")
+    text = f"{row['fid'] - own['fid']:+.2f}" if tested is None else _gap(tested)
+    return f"{text} ({own['method']})"
+
+
+def _to_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    if row.get("to_best"):
+        return _gap(row["to_best"])
+    others = [r for r in rows if r["budget"] == row["budget"] and r is not row]
+    first = row["budget"] is not None and all(r["fid"] >= row["fid"] for r in others)
+    return "best" if first and any(r.get("to_best") for r in others) else ""
+
+
+def _gap(found: dict[str, float]) -> str:
+    same = f" {SAME}" if found["p"] >= LEVEL else ""
+    return f"{found['difference']:+.2f} +- {found['error']:.2f}{same}"
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    columns = [k for k in rows[0] if k not in ("identity", "fid_blocks", "pictures")]
+    flat = [_flat(row) for row in rows]
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(out, list(flat[0]), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(flat)
     return out.getvalue()
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what no cell can hold."""
+    apart = ("identity", "fid_blocks", "pictures", "statistics", *TESTS)
+    plain = {key: value for key, value in row.items() if key not in apart}
+    for test in TESTS:
+        for part in ("difference", "error", "p"):
+            plain[f"{test}_{part}"] = (row.get(test) or {}).get(part)
+    return plain
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -84,6 +84,13 @@ class Summary:
         )  # fmt: skip
 
 
+def joined(parts: Sequence[Summary]) -> Summary:
+    """Of all images of the parts, whose features follow on each other; without spatial moments."""
+    moments = parts[0].moments.merge(*(part.moments for part in parts[1:]))
+    features = [part.features for part in parts if part.features is not None]
+    return Summary(moments, None, torch.cat(features) if features else None)
+
+
 def _sensible(features: np.ndarray, moments: Statistics) -> bool:
     number = np.issubdtype(features.dtype, np.floating) and features.ndim == 2
     fits = number and features.shape[1] == moments.detector.dim and len(features) <= moments.n
