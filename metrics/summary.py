@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -154,9 +155,11 @@ class Collector:
 
     def update(self, images: Tensor, positions: Sequence[int]) -> None:
         """Add uint8 (B, 3, H, W) images, which have these numbers among all."""
-        self._digests[list(positions)] = _digests(images)
-        features, spatial = self.detector.both(images)
-        self._moments.update(features)
+        with ThreadPoolExecutor(1) as aside:  # hashing large images would hold a GPU up
+            digests = aside.submit(_digests, images)
+            features, spatial = self.detector.both(images)
+            self._moments.update(features)
+            self._digests[list(positions)] = digests.result()
         if self._spatial is not None and spatial is not None:
             self._spatial.update(spatial)
         if len(self._chosen):
