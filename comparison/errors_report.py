@@ -136,33 +136,44 @@ def _against_nfe(figure: Figure, rows: list[dict[str, Any]]) -> None:
         axes.set_xlabel("network evaluations (NFE)")
         axes.set_ylabel(title)
         axes.set_xticks(_budgets(rows))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend(figure)
+
+
+def _legend(figure: Figure) -> None:
+    """One legend for all panels, beside them."""
+    named = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), fontsize=7, loc="outside right upper")
 
 
 def _local(figure: Figure, rows: list[dict[str, Any]]) -> None:
     """The error of each interval against the noise level where it ends, a panel per NFE."""
     budgets = _budgets(rows)
-    figure.set_size_inches(4 * len(budgets) + 2, 4)
+    columns = min(2, len(budgets))
+    lines = -(-len(budgets) // 2)
+    figure.set_size_inches(4 * columns + 3, 3.6 * lines)
     colors = _colors(rows)
     for index, nfe in enumerate(budgets):
-        axes = figure.add_subplot(1, len(budgets), index + 1)
+        first = figure.axes[0] if figure.axes else None
+        axes = figure.add_subplot(lines, columns, index + 1, sharey=first)
         for row in (r for r in rows if r["budget"] == nfe):
             ends = [(t, e) for t, e in zip(row["times"][1:], row["local"], strict=True) if t > 0]
             style = STYLES[row["group"]]
             axes.loglog(*zip(*ends, strict=True), style, color=colors[short(row)], lw=1, ms=4,
                         label=short(row))  # fmt: skip
         axes.invert_xaxis()
-        axes.set_title(f"{nfe} NFE")
-        axes.set_xlabel("noise level at the end of the interval")
-        axes.legend(fontsize=6)
-        if index == 0:
-            axes.set_ylabel("error of one interval, RMS")
+        axes.set_title(f"{nfe} NFE", fontsize=9)
+        axes.set_xlabel("noise level at the end of the interval", fontsize=8)
+        axes.set_ylabel("error of one interval, RMS", fontsize=8)
+    _legend(figure)
 
 
 def _trajectories(figure: Figure, shown: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """One seed's trajectories in the plane of the exact one: whole, and its end enlarged."""
     budgets = _budgets(rows)
-    figure.set_size_inches(11, 3.6 * len(budgets))
+    figure.set_size_inches(12, 3.6 * len(budgets))
     colors = _colors(rows)
     one = shown["explained"][0]
     curve = list(zip(*shown["exact"], strict=True))
@@ -181,7 +192,7 @@ def _trajectories(figure: Figure, shown: dict[str, Any], rows: list[dict[str, An
             if column:
                 near = [p for p, t in zip(shown["exact"], shown["times"], strict=True) if t < CLOSE]
                 _enclose(axes, near)
-                axes.legend(fontsize=6)
+    _legend(figure)
 
 
 def _enclose(axes: Any, points: list[list[float]]) -> None:

@@ -16,7 +16,7 @@ from comparison.errors import Errors, measure_errors, times, walk, walks
 from comparison.errors_job import ErrorsJob, curve
 from comparison.errors_report import by_error, markdown, write_errors
 from comparison.exact import Exact
-from comparison.page import write_page
+from comparison.page import closing_line, write_page
 from comparison.rows import Row
 from comparison.trajectories import fit_plane
 from denoisers.registry import Model
@@ -51,8 +51,8 @@ def run(job: ErrorsJob) -> str:
         "skipped": job.skipped,
         "trajectory": _trajectory(job),
     }
-    files = [*write_errors(job.folder, content), write_page(job.folder)]
-    return "\n".join([markdown(content), *map(str, files)])
+    files = write_errors(job.folder, content)
+    return "\n".join([markdown(content), *map(str, files), closing_line(write_page(job.folder))])
 
 
 def _solve(job: ErrorsJob, exact: Exact, tick: Callable[[int], object]) -> dict[str, Any]:

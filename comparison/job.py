@@ -13,7 +13,7 @@ from comparison.converged import NONE, open_converged
 from comparison.draws import seeds_section
 from comparison.gaps import with_gaps
 from comparison.measure import Harness, measure
-from comparison.page import write_page
+from comparison.page import closing_line, write_page
 from comparison.report import markdown, ordered, write_report
 from comparison.rows import (
     Learned,
@@ -162,8 +162,9 @@ def run(job: Job, world: World) -> str:
     if not world.is_main:
         return ""
     results = with_gaps(results, job.harness, job.folder)
-    files = [*write_report(job.folder, job.record, results), write_page(job.folder)]
-    return "\n".join([markdown(ordered(results)), *map(str, files)])
+    files = write_report(job.folder, job.record, results)
+    last = closing_line(write_page(job.folder))
+    return "\n".join([markdown(ordered(results)), *map(str, files), last])
 
 
 def _rows(job: Job, tick: Any, say: Any) -> list[Row]:

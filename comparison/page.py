@@ -78,6 +78,11 @@ def write_page(folder: Path) -> Path:
     return folder / FILE
 
 
+def closing_line(file: Path) -> str:
+    """What a command says last."""
+    return f"{file}: all of it in one page, for a browser"
+
+
 def page(results: dict[str, Any] | None, errors: dict[str, Any] | None, folder: Path) -> str:
     """The page of either or both; pictures are read from ``folder`` where they were made."""
     sections = []

@@ -212,6 +212,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no global state, no display
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -228,6 +229,8 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     ):
         axes.axhline(row["fid"], color="grey", ls=dashes, lw=1, label=row["method"])
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())  # 20, where the default is 2 x 10^1
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("network evaluations (NFE)")
     axes.set_ylabel(f"FID ({rows[0]['detector']}, N = {rows[0]['n']})")
     budgets = sorted({r["budget"] for r in rows if r["budget"]})

@@ -110,7 +110,8 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
         run(job, harness.world)
     assert not (tmp_path / "table.md").exists()
     most = 9
-    run(job, harness.world)
+    said_last = run(job, harness.world).splitlines()[-1]
+    assert said_last == f"{tmp_path / 'report.html'}: all of it in one page, for a browser"
     assert len(made) == 5  # each row once
     points = json.loads((tmp_path / "fid-nfe.json").read_text())
     results = json.loads((tmp_path / "results.json").read_text())["rows"]
