@@ -92,7 +92,8 @@ class ImageSource:
         name = self.names[index]
         try:
             with Image.open(io.BytesIO(self._bytes(name))) as image:
-                if image.mode == "RGB":
+                deep = ";16" in str(image.tile)  # Pillow would cut them off without a word
+                if image.mode == "RGB" and not deep:
                     return np.asarray(image).transpose(2, 0, 1)
                 mode = image.mode
         except (OSError, SyntaxError, zipfile.BadZipFile, zlib.error,
@@ -101,6 +102,7 @@ class ImageSource:
                 f"image {name} in {self.path} cannot be read ({err}): replace or remove it."
             ) from err
         kind = "grayscale" if mode in {"1", "L", "LA"} else f"of mode {mode}"
+        kind = "of 16 bits per channel" if deep or mode.startswith("I") else kind
         raise ValueError(
             f"image {name} in {self.path} is {kind}, expected 8-bit RGB: convert it to RGB first."
         )

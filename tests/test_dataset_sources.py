@@ -9,7 +9,6 @@ import pickle
 import struct
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from metrics.sources import ImageSource
 from runtime.errors import UserError
+from tests.deep_images import png16
 from tools.dataset_tool import main
 from tools.image_files import decode
 
@@ -303,16 +303,6 @@ def test_alpha_is_over_white() -> None:
     keyed = as_array(encoded(rgb, transparency=(10, 20, 30)))  # one colour means "nothing here"
     rgb[2, 3] = 255
     assert np.array_equal(keyed, rgb)
-
-
-def png16(channels: int, kind: int) -> bytes:
-    """A PNG of 2x2 pixels with 16 bits per channel, which Pillow cannot write."""
-    rows = b"".join(b"\0" + RNG(y).bytes(2 * 2 * channels) for y in range(2))
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, kind, 0, 0, 0)),
-             (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]  # fmt: skip
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts
-    )
 
 
 @pytest.mark.parametrize(

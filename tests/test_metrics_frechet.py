@@ -34,6 +34,29 @@ def test_diagonal_covariances(seed: int, dim: int) -> None:
     assert abs(frechet_distance(mu, np.diag(a), mu, np.diag(b)) - expected) < 1e-8
 
 
+@given(seed=st.integers(0, 2**16), dim=st.integers(1, 24))
+def test_full_covariances_one_carried_over_into_the_other(seed: int, dim: int) -> None:
+    """x -> T x with T symmetric and positive is the optimal transport: tr sqrt(S TST) = tr T S."""
+    rng = np.random.default_rng(seed)
+    cov, transport = random_cov(rng, dim), random_cov(rng, dim)
+    mu1, mu2 = rng.standard_normal((2, dim))
+    other = transport @ cov @ transport
+    other = (other + other.T) / 2
+    expected = np.sum((mu1 - mu2) ** 2) + np.trace(cov + other - 2 * transport @ cov)
+    assert abs(frechet_distance(mu1, cov, mu2, other) - expected) < 1e-8
+
+
+@given(seed=st.integers(0, 2**16))
+def test_two_dimensions_by_hand(seed: int) -> None:
+    """tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)) for 2 x 2."""
+    rng = np.random.default_rng(seed)
+    cov1, cov2 = random_cov(rng, 2), random_cov(rng, 2)
+    product = cov1 @ cov2
+    root = np.sqrt(np.trace(product) + 2 * np.sqrt(max(np.linalg.det(product), 0)))
+    expected = np.trace(cov1) + np.trace(cov2) - 2 * root
+    assert abs(frechet_distance(np.zeros(2), cov1, np.zeros(2), cov2) - expected) < 1e-8
+
+
 @pytest.mark.parametrize(("rank1", "rank2"), [(96, 96), (7, 48), (48, 7), (7, 7), (9, 5), (1, 1)])
 def test_low_rank_covariances(rank1: int, rank2: int) -> None:
     """S = F F': tr sqrt(S1 S2) is the sum of the singular values of F1' F2."""
@@ -109,9 +132,20 @@ EYE, ZERO = np.eye(3), np.zeros(3)
             (ZERO, np.full((3, 3), np.inf), ZERO, EYE),
             "the first statistics hold NaN or infinite values",
         ),
+        ((ZERO, np.diag([1, 1, -0.5]), ZERO, EYE), r"a negative variance in some direction \(-0.5"),
+        ((ZERO, EYE, ZERO, np.diag([1, 1, -0.5])), "a negative variance in some direction"),
         ((ZERO, EYE + np.triu(np.ones((3, 3)), 1), ZERO, EYE), "first covariance is not symmetric"),
     ],
 )
 def test_errors_name_what_is_wrong(arguments: tuple[np.ndarray, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         frechet_distance(*arguments)
+
+
+def test_covariances_of_single_precision_pass() -> None:
+    """Rounding makes some of their zero variances a little negative."""
+    rng = np.random.default_rng(4)
+    cov = random_cov(rng, 60, 20).astype(np.float32).astype(np.float64)
+    assert np.linalg.eigvalsh(cov).min() < -1e-9
+    mu = np.zeros(60)
+    assert abs(frechet_distance(mu, cov, mu, 4 * cov) - np.trace(cov)) < 1e-3

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from metrics.sources import ImageSource, choose, count_images, image_batches
+from tests.deep_images import png16
 
 
 def encoded(
@@ -108,7 +109,10 @@ OK = {"0.png": encoded(0)[1], "1.png": encoded(1)[1]}
         (OK | {"2.png": b""}, "image 2.png in .* cannot be read"),
         (OK | {"2.png": encoded(2, mode="L")[1]}, "image 2.png in .* is grayscale, expected"),
         (OK | {"2.png": encoded(2, mode="RGBA")[1]}, "image 2.png in .* is of mode RGBA"),
-        (OK | {"2.png": encoded(2, mode="I;16")[1]}, "image 2.png in .* is of mode I;16"),
+        (OK | {"2.png": encoded(2, mode="P")[1]}, "image 2.png in .* is of mode P"),
+        (OK | {"2.png": encoded(2, mode="I;16")[1]}, "image 2.png in .* is of 16 bits per channel"),
+        (OK | {"2.png": png16(3, 2, 8)}, "is of 16 bits per channel, expected 8-bit RGB: convert"),
+        ({f"{i}.png": png16(3, 2) for i in range(2)}, "image 0.png in .* is of 16 bits per"),
     ],
 )
 def test_bad_images(target: Path, files: dict[str, bytes], message: str) -> None:
@@ -122,6 +126,12 @@ def test_bad_places(tmp_path: Path) -> None:
     (tmp_path / "torn.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="is not a readable zip"):
         ImageSource(tmp_path / "torn.zip")
+    rotten = fill(tmp_path / "rotten.zip", OK)  # stored, not packed
+    content = bytearray(rotten.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 1
+    rotten.write_bytes(content)
+    with pytest.raises(ValueError, match="image 0.png in .* cannot be read .Bad CRC-32"):
+        list(image_batches(rotten, 2))
     with pytest.raises(ValueError, match="3 images were asked for, found 2: lower the number"):
         list(image_batches(fill(tmp_path / "two", OK), 2, num=3))
 

@@ -44,6 +44,27 @@ def test_batches_and_merged_parts_equal_the_whole(cuts: list[int]) -> None:
         np.testing.assert_allclose(stats.cov, np.cov(x.double().T.numpy()), atol=1e-10)
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
+def test_gaussians_of_known_moments(full: bool) -> None:
+    """Features with exactly these means and covariances, through the sums: FID in closed form."""
+    rng = np.random.default_rng(7)
+    a, b = rng.exponential(size=(2, ID.dim)) + 0.1
+    turn = np.linalg.qr(rng.standard_normal((ID.dim, ID.dim)))[0] if full else np.eye(ID.dim)
+    means = rng.standard_normal((2, ID.dim))
+
+    def exact(count: int, mean: np.ndarray, variances: np.ndarray) -> torch.Tensor:
+        x = rng.standard_normal((count, ID.dim))
+        white = np.linalg.qr(x - x.mean(0))[0] * (count - 1) ** 0.5
+        return torch.from_numpy(mean + white * variances**0.5 @ turn.T)
+
+    one, two = statistics(exact(60, means[0], a)), statistics(exact(90, means[1], b))
+    np.testing.assert_allclose(one.cov, turn * a @ turn.T, atol=1e-12)
+    expected = np.sum((means[0] - means[1]) ** 2) + np.sum((a**0.5 - b**0.5) ** 2)
+    assert abs(one.fid(two) - expected) < 1e-8
+    parts = [statistics(x) for x in exact(60, means[0], a).split(13)]
+    assert abs(parts[0].merge(*parts[1:]).fid(two) - expected) < 1e-8
+
+
 def test_sums_are_float64() -> None:
     """A float32 sum of these squares would lose the covariance altogether."""
     x = features(50).double() / 100 + 1000
