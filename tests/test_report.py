@@ -6,6 +6,8 @@ import base64
 import json
 import math
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import compare
 import errors
@@ -80,6 +83,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.tags: list[str] = []
         self.open: list[str] = []
+        self.body: dict[str, str | None] = {}
         self.references: list[str] = []
         self.cells: list[str] = []
         self.text = ""
@@ -88,6 +92,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if tag == "body":
+            self.body = dict(attrs)
         if tag not in ("meta", "img"):
             self.open.append(tag)
         assert not any(name.startswith("on") for name, _ in attrs)
@@ -230,3 +236,47 @@ def test_what_cannot_be_read_is_one_sentence_and_leaves_the_old_page(folder: Pat
         assert (folder / "report.html").read_bytes() == before
     with pytest.raises(UserError, match="holds no results.json: give the --outdir"):
         write_page(folder / "nowhere")
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+PINK = (200, 30, 90)
+#: What only a browser knows, into the page itself.
+MEASURE = """<script>onload = () => { const all = document.documentElement, body = document.body;
+body.dataset.sideways = all.scrollWidth - all.clientWidth;
+body.dataset.broken = [...document.images].filter(i => !i.naturalWidth).length;
+body.dataset.requests = performance.getEntriesByType("resource")
+  .filter(r => !r.name.startsWith("data:")).length; }</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("width", "dark"), [(420, False), (1200, True)])
+def test_it_looks_right_in_a_browser(folder: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    (folder / "errors.json").write_text(json.dumps(solver_errors("0" * 64)))
+    for name in ("fid-nfe.png", "trajectories.png"):
+        save_png(folder / name, np.full((300, 1200, 3), PINK, dtype=np.uint8))
+    source = write_page(folder).read_text()
+    (tmp_path / "page.html").write_text(source.replace("</body>", MEASURE))
+    done = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+         "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+         f"--screenshot={tmp_path / 'shot.png'}", f"--window-size={width},3000",
+         *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+         (tmp_path / "page.html").as_uri()],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = Page(done.stdout)
+    assert page.body == {"data-sideways": "0", "data-broken": "0", "data-requests": "0"}
+    for part in ("Samplers compared", "Solver error alone", "What was run", "results.json"):
+        assert part in page.text
+    assert page.tags.count("img") == 3 and page.cells[0] == "Euler" + ROWS[0]["detail"]
+    shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
+    assert shot.shape[:2] == (3000, width)
+    corner = shot[0, 0].astype(int)
+    assert (corner.max() < 50) if dark else (corner == 255).all()
+    shown = (np.abs(shot.astype(int) - PINK) < 3).all(-1).sum()
+    assert shown > 2 * 0.8 * 300 * width * min(1, width / 720)  # both plots, as wide as the page
+    ink = np.abs(shot.astype(int) - corner).max(-1) > 80
+    assert (ink[:, : width // 2].sum(1) > 0).mean() > 0.2  # lines of text
