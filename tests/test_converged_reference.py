@@ -21,6 +21,7 @@ from denoisers.analytic import GaussianDenoiser
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId, Statistics
+from metrics.summary import Collector, Needs
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
@@ -55,9 +56,9 @@ MODEL = Wrong()
 
 
 def gathered(x: Tensor, source: str) -> Statistics:
-    stats = Statistics(DETECTOR.id, source)
-    stats.update(DETECTOR(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)))
-    return stats
+    collector = Collector(DETECTOR, Needs(), len(x), source=source)
+    collector.update(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2), range(len(x)))
+    return collector.finish().moments
 
 
 def second(seeds: str = f"{CONVERGED_START}-{CONVERGED_START + N - 1}", **model: str) -> Converged:
@@ -112,23 +113,45 @@ def test_one_pass_gives_both_figures(harness: Harness, tmp_path: Path) -> None:
     assert found["fid_converged"] == alone.fid(row.sampler, range(N), 2, lambda n: None).fid.fid
 
 
-def test_rows_without_the_second_figure_are_kept_or_measured_again(
+def test_rows_are_held_against_another_reference_without_sampling(
     harness: Harness, tmp_path: Path
 ) -> None:
-    old = replace(harness, converged=None)
-    row = euler()
-    first = measure(row, old, tmp_path, lambda n: None)
-    assert "converged" not in first["identity"]["harness"] and "fid_converged" not in first
-    file = tmp_path / "rows" / f"{row.key}.json"
-    file.write_text(json.dumps({**first, "fid": -1.0}))
-    assert measure(row, old, tmp_path, lambda n: None)["fid"] == -1.0  # as it ever was
-    with_second = measure(row, harness, tmp_path, lambda n: None)
-    assert with_second["fid"] == first["fid"] and with_second["fid_converged"] > 0
-    file.write_text(json.dumps({**with_second, "fid": -2.0}))
-    assert measure(row, harness, tmp_path, lambda n: None)["fid"] == -2.0
+    row, alone = euler(), replace(harness, converged=None)
+
+    def measured(harness: Harness, folder: Path = tmp_path) -> tuple[dict[str, Any], int]:
+        before = len(MODEL.calls)
+        return measure(row, harness, folder, lambda n: None), len(MODEL.calls) - before
+
+    first, spent = measured(alone)
+    assert spent > 0 and "fid_converged" not in first
+    assert "converged" not in first["identity"]["harness"]  # as in rows of before
+    fresh, _ = measured(harness, tmp_path / "fresh")
+    found, spent = measured(harness)
+    assert spent == 0 and found["fid_converged"] == pytest.approx(fresh["fid_converged"], rel=1e-9)
+    assert list(found) == list(fresh) and found["identity"] == fresh["identity"]
+    assert measured(harness) == (found, 0)
     other = second(f"{CONVERGED_START + 7}-{CONVERGED_START + 300}")
-    again = measure(row, replace(harness, converged=other), tmp_path, lambda n: None)
-    assert again["fid"] == first["fid"] and again["fid_converged"] != with_second["fid_converged"]
+    another, spent = measured(replace(harness, converged=other))
+    assert spent == 0 and abs(another["fid_converged"] - found["fid_converged"]) > 1e-3
+    assert measured(alone) == (first, 0)
+
+
+def test_rows_whose_statistics_are_not_theirs_are_measured_again(
+    harness: Harness, tmp_path: Path
+) -> None:
+    row, alone = euler(), replace(harness, converged=None)
+    first = measure(row, alone, tmp_path, lambda n: None)
+    file, kept = (tmp_path / "rows" / f"{row.key}.{ending}" for ending in ("json", "npz"))
+    whole = kept.read_bytes()
+    file.write_text(json.dumps({**first, "fid": -1.0}))
+    assert measure(row, alone, tmp_path, lambda n: None)["fid"] == -1.0  # nothing new is asked
+    for damage in (whole, whole[:100], None):
+        file.write_text(json.dumps({**first, "fid": -1.0 if damage == whole else first["fid"]}))
+        kept.write_bytes(damage) if damage else kept.unlink()
+        before = len(MODEL.calls)
+        found = measure(row, harness, tmp_path, lambda n: None)
+        assert len(MODEL.calls) > before
+        assert found["fid"] == first["fid"] and found["fid_converged"] > 0
 
 
 def test_plans_are_chosen_by_the_data_alone(harness: Harness, tmp_path: Path) -> None:
@@ -158,14 +181,13 @@ def table(harness: Harness, folder: Path) -> tuple[list[str], str]:
 def test_the_columns_are_neighbours_in_every_table(harness: Harness, tmp_path: Path) -> None:
     (titles, columns), page = table(harness, tmp_path)
     assert "| FID | FID to converged |" in titles and ",fid,fid_converged," in columns
-    assert '<th class="n">FID</th><th class="n">FID to converged</th>' in page
+    assert "<th>FID</th><th>FID to converged</th>" in page
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     for text in ((tmp_path / "table.md").read_text(), page):
         assert "against 600 samples of the model itself by dopri5 at a tolerance of 1e-05" in text
         assert f"(seeds {CONVERGED_START}-{CONVERGED_START + N - 1})" in text
     for row in rows:
-        cells = f'<td class="n">{row["fid"]:.2f}</td><td class="n">{row["fid_converged"]:.2f}</td>'
-        assert cells in page
+        assert f"<td>{row['fid']:.2f}</td><td>{row['fid_converged']:.2f}</td>" in page
 
 
 def test_the_column_is_absent_where_there_is_no_reference(harness: Harness, tmp_path: Path) -> None:
