@@ -141,11 +141,11 @@ def _against_nfe(figure: Figure, rows: list[dict[str, Any]]) -> None:
 
 def _legend(figure: Figure) -> None:
     """One legend for all panels, beside them."""
-    named = {}
+    named: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         named.update(zip(labels, handles, strict=True))
-    figure.legend(named.values(), named.keys(), fontsize=7, loc="outside right upper")
+    figure.legend(list(named.values()), list(named), fontsize=7, loc="outside right upper")
 
 
 def _local(figure: Figure, rows: list[dict[str, Any]]) -> None:

@@ -54,7 +54,11 @@ figcaption { font-size: .875rem; color: var(--dim); position: sticky; left: 0; }
 pre { overflow-x: auto; background: var(--box); padding: .7rem; font-size: .8rem; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem; overflow-wrap: anywhere; }
+dl { font-size: .9rem; } dt { font-weight: 600; }
+dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
+@media (min-width: 40rem) {
+  dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
+  dd { margin: 0; } }
 """
 
 
@@ -174,13 +178,13 @@ def _runs(contents: Sequence[dict[str, Any]]) -> str:
     """What was run: commands, hashes, versions, and how long it took."""
     out = ["<h2>What was run</h2>"]
     for content in contents:
-        record = content["record"]
+        record, plan = content["record"], content["record"]["plan"]
         out.append(f'<pre class="command">{escape(command(record))}</pre>\n<dl>')
         facts = {
             "begun": record["created"],
             "commit": record["git_commit"],
             "model": f"{record['model']['name']}, SHA-256 {record['model']['sha256']}",
-            **{f"plan: {key}": value for key, value in record["plan"].items()},
+            **{key.replace("_", " "): plan[key] for key in plan if not key.startswith("model")},
             "versions": ", ".join(f"{name} {v}" for name, v in record["versions"].items()),
             "wall time of the rows": _wall_time(content["rows"]),
         }
