@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -47,6 +48,28 @@ def test_every_test_named_in_the_table_of_tolerances_exists() -> None:
         if f"def {name}(" not in (ROOT / "tests" / file).read_text()
     ]
     assert not missing
+
+
+#: What a tolerance looks like in a test.
+TOLERANCE = re.compile(
+    r"\b(?:abs|rel|atol|rtol)=(?!0\b)[\d.(]|< \d*\.?\d*e-\d|< [\d.]+ \* (?:error|bias)|\berror\b.*<"
+)
+
+
+def test_every_tolerance_of_the_metrics_is_in_the_table() -> None:
+    table = (ROOT / "docs/precision.md").read_text()
+    kinds = ("test_metrics_*", "test_fid*", "test_comparison*", "test_converged_*", "test_clip_*")
+    unlisted, found = [], 0
+    for file in sorted(path for kind in kinds for path in (ROOT / "tests").glob(f"{kind}.py")):
+        source = file.read_text()
+        for node in ast.parse(source).body:
+            if not isinstance(node, ast.FunctionDef) or not node.name.startswith("test_"):
+                continue
+            if TOLERANCE.search(ast.get_source_segment(source, node) or ""):
+                found += 1
+                name = f"{file.name}::{node.name}"
+                unlisted += [name] if f"`{name}`" not in table else []
+    assert found > 40 and not unlisted
 
 
 def test_links_between_documents_lead_somewhere() -> None:
