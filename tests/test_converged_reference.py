@@ -18,6 +18,7 @@ from comparison.page import write_page
 from comparison.report import write_report
 from comparison.rows import Row, classic_rows
 from denoisers.analytic import GaussianDenoiser
+from denoisers.cards import cards
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId, Statistics
@@ -26,7 +27,7 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
-from runtime.seeds import CONVERGED_START
+from runtime.seeds import CONVERGED_START, parse_seeds
 from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.types import Denoiser
@@ -253,3 +254,14 @@ def test_what_was_asked_for_and_does_not_fit_is_one_sentence(own: Path, tmp_path
             opened(text, **changes)
         assert sentence in str(caught.value) and "tools/converged.py --dest" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_the_bundled_reference_is_of_the_bundled_model() -> None:
+    path = detectors.REFERENCES["cifar10-small-converged"]
+    if not path.is_file():
+        pytest.skip("statistics of the bundled model's converged samples are not made yet")
+    found, card = Converged.load(path), cards()["cifar10-small"]
+    bundled = detectors.load_detector("cifar10-small", device="cpu")
+    assert found.misfit(Wrong(card, str(card.sha256)), bundled, range(10_000)) is None
+    assert found.statistics.n == 10_000
+    assert min(parse_seeds(found.record.options["seeds"])) >= CONVERGED_START
