@@ -17,7 +17,7 @@ Sets up .venv on first use and runs a recipe:
   lsun_bedroom_ldm  published AMED settings for the latent model of LSUN bedrooms: train, sample
   ms_coco           published AMED settings for Stable Diffusion v1.5: train, sample
   toy               the Restart paper's synthetic experiment: its figure and its inequalities;
-                    a few minutes on two cores
+                    about five minutes on two cores
   sd_restart        Stable Diffusion v1.5 at guidance 2, 3, 5 and 8: DDIM, DDPM, Heun and Restart at
                     the same evaluations, 5,000 COCO captions each
   test              ruff, mypy and the tests

@@ -2,7 +2,7 @@
 
 A small network learns 2,000 points of a mixture in 20 dimensions; ODE, SDE and Restart sample
 with it at equal NFE, and W1 by exact matching says what each adds and what each contracts.
-toy/errors.py defines the three errors, docs/restart.md explains the result.
+toy/errors.py defines the three errors, docs/toy.md explains the result.
 
     python benchmarks/toy.py                          exps/toy: table, figure and all points
     python benchmarks/toy.py --budgets 23,31 --dry-run

@@ -29,7 +29,7 @@ LEAST_BLOCKS = 2  #: below this there is no deviation to report
 class Settings:
     """All that the result depends on.  Raises UserError for what makes no experiment."""
 
-    budgets: tuple[int, ...] = (23, 31, 39, 55)  #: evaluations per point
+    budgets: tuple[int, ...] = (23, 31, 39)  #: evaluations per point
     points: int = 2000  #: in the data set, and in every cloud
     choosing: int = 3  #: clouds that processes are chosen on
     blocks: int = 8  #: others, that the chosen ones are reported on
