@@ -17,7 +17,7 @@ Sets up .venv on first use and runs a recipe:
   lsun_bedroom_ldm  published AMED settings for the latent model of LSUN bedrooms: train, sample
   ms_coco           published AMED settings for Stable Diffusion v1.5: train, sample
   toy               the Restart paper's synthetic experiment: its figure and its inequalities;
-                    a few minutes on two cores
+                    about five minutes on two cores
   sd_restart        Stable Diffusion v1.5 at guidance 2, 3, 5 and 8: DDIM, DDPM, Heun and Restart at
                     the same evaluations, 5,000 COCO captions each
   test              ruff, mypy and the tests
@@ -148,18 +148,19 @@ captions() { # fetch $CAPTIONS once
 }
 
 recipe_sd_restart() { # a row for each sampler and guidance rate; a guided call is 2 evaluations
-    # DDIM is Euler's method on the model's own grid. The interval is that of cifar10-vp-55 in units
-    # of the data's deviation, 1 for latents against 0.5: those published for Stable Diffusion are
-    # not known for certain here.
-    local name=sd_restart number=5000 nfe=100 info='{\"0\":[3,5,0.12,0.6]}' rate walk
+    # DDIM is Euler's method on the model's own grid; intervals as in restart/tables.json.
+    local name=sd_restart number=5000 nfe=132 info rate walk
+    local low='{\"0\":[10,2,0.1,3]}' high='{\"0\":[10,2,0.1,2]}' # below guidance 5, and from there
     if [ "$TRY" = 1 ]; then
-        name=sd_restart-try number=2 nfe=12 info='{\"0\":[3,1,0.12,0.6]}'
+        name=sd_restart-try number=2 nfe=12
+        low='{\"0\":[3,1,0.1,3]}' high='{\"0\":[3,1,0.1,2]}'
     fi
     captions
     call "$VENV_PYTHON" tools/draw_prompts.py "$CAPTIONS" "data/coco-$number.csv" --number=$number
     set --
     for rate in 2 3 5 8; do
         walk="--schedule_type=discrete --nfe=$nfe --guidance_rate=$rate"
+        if [ "$rate" -lt 5 ]; then info=$low; else info=$high; fi
         set -- "$@" "--row=DDIM w=$rate: euler $walk" "--row=DDPM w=$rate: ddpm $walk" \
             "--row=Heun w=$rate: heun $walk" \
             "--row=Restart w=$rate: restart $walk --main_solver=euler --restart_info=$info"

@@ -2,7 +2,7 @@
 
 A small network learns 2,000 points of a mixture in 20 dimensions; ODE, SDE and Restart sample
 with it at equal NFE, and W1 by exact matching says what each adds and what each contracts.
-toy/errors.py defines the three errors, docs/restart.md explains the result.
+toy/errors.py defines the three errors, docs/toy.md explains the result.
 
     python benchmarks/toy.py                          exps/toy: table, figure and all points
     python benchmarks/toy.py --budgets 23,31 --dry-run
@@ -38,6 +38,9 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option("--budgets", metavar="LIST", default=",".join(map(str, USUAL.budgets)), help="NFE")
 @click.option("--points", type=click.IntRange(2), default=USUAL.points, help="in data and clouds")
+@click.option(
+    "--choosing", type=click.IntRange(2), default=USUAL.choosing, help="others, to choose on"
+)
 @click.option("--blocks", type=click.IntRange(2), default=USUAL.blocks, help="clouds to report on")
 @click.option("--kimg", type=float, default=USUAL.kimg, help="thousands of points of training")
 @click.option("--batch", type=click.IntRange(1), default=USUAL.batch, help="of training")

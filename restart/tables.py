@@ -36,10 +36,12 @@ class Configuration:
     restart_gamma: float
     S_min: float
     S_max: float
-    nfe: int  #: as published
-    fid: float  #: as published, 50,000 images
+    nfe: int  #: as published; a guided call counts once
+    fid: float | None  #: as published; None where it is not known for certain
     source: str
     note: str  #: what of this entry could be checked
+    main_solver: str = "heun"
+    schedule_type: str = "polynomial"  #: of the main grid
 
     def plan(
         self,
@@ -51,12 +53,17 @@ class Configuration:
         restart_guide: Guide | None = None,
         keep: Tensor | None = None,
     ) -> Plan:
-        """The plan on EDM's grid plus 0; both walks are Heun unless told otherwise."""
+        """The plan on EDM's grid plus 0, by the published solvers unless told otherwise.
+
+        A main solver alone walks the descents as well.
+
+        Rows of another schedule need the model's own grid: ``--restart_config`` builds it.
+        """
         return restart_plan(
             published_grid(self.n_main, sigma_min, sigma_max, rho),
             self.intervals,
-            main_solver or make_solver("heun"),
-            restart_solver,
+            main_solver or make_solver(self.main_solver),
+            restart_solver or main_solver or make_solver("heun"),
             restart_guide=restart_guide,
             S_noise=self.S_noise,
             S_min=self.S_min,

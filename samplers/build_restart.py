@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from denoisers.cards import Card
 from restart.build import restart_plan
 from restart.intervals import Interval, parse_restart_line
 from restart.plan import Plan
-from restart.tables import configuration
+from restart.tables import Configuration, configuration
 from runtime.errors import UserError
 from samplers.build_common import (
     POLYNOMIAL_RHO,
@@ -50,6 +51,12 @@ def restart_sampler(
     exponent of a polynomial main walk.  Raises UserError or ValueError, one sentence with the
     remedy.
     """
+    named: dict[str, Any] = {}
+    if options.restart_config is not None:
+        what = f"restart configuration {options.restart_config!r}, which is complete"
+        check_taken(options, CONFIG_TAKES, what, "use --restart_info instead")
+        options = _with_configuration(options, known := configuration(options.restart_config))
+        named["restart_config"] = known.name
     schedule, rho = schedule_of(options)
     inner_rho = rho if schedule == "polynomial" and rho is not None else POLYNOMIAL_RHO
     main = main or _walker(options.main_solver)
@@ -57,13 +64,6 @@ def restart_sampler(
     settings: dict[str, Any] = {"main_solver": main.name, "restart_solver": down.name}
     settings |= {"schedule_type": schedule, "schedule_rho": rho}
     settings |= {"sigma_min": low, "sigma_max": high}
-    if options.restart_config is not None:
-        what = f"restart configuration {options.restart_config!r}, which is complete"
-        check_taken(options, CONFIG_TAKES, what, "use --restart_info instead")
-        known = configuration(options.restart_config)
-        plan = known.plan(low, high, inner_rho, main.solver, down.solver, down.guide)
-        settings |= {"restart_config": known.name, "num_steps": known.n_main}
-        return make_sampler(options, card, f"restart-{known.name}", plan, settings)
     stated, intervals = parse_restart_line(restart_info(options, card))
     gamma, noise = options.restart_gamma or 0.0, noise_of(options)
     afs, zero = bool(options.afs), options.final_zero is not False
@@ -86,7 +86,23 @@ def restart_sampler(
     num_steps, plan = find_length(options, card, make, stated)
     settings |= {"num_steps": num_steps, "afs": afs, "final_zero": zero}
     settings |= {"restart_info": _info(intervals), "restart_gamma": gamma}
-    return make_sampler(options, card, "restart", plan, settings | finite(noise))
+    label = "-".join(("restart", *named.values()))
+    return make_sampler(options, card, label, plan, settings | finite(noise) | named)
+
+
+def _with_configuration(options: SamplerOptions, known: Configuration) -> SamplerOptions:
+    """The published walk in full; other solvers may be asked for."""
+    return replace(
+        options,
+        num_steps=known.n_main,
+        restart_info=interval_json(known.intervals),
+        main_solver=options.main_solver or known.main_solver,
+        schedule_type=known.schedule_type,
+        restart_gamma=known.restart_gamma,
+        S_min=known.S_min,
+        S_max=known.S_max,
+        S_noise=known.S_noise,
+    )
 
 
 def restart_info(options: SamplerOptions, card: Card) -> str:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 import visualize
 from denoisers.cards import cards
+from restart.tables import configuration
 from samplers.build import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,7 +186,7 @@ def test_main_job_trains_both_students_under_each_teacher_and_compares(
     assert given["--budgets"].split(",") == [str(2 * int(n) - 3) for n in steps]  # with AFS
 
 
-@pytest.mark.parametrize(("tries", "nfe", "number"), [([], 100, 5000), (["--try"], 12, 2)])
+@pytest.mark.parametrize(("tries", "nfe", "number"), [([], 132, 5000), (["--try"], 12, 2)])
 def test_the_guidance_sweep_spends_one_budget_on_every_row(
     tries: list[str], nfe: int, number: int
 ) -> None:
@@ -206,6 +208,11 @@ def test_the_guidance_sweep_spends_one_budget_on_every_row(
     for row, sampler in zip(rows, samplers, strict=True):
         assert f"w={sampler.guidance_rate:g}" in row.title
     assert {s.settings["main_solver"] for s in samplers[3::4]} == {"euler"}
+    if not tries:
+        for rate, restart in zip((3, 5, 8), samplers[7::4], strict=True):
+            known = configuration(f"ms_coco-w{rate}-66")
+            assert restart.settings["num_steps"] == known.n_main
+            assert restart.settings["restart_info"] == {"0": [*astuple(known.intervals[0])]}
 
 
 def test_no_recipe_is_the_default_one() -> None:

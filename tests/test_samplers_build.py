@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from denoisers.cards import cards
 from restart.budget import candidates
 from restart.plan import Jump, Solve
 from restart.tables import configurations
@@ -86,9 +87,14 @@ def test_a_budget_that_does_not_fit_names_its_neighbours(
 
 def test_published_configurations_keep_their_published_nfe() -> None:
     for config in configurations().values():
-        built = sampler("restart", restart_config=config.name)
+        card = cards()["ms_coco" if config.model == "ms_coco" else "cifar10"]
+        options = SamplerOptions(sampler="restart", restart_config=config.name, guidance_rate=1.0)
+        built = build(options, card)
         assert built.nfe == config.nfe
         assert built.settings["num_steps"] == config.n_main
+        assert built.settings["main_solver"] == config.main_solver
+        options = dataclasses.replace(options, main_solver="dpm3")
+        assert build(options, card).settings["main_solver"] == "dpm3"
 
 
 def test_defaults() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,9 +29,10 @@ LEAST_BLOCKS = 2  #: below this there is no deviation to report
 class Settings:
     """All that the result depends on.  Raises UserError for what makes no experiment."""
 
-    budgets: tuple[int, ...] = (23, 31, 39, 55)  #: evaluations per point
+    budgets: tuple[int, ...] = (23, 31, 39)  #: evaluations per point
     points: int = 2000  #: in the data set, and in every cloud
-    blocks: int = 4  #: clouds that the chosen processes are reported on
+    choosing: int = 3  #: clouds that processes are chosen on
+    blocks: int = 8  #: others, that the chosen ones are reported on
     kimg: float = 1000.0  #: thousands of points that the network sees
     batch: int = 512
     width: int = 64
@@ -41,10 +43,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.budgets or len(set(self.budgets)) < len(self.budgets):
             raise UserError(f"budgets {self.budgets}: give one or more numbers, each once")
-        if self.blocks < LEAST_BLOCKS or self.points < 2:
+        if min(self.blocks, self.choosing) < LEAST_BLOCKS or self.points < 2:
             raise UserError(
-                f"{self.points} points in {self.blocks} blocks: give 2 or more points and "
-                f"{LEAST_BLOCKS} or more blocks"
+                f"{self.points} points in {self.blocks} blocks, chosen on {self.choosing} others: "
+                f"give 2 or more points and {LEAST_BLOCKS} or more blocks of either kind"
             )
         recipe(self.kimg, self.batch, self.seed)  # says what is wrong with it
 
@@ -56,7 +58,7 @@ class Point:
     family: str
     label: str
     nfe: int
-    block: int  #: 0 is for choosing, the others are reported
+    block: int  #: the first ``choosing`` are for choosing, the others are reported
     total: float
     contracted: float
     additional: float
@@ -66,7 +68,7 @@ class Point:
 class Results:
     """What was measured."""
 
-    swept: list[Point]  #: every candidate of every budget on block 0
+    swept: list[Point]  #: every candidate of every budget on the blocks for choosing
     chosen: list[Point]  #: the best of each family and budget by that, on the other blocks
     floor: list[float]  #: W1 of a fresh sample of the mixture to the data, per reported block
     record: RunRecord
@@ -130,9 +132,10 @@ def run(settings: Settings, folder: Path) -> Results:
     record = RunRecord.make("toy", asdict(settings), {}, outline(by_budget))
     bench = Bench(settings, folder)
     record.write(folder / "run.json")
-    blocks = range(1, settings.blocks + 1)
-    winners = len(by_budget) * len(FAMILIES) * len(blocks)
-    with progress(sum(map(len, by_budget.values())) + winners, "measuring", "pt") as bar:
+    blocks = range(settings.choosing, settings.choosing + settings.blocks)
+    everyone = [c for group in by_budget.values() for c in group]
+    total = len(everyone) * settings.choosing + len(by_budget) * len(FAMILIES) * len(blocks)
+    with progress(total, "measuring", "pt") as bar:
 
         def measured(wanted: Iterable[tuple[Candidate, int]]) -> list[Point]:
             points = []
@@ -141,7 +144,7 @@ def run(settings: Settings, folder: Path) -> Results:
                 bar.update()
             return points
 
-        swept = measured((c, 0) for group in by_budget.values() for c in group)
+        swept = measured((c, block) for block in range(settings.choosing) for c in everyone)
         best = list(_best(by_budget, swept))
         chosen = measured((c, block) for block in blocks for c in best)
     return Results(swept, chosen, [bench.floor(block) for block in blocks], record)
@@ -158,8 +161,10 @@ def outline(by_budget: dict[int, list[Candidate]]) -> dict[str, list[str]]:
 
 
 def _best(by_budget: dict[int, list[Candidate]], swept: list[Point]) -> Iterator[Candidate]:
-    """Of each budget and family the candidate with the lowest total error on block 0."""
-    totals = {(point.nfe, point.label): point.total for point in swept}
+    """Of each budget and family the candidate with the lowest mean total error."""
+    totals: dict[tuple[int, str], float] = defaultdict(float)
+    for point in swept:
+        totals[point.nfe, point.label] += point.total
     for budget, group in by_budget.items():
         for family in FAMILIES:
             own = [c for c in group if c.family == family]

@@ -37,7 +37,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Row:
-    """The chosen process of a family at a budget."""
+    """A candidate over its blocks."""
 
     family: str
     label: str
@@ -59,21 +59,20 @@ class Claim:
         return self.margin.value > 0
 
 
-def rows(results: Results) -> list[Row]:
-    """One row per budget and family, in this order."""
-    kept: dict[tuple[int, str], list[Point]] = {}
-    for point in results.chosen:
-        kept.setdefault((point.nfe, point.family), []).append(point)
+def rows(points: Sequence[Point]) -> list[Row]:
+    """The mean of each candidate over its blocks, by budget and family."""
+    kept: dict[tuple[int, int, str], list[Point]] = {}
+    for point in points:
+        place = FAMILIES.index(point.family)
+        kept.setdefault((point.nfe, place, point.label), []).append(point)
     return [
         Row(
-            family,
-            points[0].label,
+            FAMILIES[place],
+            label,
             nfe,
-            *(Mean.of([getattr(point, error) for point in points]) for error in ERRORS),
+            *(Mean.of([getattr(point, error) for point in mine]) for error in ERRORS),
         )
-        for (nfe, family), points in sorted(
-            kept.items(), key=lambda item: (item[0][0], FAMILIES.index(item[0][1]))
-        )
+        for (nfe, place, label), mine in sorted(kept.items())
     ]
 
 
@@ -100,7 +99,7 @@ def claims(results: Results) -> list[Claim]:
 def table(results: Results) -> str:
     """The rows, the floor and the claims in Markdown."""
     lines = ["| NFE | | settings | " + " | ".join(ERRORS) + " |", "|---|---|---|---|---|---|"]
-    for row in rows(results):
+    for row in rows(results.chosen):
         errors = " | ".join(str(getattr(row, error)) for error in ERRORS)
         settings = row.label.split(" ", 1)[1].replace("|", "then")
         lines.append(f"| {row.nfe} | {NAMES[row.family]} | {settings} | {errors} |")
@@ -116,7 +115,7 @@ def write_report(folder: Path, results: Results) -> list[Path]:
         "record": json.loads(results.record.to_json()),
         "floor": results.floor,
         "claims": [{**asdict(claim), "holds": claim.holds} for claim in claims(results)],
-        "rows": [asdict(row) for row in rows(results)],
+        "rows": [asdict(row) for row in rows(results.chosen)],
         "swept": [asdict(point) for point in results.swept],
         "chosen": [asdict(point) for point in results.chosen],
     }
@@ -147,14 +146,14 @@ def _figure(path: Path, results: Results) -> None:
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
-    reported = rows(results)
+    reported, everyone = rows(results.chosen), rows(results.swept)
     for family in FAMILIES:
         color, marker = STYLES[family]
-        swept = [p for p in results.swept if p.family == family]
-        pairs = [(p.additional, p.contracted) for p in swept]
+        swept = [row for row in everyone if row.family == family]
+        pairs = [(row.additional.value, row.contracted.value) for row in swept]
         left.plot(*zip(*pairs, strict=True), marker, color=color, ms=4, alpha=0.5)
         left.plot(*zip(*frontier(pairs), strict=True), "-", color=color, lw=1.5)
-        totals = [(p.additional, p.total) for p in swept]
+        totals = [(row.additional.value, row.total.value) for row in swept]
         middle.plot(*zip(*totals, strict=True), marker, color=color, ms=4, alpha=0.7)
         mine = [row for row in reported if row.family == family]
         right.errorbar(
