@@ -119,7 +119,8 @@ def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _comparison(rows: list[dict[str, Any]]) -> str:
     words = escape(report.caption(rows).replace("**", ""))
-    table = _table(report.head(rows), [report.cells(row, rows) for row in rows], rows)
+    columns = report.columns(rows)
+    table = _table(list(columns), list(zip(*columns.values(), strict=True)), rows)
     return f"<h2>Samplers compared</h2>\n<p>{words}</p>\n{table}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,10 @@ def ordered(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(results, key=lambda r: (r["budget"] is None, r["budget"] or 0, r["fid"]))
 
 
-def head(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    """The columns of a table of these rows."""
-    fids = ("FID", "FID to converged") if _held_against_model(rows) else ("FID",)
-    best = ("to best",) if _told_apart(rows) else ()
-    return (
-        "method", "NFE", *fids, *best, "blocks", "excess", "vs own solver", "images/s",
-        "NFE metered", "detail",
-    )  # fmt: skip
+def columns(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Title and cells, in plain text, of every column that any of the ordered rows fills."""
+    made = {title: [cell(row, rows) for row in rows] for title, cell in COLUMNS.items()}
+    return {title: cells for title, cells in made.items() if any(cells)}
 
 
 def _held_against_model(rows: list[dict[str, Any]]) -> bool:
@@ -81,9 +78,15 @@ def caption(rows: list[dict[str, Any]]) -> str:
         f"{first['reference']} ({first['reference_n']} images); seeds {first['seeds']} in every "
         f"row (N = {rows[0]['n']}); blocks: mean +- standard deviation over "
         f"{first['blocks']} disjoint blocks of {per_block}, whose FID is higher because they are "
-        f"smaller. Excess: the share of {YARDSTICK}'s distance from {CEILING} that is left. "
-        f"images/s is sampling alone. {_second_reference(rows)} {_test(rows)}"
+        f"smaller. {_of_excess(rows)}images/s is sampling alone. {_second_reference(rows)} "
+        f"{_test(rows)}"
     )
+
+
+def _of_excess(rows: list[dict[str, Any]]) -> str:
+    if all(excess(row, rows) is None for row in rows):
+        return ""
+    return f"Excess: the share of {YARDSTICK}'s distance from {CEILING} that is left. "
 
 
 def _test(rows: list[dict[str, Any]]) -> str:
@@ -111,37 +114,18 @@ def _second_reference(rows: list[dict[str, Any]]) -> str:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of ordered rows."""
-    columns = head(rows)
+    shown = columns(rows)
     lines = [
         caption(rows),
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "|".join("---" if h in ("method", "detail") else "---:" for h in columns) + "|",
+        "| " + " | ".join(shown) + " |",
+        "|" + "|".join("---" if t in ("method", "detail") else "---:" for t in shown) + "|",
     ]
-    for row in rows:
-        name, *rest = (cell.replace("|", "\\|") for cell in cells(row, rows))
+    for row, cells in zip(rows, zip(*shown.values(), strict=True), strict=True):
+        name, *rest = (cell.replace("|", "\\|") for cell in cells)
         name = f"**{name}**" if row["group"] == "learned" else name
         lines.append("| " + " | ".join((name, *rest)) + " |")
     return "\n".join(lines) + "\n"
-
-
-def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """One of ordered rows under ``head``; plain text."""
-    left = excess(row, rows)
-    second = [f"{row['fid_converged']:.2f}"] if _held_against_model(rows) else []
-    return [
-        row["method"],
-        str(row["nfe_planned"]),
-        f"{row['fid']:.2f}",
-        *second,
-        *([_to_best(row, rows)] if _told_apart(rows) else []),
-        f"{row['fid_block_mean']:.2f} +- {row['fid_block_spread']:.2f}",
-        "" if left is None else f"{left:.2f}",
-        _gain(row, rows),
-        f"{row['images_per_second']:.1f}",
-        str(row["nfe_metered"]),
-        row["detail"],
-    ]
 
 
 def excess(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
@@ -186,6 +170,31 @@ def _to_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def _gap(found: dict[str, float]) -> str:
     same = f" {SAME}" if found["p"] >= LEVEL else ""
     return f"{found['difference']:+.2f} +- {found['error']:.2f}{same}"
+
+
+def _converged(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    return f"{row['fid_converged']:.2f}" if _held_against_model(rows) else ""
+
+
+def _excess(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    left = excess(row, rows)
+    return "" if left is None else f"{left:.2f}"
+
+
+#: The columns of every table, by title: the cell of a row among ordered rows.
+COLUMNS: dict[str, Callable[[dict[str, Any], list[dict[str, Any]]], str]] = {
+    "method": lambda row, _: row["method"],
+    "NFE": lambda row, _: str(row["nfe_planned"]),
+    "FID": lambda row, _: f"{row['fid']:.2f}",
+    "FID to converged": _converged,
+    "to best": _to_best,
+    "blocks": lambda row, _: f"{row['fid_block_mean']:.2f} +- {row['fid_block_spread']:.2f}",
+    "excess": _excess,
+    "vs own solver": _gain,
+    "images/s": lambda row, _: f"{row['images_per_second']:.1f}",
+    "NFE metered": lambda row, _: str(row["nfe_metered"]),
+    "detail": lambda row, _: row["detail"],
+}
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from comparison.gaps import with_gaps
 from comparison.measure import Harness, measure
 from comparison.page import write_page
-from comparison.report import cells, head, ordered, write_report
+from comparison.report import columns, ordered, write_report
 from comparison.rows import Row
 from metrics.detectors import Detector
 from metrics.fid import gather
@@ -113,16 +113,15 @@ def test_the_table_says_which_rows_are_told_apart(
     record = RunRecord.make("compare", {}, model, harness.describe())
     write_report(folder, record, with_gaps(results, harness, folder))
     rows: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())["rows"]
-    place = head(rows).index("to best")
-    told = [cells(r, rows)[place] for r in rows]
+    told = columns(rows)["to best"]
     assert told[0] == "best"
     for r, text in zip(rows[1:], told[1:], strict=True):
         found = r["to_best"]
         same = " =" if found is not None and found["p"] >= LEVEL else ""
         wanted = f"{found['difference']:+.2f} +- {found['error']:.2f}{same}" if found else "best"
         assert text == wanted
-    twin = next(r for r in rows if r["method"] == "twin")
-    assert cells(twin, rows)[head(rows).index("vs own solver")] == "+0.00 +- 0.00 = (euler)"
+    own = dict(zip((r["method"] for r in rows), columns(rows)["vs own solver"], strict=True))
+    assert own["twin"] == "+0.00 +- 0.00 = (euler)"
     table = (folder / "table.md").read_text()
     assert "these 24 images cannot tell the two apart (p >= 0.05;" in table
     with open(folder / "table.csv", newline="") as file:
@@ -148,7 +147,7 @@ def test_what_cannot_be_tested_is_left_blank(
         del results[0]["statistics"]
     rows = ordered(with_gaps(results, fewer, tmp_path))
     assert [(r["to_best"], r["to_own"]) for r in rows] == [(None, None)] * 2
-    assert "to best" not in head(rows) and len(cells(rows[0], rows)) == len(head(rows))
+    assert "to best" not in columns(rows)
     write_report(tmp_path, RunRecord.make("compare", {}, {}, {}), rows)
     assert "too few images to say which rows differ" in (tmp_path / "table.md").read_text()
 
