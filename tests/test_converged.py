@@ -215,7 +215,7 @@ def test_a_dry_run_touches_nothing(command: Any) -> None:
     plan = json.loads(text)
     assert code == 0 and not list(Path().iterdir())
     assert plan["options"]["seeds"] == f"{CONVERGED_START}-{CONVERGED_START + 9999}"
-    assert plan["plan"]["tol"] == 1e-3
+    assert plan["plan"]["tol"] == 1e-4
 
 
 def test_tables_are_held_against_what_the_command_wrote(command: Any) -> None:

@@ -192,7 +192,7 @@ def check(numbers: Sequence[int], outdir: Path | None, dest: Path | None) -> Non
 @cli.model_options
 @cli.seeds_option(SEEDS)
 @cli.batch_option(128)
-@click.option("--tol", type=click.FloatRange(0, min_open=True), default=1e-3, help="rtol = atol")
+@click.option("--tol", type=click.FloatRange(0, min_open=True), default=1e-4, help="rtol = atol")
 @click.option("--dest", type=click.Path(path_type=Path), help=".npz of statistics to write")
 @click.option("--outdir", type=click.Path(path_type=Path), help="folder of the images, to be kept")
 @click.option("--detector", type=click.Choice(list(DETECTORS)), default="cifar10-small")
