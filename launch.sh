@@ -15,11 +15,11 @@ Sets up .venv on first use and runs a recipe:
   ffhq              the same, FFHQ 64x64
   imagenet64        the same, ImageNet 64x64
   lsun_bedroom_ldm  published AMED settings for the latent model of LSUN bedrooms: train, sample
-  ms_coco           published AMED settings for Stable Diffusion v1.5: train, sample
+  ms_coco           published AMED settings for Stable Diffusion v1.5: train, sample, CLIP score
   toy               the Restart paper's synthetic experiment: its figure and its inequalities;
                     about five minutes on two cores
   sd_restart        Stable Diffusion v1.5 at guidance 2, 3, 5 and 8: DDIM, DDPM, Heun and Restart at
-                    the same evaluations, 5,000 COCO captions each
+                    the same evaluations, 5,000 COCO captions each, CLIP scores
   test              ruff, mypy and the tests
   help              this text
 
@@ -141,6 +141,7 @@ recipe_ms_coco() {
         --max_order=2 --predict_x0=True --lower_order_final=True \
         --guidance_type=cfg --guidance_rate=7.5 --prompt_path="$prompts"
     statistics 8 --prompt_path="$prompts"
+    scores "samples/$(basename "$folder")"
 }
 
 captions() { # fetch $CAPTIONS once
@@ -167,6 +168,17 @@ recipe_sd_restart() { # a row for each sampler and guidance rate; a guided call 
     done
     run visualize.py --dataset_name=ms_coco --prompt_path="data/coco-$number.csv" \
         --seeds=0-$((number - 1)) --batch=8 --columns=4 --outdir="samples/$name" "$@"
+    for rate in 2 3 5 8; do
+        scores "samples/$name/"{ddim,ddpm,heun,restart}"-w-$rate"
+    done
+}
+
+scores() { # FOLDER...: how well images fit their prompts, and their looks
+    local images
+    if [ "$TRY" = 1 ]; then return; fi # its networks are larger than what is tried
+    for images in "$@"; do
+        run clip_score.py calc --metrics=clip,aesthetic --images="$images" --json="$images-scores.json"
+    done
 }
 
 statistics() { # BATCH FLAG...: images of the predictor in $folder, and what an FID needs of them

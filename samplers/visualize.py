@@ -38,7 +38,7 @@ def line_up(specs: Sequence[Spec], setup: Setup, outdir: Path, world: World) -> 
     for spec in specs:
         job = prepare(spec.options, spec.predictor_path, setup, world)
         title = spec.title or job.sampler.label
-        path = outdir / re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.")
+        path = row_folder(outdir, title)
         if path in [other.folder.path for other in jobs.values()] or path == outdir:
             raise UserError(
                 f"two rows are called {title!r}, or none: give each a name of its own, "
@@ -52,6 +52,11 @@ def line_up(specs: Sequence[Spec], setup: Setup, outdir: Path, world: World) -> 
             "predictors that were trained for it"
         )
     return jobs
+
+
+def row_folder(outdir: Path, title: str) -> Path:
+    """Where the images of a row lie: its title without what file systems dislike."""
+    return outdir / re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.")
 
 
 def price(job: Job) -> str:

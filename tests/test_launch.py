@@ -19,6 +19,7 @@ import visualize
 from denoisers.cards import cards
 from restart.tables import configuration
 from samplers.build import build
+from samplers.visualize import row_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = "--gpus N, --model_path PATH, --try, --dry-run"
@@ -148,9 +149,11 @@ def test_published_settings_of_pixel_models(dataset: str) -> None:
     ],
 )
 def test_published_settings_of_latent_models(dataset: str, expected: dict[str, str]) -> None:
-    (_, arguments), (sampled, _), (last, made) = scripts(dataset)
+    (_, arguments), (sampled, _), (last, made), *scored = scripts(dataset)
     assert expected.items() <= flags(arguments).items() and sampled == "sample.py"
     assert (last, made[0], flags(made)["--detector"]) == ("fid.py", "ref", "inception")
+    assert [script for script, _ in scored] == ["clip_score.py"] * (dataset == "ms_coco")
+    assert all(flags(a)["--images"] == flags(made)["--data"] for _, a in scored)
 
 
 @pytest.mark.parametrize("recipe", TRAINING[2:])
@@ -190,7 +193,8 @@ def test_main_job_trains_both_students_under_each_teacher_and_compares(
 def test_the_guidance_sweep_spends_one_budget_on_every_row(
     tries: list[str], nfe: int, number: int
 ) -> None:
-    (tool, drawn), (script, arguments) = scripts("sd_restart", *tries, "--model_path=/my sd")
+    commands = scripts("sd_restart", *tries, "--model_path=/my sd")
+    (tool, drawn), (script, arguments), *scored = commands
     assert (tool, drawn[-1]) == ("tools/draw_prompts.py", f"--number={number}")
     given = flags(arguments)
     assert script == "visualize.py" and given["--model_path"] == "/my sd"
@@ -207,6 +211,8 @@ def test_the_guidance_sweep_spends_one_budget_on_every_row(
     ]
     for row, sampler in zip(rows, samplers, strict=True):
         assert f"w={sampler.guidance_rate:g}" in row.title
+    folders = {str(row_folder(Path(given["--outdir"]), row.title)) for row in rows}
+    assert {flags(a)["--images"] for _, a in scored} == (set() if tries else folders)
     assert {s.settings["main_solver"] for s in samplers[3::4]} == {"euler"}
     if not tries:
         for rate, restart in zip((3, 5, 8), samplers[7::4], strict=True):
