@@ -39,7 +39,7 @@ recipe_default() { # budget 5 only
     note "published lengths, 50,000 images and 3 to 9 NFE: ./launch.sh full"
     predictors=""
     small_students 4 --batch=16 --total_kimg=0.256 --tick=0.064
-    small_report default --budgets=5 --num_images="$IMAGES" --select=32,128
+    small_report default 5 --num_images="$IMAGES" --select=32,128
 }
 
 recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
@@ -47,7 +47,7 @@ recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
     for num_steps in 3 4 5 6; do
         small_students "$num_steps" --batch=128 --total_kimg=10
     done
-    small_report full --budgets=3,5,7,9 --num_images=50000
+    small_report full 3,5,7,9 --num_images=50000
 }
 
 small_students() { # NUM_STEPS FLAG...: both students of the bundled model under each of their
@@ -67,12 +67,14 @@ small_students() { # NUM_STEPS FLAG...: both students of the bundled model under
     keep student_plugin cifar10-small restart "$num_steps" 2 --restart_target=trajectory "$@"
 }
 
-small_report() { # NAME FLAG...: the comparison of the students in $predictors
+small_report() { # NAME BUDGETS FLAG...: the comparison of the students in $predictors, and how far
+    # every row is from the exact solution of the ODE; both in one page
     local folder="samples/report-$1"
-    shift
-    run compare.py --dataset_name=cifar10-small --predictors="$predictors" \
-        --dtype="$DTYPE" --outdir="$folder" "$@"
-    note "the report: $folder/table.md, $folder/grid.png, $folder/fid-nfe.png"
+    set -- --dataset_name=cifar10-small --predictors="$predictors" --budgets="$2" \
+        --dtype="$DTYPE" --outdir="$folder" "${@:3}"
+    run compare.py "$@"
+    run errors.py "${@:1:5}" --seeds=0-15 --batch=8
+    note "the report: $folder/report.html; its table: $folder/table.md"
 }
 
 keep() { # COMMAND...: run it and append the run's folder to $predictors

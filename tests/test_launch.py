@@ -169,7 +169,7 @@ def test_a_try_is_short_and_takes_own_weights(recipe: str) -> None:
 def test_main_job_trains_both_students_under_each_teacher_and_compares(
     recipe: str, steps: str
 ) -> None:
-    *trained, (last, arguments) = scripts(recipe)
+    *trained, (compared, arguments), (judged, exactly) = scripts(recipe)
     kinds = [flags(a) for _, a in trained]
     assert {(k["--num_steps"], k["--sampler_stu"], k["--sampler_tea"]) for k in kinds} == {
         (n, student, teacher)
@@ -183,8 +183,9 @@ def test_main_job_trains_both_students_under_each_teacher_and_compares(
         ]
     }
     assert {k["--dataset_name"] for k in kinds} == {"cifar10-small"}
-    assert last == "compare.py"
-    given = flags(arguments)
+    assert (compared, judged) == ("compare.py", "errors.py")
+    given, same = flags(arguments), {"--predictors", "--budgets", "--dtype", "--outdir"}
+    assert {given[name] == flags(exactly)[name] for name in same} == {True}
     assert given["--predictors"].split(",") == ["exps/<run>"] * len(trained)
     assert given["--budgets"].split(",") == [str(2 * int(n) - 3) for n in steps]  # with AFS
 
