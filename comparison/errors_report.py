@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comparison.report import series, short
+from comparison.report import plain_numbers, series, short
 from runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def _against_nfe(figure: Figure, rows: list[dict[str, Any]]) -> None:
             if row["budget"] is None:
                 axes.axhline(row[key], color="grey", ls="--", lw=1, label=row["method"])
         axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
         axes.set_xlabel("network evaluations (NFE)")
         axes.set_ylabel(title)
         axes.set_xticks(_budgets(rows))
@@ -163,6 +164,8 @@ def _local(figure: Figure, rows: list[dict[str, Any]]) -> None:
             style = STYLES[row["group"]]
             axes.loglog(*zip(*ends, strict=True), style, color=colors[short(row)], lw=1, ms=4,
                         label=short(row))  # fmt: skip
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
         axes.invert_xaxis()
         axes.set_title(f"{nfe} NFE", fontsize=9)
         axes.set_xlabel("noise level at the end of the interval", fontsize=8)

@@ -221,7 +221,6 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no global state, no display
-    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -238,8 +237,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     ):
         axes.axhline(row["fid"], color="grey", ls=dashes, lw=1, label=row["method"])
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())  # 20, where the default is 2 x 10^1
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    plain_numbers(axes.yaxis)
     axes.set_xlabel("network evaluations (NFE)")
     axes.set_ylabel(f"FID ({rows[0]['detector']}, N = {rows[0]['n']})")
     budgets = sorted({r["budget"] for r in rows if r["budget"]})
@@ -250,6 +248,14 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Of a logarithmic axis: 20 where the default is 2 x 10^1."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
