@@ -251,11 +251,17 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def plain_numbers(axis: Any) -> None:
-    """Of a logarithmic axis: 20 where the default is 2 x 10^1."""
+    """Of a logarithmic axis: 20 and 0.02 where the default is 2 x 10^1 and 2 x 10^-2."""
     from matplotlib.ticker import LogFormatter
 
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter())
+    class Plain(LogFormatter):
+        """The same ticks have numbers as would have."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
