@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comparison.report import plain_numbers, series, short
-from runtime.files import atomic_write
+from runtime.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +24,7 @@ def write_errors(folder: Path, content: dict[str, Any]) -> list[Path]:
     rows = content["rows"]
     text = {"errors.md": markdown(content), FILE: json.dumps(content, indent=2)}
     for name, whole in text.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(whole.rstrip("\n") + "\n", encoding="utf-8")
+        write_text(folder / name, whole)
     plots: dict[str, Callable[[Figure], None]] = {
         "errors-nfe.png": lambda figure: _against_nfe(figure, rows),
         "errors-local.png": lambda figure: _local(figure, rows),

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from comparison.trajectories import fit_plane
 from denoisers.registry import Model
 from metrics.statistics import Statistics
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import read_earlier, write_json
 from runtime.log import progress
 
 
@@ -98,8 +97,8 @@ def _row(job: ErrorsJob, row: Row, exact: Exact, tick: Callable[[int], object]) 
     """The figures of one row; read back if the same row was measured before."""
     file = job.folder / "errors" / f"{row.key}.json"
     identity = json.loads(json.dumps(_identity(job, row, exact)))
-    found = _read(file, identity)
-    if found is not None:
+    found = read_earlier(file)
+    if found is not None and found["identity"] == identity:
         tick(len(job.seeds))
         return found
     solves = walks(row.sampler) or []
@@ -138,8 +137,7 @@ def _row(job: ErrorsJob, row: Row, exact: Exact, tick: Callable[[int], object]) 
         "identity": identity,
     }
     if job.world.is_main:
-        with atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(file, result)
     return result
 
 
@@ -155,15 +153,6 @@ def _identity(job: ErrorsJob, row: Row, exact: Exact) -> dict[str, Any]:
     detector = job.detector.sha256 if job.detector else None
     solutions = {**exact.problem.describe(), "tol": exact.tol, "groups": job.groups}
     return {"sampler": row.sampler.describe(), "exact": solutions, "detector_sha256": detector}
-
-
-def _read(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = isinstance(content, dict) and content.get("identity") == identity
-    return content if same else None
 
 
 def _standard_error(values: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from metrics.sources import ImageSource, choose, image_batches
 from metrics.summary import Needs, Summary
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import atomic_write, cache_folder, download
+from runtime.files import atomic_write, cache_folder, download, write_json
 from runtime.record import RunRecord
 
 HUB = "https://huggingface.co"
@@ -142,8 +141,7 @@ def report(
         results.append(entry_of(found, detector, summary, reference))
     if path is not None:  # the first detector's figures at the top, as ever
         content = {**results[0], "results": results, "record": asdict(record)}
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(path, content)
     return "\n".join(text)
 
 

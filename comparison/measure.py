@@ -22,7 +22,7 @@ from metrics.measures import KEPT
 from metrics.statistics import Statistics
 from metrics.summary import Collector, Needs, Summary, joined
 from runtime.dist import World
-from runtime.files import atomic_write
+from runtime.files import atomic_write, read_earlier, write_json
 from runtime.images import image_grid, save_png, to_uint8
 from samplers.generate import generate
 from samplers.sampler import Sampler
@@ -131,11 +131,11 @@ def measure(
     identity = json.loads(
         json.dumps({"sampler": row.sampler.describe(), "harness": harness.describe()})
     )
-    found = _read(file)
+    found = read_earlier(file)
     if found is not None and found["identity"] != identity:
         found = _held_anew(found, identity, harness, folder)
         if found is not None and harness.world.is_main:
-            _write(file, found)
+            write_json(file, found)
     if found is not None:
         tick(len(harness.seeds))
         return found
@@ -169,7 +169,7 @@ def measure(
         save_png(file.with_suffix(".png"), image_grid(images, columns=len(images)))
         with atomic_write(file.with_suffix(".npz")) as temporary:
             made.summary.save(temporary)
-        _write(file, result)
+        write_json(file, result)
     return result
 
 
@@ -202,17 +202,3 @@ def _held_anew(
 def _without_second(identity: dict[str, Any]) -> dict[str, Any]:
     harness = {k: v for k, v in identity.get("harness", {}).items() if k != "converged"}
     return {**identity, "harness": harness}
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """An earlier result, or None where there is none that can be read."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and "identity" in content else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from comparison import errors_report, report
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import write_text
 
 FILE = "report.html"
 RESULTS = "results.json"
@@ -77,8 +77,7 @@ def write_page(folder: Path) -> Path:
             f"the results in {folder} are of another version ({error!r} is missing): run the "
             "comparison again, which keeps what it can"
         ) from None
-    with atomic_write(folder / FILE) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+    write_text(folder / FILE, content)
     return folder / FILE
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from metrics.paired import LEVEL
-from runtime.files import atomic_write
+from runtime.files import atomic_write, write_text
 from runtime.images import image_grid, save_png
 from runtime.record import RunRecord
 
@@ -41,8 +41,7 @@ def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]])
         "fid-nfe.json": json.dumps(_points(rows), indent=2),
     }
     for name, content in text.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(content.rstrip("\n") + "\n", encoding="utf-8")
+        write_text(folder / name, content)
     _plot(folder / "fid-nfe.png", rows)
     _picture(folder / "grid.png", folder, rows)
     return [folder / name for name in (*text, "fid-nfe.png", "grid.png")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from metrics.clip import (
 from metrics.sources import ImageSource, choose, image_batches
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import atomic_write, cache_folder, download
+from runtime.files import cache_folder, download, write_json
 from runtime.record import RunRecord
 from samplers.folder import RECORD
 
@@ -206,6 +205,5 @@ def report(
             "images": {"name": pairs.names, "prompt": pairs.prompts, **columns},
             "record": asdict(record),
         }
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(path, content)
     return "\n".join(text)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import write_text
 
 from .cards import Card
 from .files import Files
@@ -87,8 +87,7 @@ def fetch_pipeline(repo: str, folder: Path) -> Path:
             f"({reason}): run again to carry on, or fetch it elsewhere and give its folder with "
             "--model_path"
         ) from error
-    with atomic_write(main / NOTE) as temporary:
-        temporary.write_text(sha256_pipeline(main) + "\n")
+    write_text(main / NOTE, sha256_pipeline(main))
     return main
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, write_json
 from runtime.images import image_grid, to_uint8
 from runtime.log import JsonLines, TextLog, read_json_lines, tensorboard
 from runtime.noise import SeedNoise
@@ -52,8 +52,7 @@ def write_model(folder: Path, trainer: Trainer, about: dict[str, Any], record: R
     standard = {f.name: f.default for f in fields(Card)}
     card = vars(describe_edm("", file))
     entry = {k: v for k, v in card.items() if v not in (standard[k], {}) and k != "name"}
-    with atomic_write(folder / "card.json") as temporary:
-        temporary.write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "card.json", entry)
 
 
 @torch.no_grad()

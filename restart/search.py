@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from restart.budget import Candidate
 from runtime.dist import World
-from runtime.files import atomic_write
+from runtime.files import write_json
 
 KEEP = 0.25  #: of the candidates from one round to the next
 
@@ -86,9 +86,7 @@ def search_images(candidates: int, rounds: Sequence[int]) -> int:
 
 def _write(file: Path, identity: dict[str, Any], trace: list[list[Trial]]) -> None:
     rounds = [[trial._asdict() for trial in trials] for trials in trace]
-    with atomic_write(file) as temporary:
-        text = json.dumps({"identity": identity, "rounds": rounds}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(file, {"identity": identity, "rounds": rounds})
 
 
 def _read(file: Path, identity: dict[str, Any]) -> list[list[Trial]] | None:

@@ -19,7 +19,6 @@ from restart.plan import Plan
 from runtime.errors import UserError
 from solvers.grids import get_grid
 from solvers.registry import make_solver
-from solvers.types import Guide, Solver
 
 _FILE = Path(__file__).with_name("tables.json")
 
@@ -43,34 +42,19 @@ class Configuration:
     main_solver: str = "heun"
     schedule_type: str = "polynomial"  #: of the main grid
 
-    def plan(
-        self,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-        rho: float = 7.0,
-        main_solver: Solver | None = None,
-        restart_solver: Solver | None = None,
-        restart_guide: Guide | None = None,
-        keep: Tensor | None = None,
-    ) -> Plan:
-        """The plan on EDM's grid plus 0, by the published solvers unless told otherwise.
-
-        A main solver alone walks the descents as well.
+    def plan(self) -> Plan:
+        """The plan as published, on EDM's grid plus 0, with descents by Heun.
 
         Rows of another schedule need the model's own grid: ``--restart_config`` builds it.
         """
         return restart_plan(
-            published_grid(self.n_main, sigma_min, sigma_max, rho),
+            published_grid(self.n_main),
             self.intervals,
-            main_solver or make_solver(self.main_solver),
-            restart_solver or main_solver or make_solver("heun"),
-            restart_guide=restart_guide,
+            make_solver(self.main_solver),
             S_noise=self.S_noise,
             S_min=self.S_min,
             S_max=self.S_max,
             restart_gamma=self.restart_gamma,
-            rho=rho,
-            keep=keep,
         )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from runtime import __version__
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import write_text
 
 SCHEMA = 1  #: of the records this version writes; raise it when a key changes its meaning
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +82,7 @@ class RunRecord:
 
     def write(self, path: str | Path) -> None:
         """Write ``path``, whole or not at all."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+        write_text(path, self.to_json())
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:

@@ -51,12 +51,10 @@ def restart_sampler(
     exponent of a polynomial main walk.  Raises UserError or ValueError, one sentence with the
     remedy.
     """
-    named: dict[str, Any] = {}
     if options.restart_config is not None:
         what = f"restart configuration {options.restart_config!r}, which is complete"
         check_taken(options, CONFIG_TAKES, what, "use --restart_info instead")
-        options = _with_configuration(options, known := configuration(options.restart_config))
-        named["restart_config"] = known.name
+        options = _with_configuration(options, configuration(options.restart_config))
     schedule, rho = schedule_of(options)
     inner_rho = rho if schedule == "polynomial" and rho is not None else POLYNOMIAL_RHO
     main = main or _walker(options.main_solver)
@@ -86,8 +84,11 @@ def restart_sampler(
     num_steps, plan = find_length(options, card, make, stated)
     settings |= {"num_steps": num_steps, "afs": afs, "final_zero": zero}
     settings |= {"restart_info": _info(intervals), "restart_gamma": gamma}
-    label = "-".join(("restart", *named.values()))
-    return make_sampler(options, card, label, plan, settings | finite(noise) | named)
+    settings |= finite(noise)
+    if options.restart_config is None:
+        return make_sampler(options, card, "restart", plan, settings)
+    settings["restart_config"] = options.restart_config
+    return make_sampler(options, card, f"restart-{options.restart_config}", plan, settings)
 
 
 def _with_configuration(options: SamplerOptions, known: Configuration) -> SamplerOptions:

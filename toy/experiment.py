@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from runtime.errors import UserError
-from runtime.files import atomic_write, sha256_file
+from runtime.files import read_earlier, sha256_file, write_json
 from runtime.log import progress
 from runtime.record import RunRecord
 from solvers.types import Denoiser
@@ -99,15 +97,13 @@ class Bench:
         nfe = candidate.process.nfe
         name = re.sub(r"[^\w.]+", "-", f"{block} {nfe} {candidate.label}")
         file = self.folder / "points" / f"{name}.json"
-        found = _read(file)
+        found = read_earlier(file)
         if found is not None and found["identity"] == self.identity:
             return Point(**found["point"])
         with torch.inference_mode():
             errors: Errors = self._cloud(block).errors(candidate.process, self.denoiser)
         point = Point(candidate.family, candidate.label, nfe, block, *errors)
-        with atomic_write(file) as temporary:
-            content = {"identity": self.identity, "point": asdict(point)}
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(file, {"identity": self.identity, "point": asdict(point)})
         return point
 
     def floor(self, block: int) -> float:
@@ -169,12 +165,3 @@ def _best(by_budget: dict[int, list[Candidate]], swept: list[Point]) -> Iterator
         for family in FAMILIES:
             own = [c for c in group if c.family == family]
             yield min(own, key=lambda c: totals[budget, c.label])
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """An earlier point, or None where there is none that can be read."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and "identity" in content else None
