@@ -21,12 +21,12 @@ from comparison.converged import Converged
 from denoisers.registry import ModelSource
 from metrics.detectors import load_detector
 from metrics.statistics import Statistics
-from runtime import cli
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, SELECTION_START
 from tests.sampler_models import MEAN, SHAPE, VAR, GaussianModel
+from tests.scripts import Script
 from tools import converged as tool
 from tools.converged import converged
 
@@ -55,18 +55,15 @@ def test_images_are_the_solution_of_the_ode(tol: float) -> None:
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Any:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> Any:
     monkeypatch.setattr(ModelSource, "load", lambda *_: GaussianModel())
     monkeypatch.setattr(ModelSource, "card", lambda *_: GaussianModel().card)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AMED_CACHE", str(tmp_path / "cache"))
 
     def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr("sys.argv", ["converged.py", "--device=cpu", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.run(tool.main)
-        out = capsys.readouterr()
-        return int(stop.value.code or 0), out.out + out.err
+        done = script(tool.main, "--device=cpu", *arguments)
+        return done.code, done.out + done.err
 
     return call
 

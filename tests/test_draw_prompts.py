@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 
 from denoisers.text import read_prompts
-from runtime import cli
+from tests.scripts import Script
 from tools.draw_prompts import draw, main
 
 STONE = [4149, 7317, 23492, 22709, 2663]
@@ -26,12 +25,10 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(script: Script):
     def call(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["draw_prompts.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.run(main)
-        return int(left.value.code or 0), capsys.readouterr().err
+        done = script(main, *arguments)
+        return done.code, done.err
 
     return call
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,26 +20,17 @@ import fid
 from metrics.detectors import DETECTORS, load_detector, load_reference
 from metrics.frechet import frechet_distance
 from metrics.statistics import Statistics
-from runtime import cli, files
+from runtime import files
+from tests.scripts import Script
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(script: Script) -> Script:
     """``run("calc", "--images", path)`` -> exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments), "--device", "cpu"])
-        with pytest.raises(SystemExit) as end:
-            cli.run(fid.main)
-        code = end.value.code
-        assert isinstance(code, int)
-        return (code, *capsys.readouterr())
-
-    return call
+    return lambda *arguments: script(fid.main, *arguments, "--device", "cpu")
 
 
 def pixels(count: int, seed: int = 0) -> np.ndarray:
@@ -58,7 +48,7 @@ def figure(output: str) -> float:
     return float(output.split()[1])
 
 
-def test_fid_of_images_is_that_of_their_features(run: Run, tmp_path: Path) -> None:
+def test_fid_of_images_is_that_of_their_features(run: Script, tmp_path: Path) -> None:
     images = pixels(11)
     folder = write(tmp_path / "a", images)
     code, out, _ = run("calc", "--images", folder, "--json", tmp_path / "r.json", "--batch", 4)
@@ -81,7 +71,7 @@ def test_fid_of_images_is_that_of_their_features(run: Run, tmp_path: Path) -> No
     assert result["reference"]["source_sha256"] == reference.source_sha256
 
 
-def test_folder_zip_and_statistics_agree(run: Run, tmp_path: Path) -> None:
+def test_folder_zip_and_statistics_agree(run: Script, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", pixels(9))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for file in folder.iterdir():
@@ -96,7 +86,7 @@ def test_folder_zip_and_statistics_agree(run: Run, tmp_path: Path) -> None:
         assert figure(run("calc", "--images", path, *options)[1]) == 0.0
 
 
-def test_result_does_not_depend_on_batch_or_processes(run: Run, tmp_path: Path) -> None:
+def test_result_does_not_depend_on_batch_or_processes(run: Script, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", pixels(13))
     options = ["--data", folder, "--num_images", 11, "--seed", 5]
     run("ref", *options, "--dest", tmp_path / "1.npz", "--batch", 3)
@@ -119,7 +109,7 @@ def test_result_does_not_depend_on_batch_or_processes(run: Run, tmp_path: Path) 
 
 
 def test_fetched_detector_is_kept_and_checked(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published file is downloaded once; a changed one is refused."""
 
@@ -151,7 +141,7 @@ def test_fetched_detector_is_kept_and_checked(
     assert code == 1 and "compute both with one detector" in err
 
 
-def test_published_moments_become_a_reference_once_declared(run: Run, tmp_path: Path) -> None:
+def test_published_moments_become_a_reference_once_declared(run: Script, tmp_path: Path) -> None:
     path = tmp_path / "published.npz"
     dim = load_detector("cifar10-small", device="cpu").dim
     np.savez(path, mu=np.zeros(dim), sigma=np.eye(dim))
@@ -164,7 +154,7 @@ def test_published_moments_become_a_reference_once_declared(run: Run, tmp_path: 
     assert (code, out) == (0, "FID 0  (detector cifar10-small, N = 500)\n")
 
 
-def test_dry_run_prints_the_record_and_touches_nothing(run: Run, tmp_path: Path) -> None:
+def test_dry_run_prints_the_record_and_touches_nothing(run: Script, tmp_path: Path) -> None:
     for arguments in (
         ["calc", "--images", tmp_path / "none", "--json", tmp_path / "r.json"],
         ["ref", "--data", tmp_path / "none", "--dest", tmp_path / "r.npz"],
@@ -174,7 +164,7 @@ def test_dry_run_prints_the_record_and_touches_nothing(run: Run, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_are_one_sentence(run: Run, tmp_path: Path) -> None:
+def test_errors_are_one_sentence(run: Script, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", pixels(3))
     big = tmp_path / "big"
     big.mkdir()

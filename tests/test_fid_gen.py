@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from metrics.summary import Summary
 from runtime import cli
 from runtime.record import RunRecord
 from tests.sampler_models import GaussianModel
+from tests.scripts import Done, Script
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "cifar10-small"
@@ -31,29 +32,16 @@ IPNDM = ("--sampler=ipndm", "--nfe=5", "--afs=True")
 PIXELS = ("--detector=pixels", "--ref=ref.npz")
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> Script:
     """A script in a folder with a reference, with a closed form in the place of the network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AMED_CACHE", str(tmp_path / "cache"))
     model = GaussianModel(cards()[SMALL])
     monkeypatch.setattr(ModelSource, "load", lambda *_: model)
 
-    def call(script: Any, *arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments), "--device=cpu"])
-        with pytest.raises(SystemExit) as left:
-            cli.run(script.main)
-        code = left.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+    def call(module: Any, *arguments: object) -> Done:
+        return script(module.main, *arguments, "--device=cpu")
 
     (tmp_path / "data").mkdir()
     for i, image in enumerate(np.random.default_rng(0).integers(90, 255, (12, 32, 32, 3))):
@@ -80,7 +68,7 @@ def distance(one: Summary, two: Summary) -> float:
     return float(max(parts))
 
 
-def test_figures_are_those_of_images_on_disk(run: Run, tmp_path: Path) -> None:
+def test_figures_are_those_of_images_on_disk(run: Script, tmp_path: Path) -> None:
     before = tree(tmp_path)
     measured = (*PIXELS, "--metrics=fid,kid,pr,dc", "--features=9", "--seed=2")
     done = run(
@@ -130,7 +118,7 @@ def killed_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_killed_run_goes_on(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
 ) -> None:
     common = ("gen", *IPNDM, "--seeds=0-12", *PIXELS, "--features=9")
     assert run(fid, *common, "--dest=whole.npz", "--batch=3").code == 0
@@ -160,7 +148,7 @@ def test_a_killed_run_goes_on(
         )
 
 
-def test_other_settings_start_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_start_anew(run: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(passes, "SAVE_EVERY", -1.0)
         killed_after(2, patch)
@@ -201,7 +189,7 @@ def test_two_processes_gather_what_one_gathers(
 
 
 def test_a_dry_run_prints_the_record_and_touches_nothing(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> None:
         raise AssertionError("a dry run loads no model")
@@ -232,7 +220,7 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(
     ],
 )
 def test_nonsense_is_one_sentence_and_writes_nothing(
-    run: Run, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+    run: Script, tmp_path: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
     before = tree(tmp_path)
     done = run(fid, "gen", *arguments)
@@ -242,7 +230,7 @@ def test_nonsense_is_one_sentence_and_writes_nothing(
 
 
 def test_a_detector_that_does_not_take_the_images_says_so_before_the_work(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = GaussianModel()  # of 4x4 images
     monkeypatch.setattr(ModelSource, "load", lambda *_: model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,8 @@ from metrics.frechet import frechet_distance
 from metrics.measures import METRICS, figures, needs_of
 from metrics.statistics import DetectorId
 from metrics.summary import Collector, Summary, collect
-from runtime import cli
 from tests.deep_images import png16
+from tests.scripts import Script
 
 DIM, SPATIAL = 3, 12
 SHARES = ("precision", "recall", "density", "coverage")
@@ -192,9 +191,8 @@ BAD: list[tuple[Callable[[Path], Path], str]] = [
 
 @pytest.mark.parametrize(("make", "message"), BAD)
 def test_bad_images_are_one_sentence_for_all_metrics(
-    make: Callable[[Path], Path], message: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    make: Callable[[Path], Path], message: str, tmp_path: Path, script: Script
+) -> None:
     """And nothing is written: no figures, no statistics, no trace of a pass in the cache."""
     given = make(tmp_path / "images")
     cache, result, stats = tmp_path / "cache", tmp_path / "r.json", tmp_path / "s.npz"
@@ -203,10 +201,8 @@ def test_bad_images_are_one_sentence_for_all_metrics(
     reference = tmp_path / "ref.npz"
 
     def run(*arguments: object) -> tuple[object, str]:
-        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments), *fixed])
-        with pytest.raises(SystemExit) as end:
-            cli.run(fid.main)
-        return end.value.code, capsys.readouterr().err
+        done = script(fid.main, *arguments, *fixed)
+        return done.code, done.err
 
     good = save(tmp_path / "good", images(20, 1))
     assert run("ref", "--data", good, "--dest", reference)[0] == 0
@@ -222,9 +218,7 @@ def test_bad_images_are_one_sentence_for_all_metrics(
         assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-def test_two_equal_folders_are_at_exactly_0(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_equal_folders_are_at_exactly_0(tmp_path: Path, script: Script) -> None:
     """Under other names of the folder and in other batches; a changed grey level is seen."""
     x = images(30)
     changed = x.clone()
@@ -238,11 +232,9 @@ def test_two_equal_folders_are_at_exactly_0(
     ):
         words = [arguments[0], arguments[1], path, arguments[2], tmp_path / "s.npz"]
         words += ["--batch", 30 if found == [] else 7, "--detector", "pixels", "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.run(fid.main)
-        assert end.value.code == 0
-        found.append(capsys.readouterr().out.split()[1])
+        done = script(fid.main, *words)
+        assert done.code == 0
+        found.append(done.out.split()[1])
     assert float(found[1]) == 0.0 and 0 < float(found[2]) < 1e-6
 
 

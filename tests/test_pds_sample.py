@@ -1,8 +1,6 @@
 """sample.py --sampler=pds from the command line; what --batch_coupled may and may not do."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ import sample
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource
-from runtime import cli
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
@@ -24,9 +21,9 @@ from samplers.generate import generate
 from samplers.job import Setup, prepare
 from samplers.options import SamplerOptions
 from solvers.types import Denoiser
+from tests.scripts import Script
 
 SMALL = "cifar10-small"
-Run = Callable[..., tuple[int, str, str]]
 
 
 class Model:
@@ -44,19 +41,11 @@ class Model:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> Script:
     """The script in an empty folder, with a closed form in the place of the network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelSource, "load", lambda *_: Model())
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--sampler=pds", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.run(sample.main)
-        code = left.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    return lambda *arguments: script(sample.main, "--sampler=pds", *arguments)
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -67,7 +56,9 @@ def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
     return one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
 
 
-def test_a_dry_run_says_what_it_would_spend_and_touches_nothing(run: Run, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_it_would_spend_and_touches_nothing(
+    run: Script, tmp_path: Path
+) -> None:
     code, out, _ = run("--speed_up=20", "-n")
     plan = json.loads(out)["plan"]
     assert code == 0 and plan["nfe_planned"] == 100 and plan["iterations"] == 50
@@ -75,7 +66,9 @@ def test_a_dry_run_says_what_it_would_spend_and_touches_nothing(run: Run, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_images_are_those_of_their_seeds_however_they_are_batched(run: Run, tmp_path: Path) -> None:
+def test_images_are_those_of_their_seeds_however_they_are_batched(
+    run: Script, tmp_path: Path
+) -> None:
     flags = ("--num_steps=12", "--space_mask_path=bundled", "--freq_mask_path=bundled", "--snr=0.2")
     assert run(*flags, "--seeds=0-4", "--batch=5", "--outdir=whole")[0] == 0
     assert run(*flags, "--seeds=3-4", "--batch=1", "--outdir=parts")[0] == 0
@@ -94,7 +87,7 @@ def test_images_are_those_of_their_seeds_however_they_are_batched(run: Run, tmp_
     assert record["label"] == "pds-freq-space" and record["alpha"] == 5.0
 
 
-def test_every_setting_reaches_the_images(run: Run, tmp_path: Path) -> None:
+def test_every_setting_reaches_the_images(run: Script, tmp_path: Path) -> None:
     base = ("--num_steps=10", "--seeds=0-1")
     assert run(*base, "--outdir=base")[0] == 0
     plain = pixels(tmp_path / "base")
@@ -107,7 +100,7 @@ def test_every_setting_reaches_the_images(run: Run, tmp_path: Path) -> None:
         assert not same(plain, pixels(tmp_path / str(i))), flag
 
 
-def test_a_mask_of_ones_own(run: Run, tmp_path: Path) -> None:
+def test_a_mask_of_ones_own(run: Script, tmp_path: Path) -> None:
     bundled = SamplerOptions(sampler="pds", num_steps=10)
     rng = np.random.default_rng(0)
     np.save(tmp_path / "space.npy", rng.random((1, 3, 32, 32), np.float32))
@@ -120,7 +113,7 @@ def test_a_mask_of_ones_own(run: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["space.npy"]
 
 
-def test_coupled_batches_are_refused_where_they_would_be_split(run: Run, tmp_path: Path) -> None:
+def test_coupled_batches_are_refused_where_they_would_be_split(run: Script, tmp_path: Path) -> None:
     flags = ("--num_steps=10", "--batch_coupled=True", "--outdir=x")
     code, _, err = run(*flags, "--seeds=0-4", "--batch=4")
     assert code == 1 and "give --batch 5 on one process" in err and not list(tmp_path.iterdir())
@@ -133,7 +126,7 @@ def test_coupled_batches_are_refused_where_they_would_be_split(run: Run, tmp_pat
     prepare(options, None, Setup("0-3"), World(0, 1, torch.device("cpu")))
 
 
-def test_a_coupled_batch_is_made_whole_or_not_at_all(run: Run, tmp_path: Path) -> None:
+def test_a_coupled_batch_is_made_whole_or_not_at_all(run: Script, tmp_path: Path) -> None:
     flags = ("--num_steps=10", "--batch_coupled=True", "--outdir=x")
     assert run(*flags, "--seeds=0-4")[0] == 0
     made = pixels(tmp_path / "x")

@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -30,35 +28,19 @@ from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import ClassModel, GaussianModel, make_card, trained
+from tests.scripts import Script
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "cifar10-small"
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> Script:
     """The script in an empty folder, with a closed form in the place of the network."""
     monkeypatch.chdir(tmp_path)
     model = GaussianModel(cards()[SMALL])
     monkeypatch.setattr(ModelSource, "load", lambda *_: model)
-
-    def call(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.run(sample.main)
-        code = left.value.code
-        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    return lambda *arguments: script(sample.main, *arguments)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -76,7 +58,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_a_run_writes_the_images_of_its_seeds_and_its_record(run: Run, tmp_path: Path) -> None:
+def test_a_run_writes_the_images_of_its_seeds_and_its_record(run: Script, tmp_path: Path) -> None:
     done = run("--sampler=ipndm", "--nfe=5", "--afs=True", "--seeds=3,0-1", "--batch=2")
     assert done.code == 0, done.err
     folder = tmp_path / "samples" / SMALL / "ipndm4-afs_nfe5"
@@ -98,7 +80,7 @@ def test_a_run_writes_the_images_of_its_seeds_and_its_record(run: Run, tmp_path:
 
 
 def test_the_record_is_there_before_the_work_and_metered_after_it(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     save = samplers.job.Folder.save
@@ -120,7 +102,7 @@ def test_the_record_is_there_before_the_work_and_metered_after_it(
     assert RunRecord.read(tmp_path / "x" / "run.json").plan["nfe_metered"] == 4
 
 
-def test_a_run_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_stopped(run: Script, tmp_path: Path) -> None:
     arguments = ("--sampler=restart", "--num_steps=4", "--seeds=0-6", "--subdirs", "--outdir=x")
     assert run(*arguments).code == 0
     folder = tmp_path / "x"
@@ -139,7 +121,7 @@ def test_a_run_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     assert "0 images made (7 were there already)" in run(*arguments).out
 
 
-def test_a_folder_of_other_settings_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_folder_of_other_settings_is_refused(run: Script, tmp_path: Path) -> None:
     assert run("--sampler=euler", "--seeds=0-1", "--outdir=x").code == 0
     before = tree(tmp_path)
     for other in (("--num_steps=7",), ("--dtype=float64",), ("--subdirs",)):
@@ -152,7 +134,7 @@ def test_a_folder_of_other_settings_is_refused(run: Run, tmp_path: Path) -> None
     assert record.options["seeds"] == "0-3"
 
 
-def test_grid_and_film_strip(run: Run, tmp_path: Path) -> None:
+def test_grid_and_film_strip(run: Script, tmp_path: Path) -> None:
     done = run(
         "--sampler=edm", "--num_steps=3", "--S_churn=5", "--seeds=0-4", "--batch=2", "--outdir=x",
         "--grid", "--return_inters", "--dtype=float64",
@@ -179,7 +161,7 @@ def test_grid_and_film_strip(run: Run, tmp_path: Path) -> None:
 
 
 def test_class_is_taken_or_drawn_by_seed(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = make_card(label_dim=4)
     monkeypatch.setattr(ModelSource, "card", lambda _: card)
@@ -204,7 +186,7 @@ def test_class_is_taken_or_drawn_by_seed(
     assert not (tmp_path / "no").exists()
 
 
-def test_a_predictor_by_number_folder_and_file(run: Run, tmp_path: Path) -> None:
+def test_a_predictor_by_number_folder_and_file(run: Script, tmp_path: Path) -> None:
     predictor, student, record = trained(SMALL, "ipndm", num_steps=3, afs=True)
     folder = tmp_path / "exps" / f"00003-{student.run_name()}"
     folder.mkdir(parents=True)
@@ -229,7 +211,7 @@ def test_a_predictor_by_number_folder_and_file(run: Run, tmp_path: Path) -> None
 
 
 def test_a_dry_run_prints_the_record_and_touches_nothing(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a dry run loads no model")
@@ -244,7 +226,7 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_help_shows_examples_and_defaults(run: Run) -> None:
+def test_the_help_shows_examples_and_defaults(run: Script) -> None:
     done = run("--help")
     assert done.code == 0
     for words in ("torchrun --standalone", "[default: 64", "[default: 0-63]", "cifar10-vp-43"):
@@ -273,7 +255,7 @@ def test_the_help_shows_examples_and_defaults(run: Run) -> None:
     ],
 )
 def test_nonsense_is_one_sentence_and_writes_nothing(
-    run: Run, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
+    run: Script, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
 ) -> None:
     for dry in ((), ("-n",)):
         done = run(*arguments, *dry)

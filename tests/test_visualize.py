@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ import visualize
 from amed.experiments import save_predictor
 from denoisers.cards import cards
 from denoisers.registry import ModelSource
-from runtime import cli
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
@@ -24,9 +21,9 @@ from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import GaussianModel, trained
+from tests.scripts import Script
 
 SMALL = "cifar10-small"
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -36,18 +33,11 @@ def model() -> GaussianModel:
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys, model) -> Run:
+def run(tmp_path, monkeypatch, script, model) -> Script:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelSource, "load", lambda *_: model)
     monkeypatch.setattr(ModelSource, "card", lambda _: model.card)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.run(visualize.main)
-        return int(left.value.code or 0), *capsys.readouterr()
-
-    return call
+    return lambda *arguments: script(visualize.main, *arguments)
 
 
 ROWS = (
@@ -58,7 +48,7 @@ ROWS = (
 
 
 def test_the_picture_shows_the_images_that_sample_would_make(
-    run: Run, tmp_path: Path, model: GaussianModel, monkeypatch: pytest.MonkeyPatch
+    run: Script, tmp_path: Path, model: GaussianModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: dict = {}
     real = samplers.visualize.image_grid
@@ -91,7 +81,7 @@ def test_the_picture_shows_the_images_that_sample_would_make(
         assert np.array_equal(np.asarray(image), to_uint8(made.images)[0])
 
 
-def test_a_learned_sampler_is_a_row_like_any_other(run: Run, tmp_path: Path) -> None:
+def test_a_learned_sampler_is_a_row_like_any_other(run: Script, tmp_path: Path) -> None:
     predictor, student, record = trained(SMALL, num_steps=3)
     save_predictor(tmp_path / "exps/00004-mine/predictor.safetensors", predictor, record)
     rows = ["--row=--predictor_path=4", "--row=Once more: --predictor_path=4"]
@@ -105,7 +95,7 @@ def test_a_learned_sampler_is_a_row_like_any_other(run: Run, tmp_path: Path) -> 
     assert "amed-00004: x/amed-00004: 2 images made, 4 NFE each" in out
 
 
-def test_a_killed_command_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
+def test_a_killed_command_goes_on_where_it_stopped(run: Script, tmp_path: Path) -> None:
     assert run(*ROWS, "--seeds=0-2", "--outdir=x")[0] == 0
     before = (tmp_path / "x/side-by-side.png").read_bytes()
     for name in ("x/side-by-side.png", "x/restart/000001.png"):
@@ -121,7 +111,7 @@ def test_a_killed_command_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> 
     assert code == 1 and "x/euler holds images of other settings" in err
 
 
-def test_a_dry_run_prints_plans_and_touches_nothing(run: Run, tmp_path: Path) -> None:
+def test_a_dry_run_prints_plans_and_touches_nothing(run: Script, tmp_path: Path) -> None:
     code, out, _ = run(*ROWS, "--guidance_rate=3", "--dry-run")
     assert code == 0 and list(tmp_path.iterdir()) == []
     assert out.count('"nfe_planned"') == 3 and "\nEuler: 8 NFE = 4 guided calls\n" in out
@@ -172,14 +162,14 @@ def test_a_bad_row_is_one_sentence(text: str, sentence: str) -> None:
     ],
 )
 def test_rows_that_do_not_go_together_write_nothing(
-    run: Run, tmp_path: Path, rows: list[str], sentence: str
+    run: Script, tmp_path: Path, rows: list[str], sentence: str
 ) -> None:
     code, _, err = run(*(f"--row={row}" for row in rows))
     assert code == 1 and sentence in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_of_two_models_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_two_models_are_refused(run: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     models = iter(["one", "two"])
     monkeypatch.setattr(
         ModelSource, "card", lambda _: dataclasses.replace(cards()[SMALL], name=next(models))
