@@ -258,8 +258,6 @@ def test_what_was_asked_for_and_does_not_fit_is_one_sentence(own: Path, tmp_path
 
 def test_the_bundled_reference_is_of_the_bundled_model() -> None:
     path = detectors.REFERENCES["cifar10-small-converged"]
-    if not path.is_file():
-        pytest.skip("statistics of the bundled model's converged samples are not made yet")
     found, card = Converged.load(path), cards()["cifar10-small"]
     bundled = detectors.load_detector("cifar10-small", device="cpu")
     assert found.misfit(Wrong(card, str(card.sha256)), bundled, range(10_000)) is None
