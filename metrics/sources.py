@@ -15,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,12 +25,24 @@ from torch import Tensor
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 #: Threads that decode: PIL and zlib leave the interpreter to the others while they work.
 WORKERS = min(16, os.cpu_count() or 1)
+#: Smaller images (pixels) have one thread: most of their time is the interpreter's, and two
+#: threads that pass it to and fro take twice as long as one.
+SMALL = 128 * 128
 TASK = 16  #: images that a thread decodes at a time
 
 
 def _is_image(name: str) -> bool:
-    file = PurePosixPath(name)
-    return file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+    file = name.rpartition("/")[2]
+    return os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+
+
+def _files(folder: Path) -> list[str]:
+    """All files below ``folder``, as relative names with slashes."""
+    names: list[str] = []
+    for place, _, files in os.walk(folder):  # ten times as fast as Path.rglob
+        below = Path(place).relative_to(folder).as_posix()
+        names += files if below == "." else [f"{below}/{file}" for file in files]
+    return names
 
 
 class ImageSource:
@@ -46,7 +58,7 @@ class ImageSource:
         self._lock = threading.Lock()  # a zip has one position to read from
         self._zip: zipfile.ZipFile | None = None
         if self.path.is_dir():
-            files = [p.relative_to(self.path).as_posix() for p in self.path.rglob("*")]
+            files = _files(self.path)
         elif not self.path.exists():
             raise FileNotFoundError(f"{path} does not exist: pass a folder or a zip of images.")
         else:
@@ -75,16 +87,17 @@ class ImageSource:
 
     def _bytes(self, name: str) -> bytes:
         if self._zip is None:
-            return (self.path / name).read_bytes()
+            with open(os.path.join(self.path, name), "rb") as file:
+                return file.read()
         with self._lock:
             return self._zip.read(name)
 
     def identity(self) -> str:
         """SHA-256 of where the files lie, their names, sizes and times: of a file, the zip."""
         digest = hashlib.sha256(str(self.path.resolve()).encode())
-        for file in [self.path] if self._zip else [self.path / name for name in self.names]:
-            seen = file.stat()
-            digest.update(f"{file.name}\0{seen.st_size}\0{seen.st_mtime_ns}\0".encode())
+        for name in [""] if self._zip else self.names:
+            seen = os.stat(os.path.join(self.path, name) if name else self.path)
+            digest.update(f"{name}\0{seen.st_size}\0{seen.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:
@@ -161,7 +174,7 @@ def image_batches(
             )
         shape = source.read(int(indices[0])).shape
         mine = indices[start + rank :: size]
-        pool = ThreadPoolExecutor(WORKERS)
+        pool = ThreadPoolExecutor(WORKERS if shape[1] * shape[2] >= SMALL else 1)
         try:
             waiting: deque[tuple[np.ndarray, list[Future]]] = deque()
             for i in range(0, len(mine), batch):
