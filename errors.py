@@ -38,7 +38,7 @@ NONE = "none"
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )
-@click.option("--batch", type=click.IntRange(1), default=32, help="images that are solved together")
+@click.option("--batch", type=click.IntRange(1), default=8, help="images that are solved together")
 @work_options("samples/errors", (*DETECTORS, NONE))
 def main(dry_run: bool, device: str | None, **options: Any) -> None:
     """Measure solver error without a reference: the distance to the exact solution of the ODE.

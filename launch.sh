@@ -73,7 +73,7 @@ small_report() { # NAME BUDGETS FLAG...: the comparison of the students in $pred
     set -- --dataset_name=cifar10-small --predictors="$predictors" --budgets="$2" \
         --dtype="$DTYPE" --outdir="$folder" "${@:3}"
     run compare.py "$@"
-    run errors.py "${@:1:5}" --seeds=0-15 --batch=8
+    run errors.py "${@:1:5}" --seeds=0-15
     note "the report: $folder/report.html; its table: $folder/table.md"
 }
 

@@ -59,6 +59,12 @@ class ErrorsJob:
         """This process's groups with the place of their first seed."""
         return self.world.shard([(i * self.batch, g) for i, g in enumerate(self.groups)])
 
+    def finished(self, place: int) -> int:
+        """Images of all processes in the time that this one took for its group at ``place``."""
+        size = self.world.size
+        first = place // self.batch // size * size
+        return sum(map(len, self.groups[first : first + size]))
+
     @property
     def exacts(self) -> list[Exact]:
         """The different problems, nearly always one; each once."""

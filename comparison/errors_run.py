@@ -68,7 +68,7 @@ def _solve(job: ErrorsJob, exact: Exact, tick: Callable[[int], object]) -> dict[
         fits = [fit_plane(states) for states in exact.states(seeds, points).unbind(1)]
         figures = [[f.explained[0], sum(f.explained), f.rest, f.off] for f in fits]
         planes.append((place, torch.tensor(figures, dtype=torch.float64).T))
-        tick(len(seeds) * job.world.size)
+        tick(job.finished(place))
     one, both, rest, off = job.gather(iter(planes), 4)
     nfe = job.world.sum_(torch.tensor([spent], dtype=torch.float64))
     scale = None if stats is None else math.sqrt(2 * float(stats.reduce().cov.trace()))
@@ -112,7 +112,7 @@ def _row(job: ErrorsJob, row: Row, exact: Exact, tick: Callable[[int], object]) 
                 raise RuntimeError(f"{row.method} spent {found.nfe} NFE where its plan says {nfe}")
             far = _feature_distance(job, found, exact.problem.model)
             yield place, torch.cat([found.along, found.local, far[None]])
-            tick(len(seeds) * job.world.size)
+            tick(job.finished(place))
 
     begin = time.perf_counter()
     whole = job.gather(measured(), 2 * len(levels))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import errors
 from comparison.errors import local_errors, measure_errors, rms, times, walks
-from comparison.errors_job import lay_out, prepare
+from comparison.errors_job import ErrorsJob, lay_out, prepare
 from comparison.errors_run import run
 from comparison.exact import Exact, Problem
 from comparison.rows import ceiling_rows, classic_rows
@@ -27,6 +27,7 @@ from restart.plan import Solve
 from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
+from runtime.record import RunRecord
 from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.driver import Meter
@@ -252,6 +253,18 @@ def test_features_are_those_of_the_images(model: GaussianModel, tmp_path: Path) 
     assert euler["features"] == pytest.approx(float(far.mean()), rel=1e-4) and far.mean() > 0.1
     scale = math.sqrt(2 * float(torch.cov(both[1].T).trace()))
     assert content["exact"]["feature_scale"] == pytest.approx(scale, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("count", "batch"), [(16, 8), (16, 32), (7, 2), (3, 1)])
+def test_progress_counts_every_image_once(
+    size: int, count: int, batch: int, tmp_path: Path
+) -> None:
+    """By what the main process sees of its own groups."""
+    record = RunRecord.make("errors", {}, {}, {})
+    world = World(0, size, CPU)
+    job = ErrorsJob({}, [], None, list(range(count)), batch, tmp_path, world, record)
+    assert sum(job.finished(place) for place, _ in job.mine) == count
 
 
 def test_a_dry_run_touches_nothing(model: GaussianModel, tmp_path: Path) -> None:
