@@ -7,15 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comparison.report import plain_numbers, series, short
-from runtime.files import atomic_write, write_text
+from comparison.plots import (
+    STYLES,
+    against_nfe,
+    budgets,
+    colors,
+    legend,
+    plain_numbers,
+    save,
+    short,
+)
+from runtime.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "errors.json"
 HEAD = ("method", "NFE", "x", "features", "largest interval", "NFE metered", "detail")
-STYLES = {"learned": "o-", "classic": "^:"}
 CLOSE = 3.0  #: noise level below which the end of a trajectory is shown enlarged
 
 
@@ -31,7 +39,7 @@ def write_errors(folder: Path, content: dict[str, Any]) -> list[Path]:
         "trajectories.png": lambda figure: _trajectories(figure, content["trajectory"], rows),
     }
     for name, draw in plots.items():
-        _save(folder / name, draw)
+        save(folder / name, draw)
     return [folder / name for name in (*text, *plots)]
 
 
@@ -92,76 +100,32 @@ def by_error(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(results, key=lambda r: (r["budget"] is None, r["budget"] or 0, r["x"]))
 
 
-def _save(path: Path, draw: Callable[[Figure], None]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no global state, no display
-
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-def _colors(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A colour for each method, the same in every plot."""
-    from matplotlib import colormaps
-
-    names = sorted({short(row) for row in rows})
-    return {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
-
-
-def _budgets(rows: list[dict[str, Any]]) -> list[int]:
-    return sorted({row["budget"] for row in rows if row["budget"]})
-
-
 def _against_nfe(figure: Figure, rows: list[dict[str, Any]]) -> None:
-    """Distance against NFE, in x and in features; a line per method, ceilings as levels."""
+    """Distance in x and in features, a panel each."""
     panels = {"x": "RMS distance in x"}
     if all(row["features"] is not None for row in rows):
         panels["features"] = "distance in features"
     figure.set_size_inches(5 * len(panels) + 3, 4.5)
-    colors = _colors(rows)
-    for index, (key, title) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        for name, group in series(rows).items():
-            nfe, values = [r["nfe_planned"] for r in group], [r[key] for r in group]
-            style = STYLES[group[0]["group"]]
-            axes.plot(nfe, values, style, color=colors[name], lw=1, label=name)
-        for row in rows:
-            if row["budget"] is None:
-                axes.axhline(row[key], color="grey", ls="--", lw=1, label=row["method"])
-        axes.set_yscale("log")
-        plain_numbers(axes.yaxis)
-        axes.set_xlabel("network evaluations (NFE)")
-        axes.set_ylabel(title)
-        axes.set_xticks(_budgets(rows))
-    _legend(figure)
-
-
-def _legend(figure: Figure) -> None:
-    """One legend for all panels, beside them."""
-    named: dict[str, Any] = {}
-    for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        named.update(zip(labels, handles, strict=True))
-    figure.legend(list(named.values()), list(named), fontsize=7, loc="outside right upper")
+    axes = figure.subplots(1, len(panels), sharey=len(budgets(rows)) == 1, squeeze=False)
+    for panel, (key, title) in zip(axes[0], panels.items(), strict=True):
+        against_nfe(panel, rows, key, title, f"{key}_error")
+    legend(figure)
 
 
 def _local(figure: Figure, rows: list[dict[str, Any]]) -> None:
     """The error of each interval against the noise level where it ends, a panel per NFE."""
-    budgets = _budgets(rows)
-    columns = min(2, len(budgets))
-    lines = -(-len(budgets) // 2)
+    every = budgets(rows)
+    columns = min(2, len(every))
+    lines = -(-len(every) // 2)
     figure.set_size_inches(4 * columns + 3, 3.6 * lines)
-    colors = _colors(rows)
-    for index, nfe in enumerate(budgets):
+    each = colors(rows)
+    for index, nfe in enumerate(every):
         first = figure.axes[0] if figure.axes else None
         axes = figure.add_subplot(lines, columns, index + 1, sharey=first)
         for row in (r for r in rows if r["budget"] == nfe):
             ends = [(t, e) for t, e in zip(row["times"][1:], row["local"], strict=True) if t > 0]
             style = STYLES[row["group"]]
-            axes.loglog(*zip(*ends, strict=True), style, color=colors[short(row)], lw=1, ms=4,
+            axes.loglog(*zip(*ends, strict=True), style, color=each[short(row)], lw=1, ms=4,
                         label=short(row))  # fmt: skip
         plain_numbers(axes.xaxis)
         plain_numbers(axes.yaxis)
@@ -169,24 +133,24 @@ def _local(figure: Figure, rows: list[dict[str, Any]]) -> None:
         axes.set_title(f"{nfe} NFE", fontsize=9)
         axes.set_xlabel("noise level at the end of the interval", fontsize=8)
         axes.set_ylabel("error of one interval, RMS", fontsize=8)
-    _legend(figure)
+    legend(figure)
 
 
 def _trajectories(figure: Figure, shown: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """One seed's trajectories in the plane of the exact one: whole, and its end enlarged."""
-    budgets = _budgets(rows)
-    figure.set_size_inches(12, 3.6 * len(budgets))
-    colors = _colors(rows)
+    every = budgets(rows)
+    figure.set_size_inches(12, 3.6 * len(every))
+    each = colors(rows)
     one = shown["explained"][0]
     curve = list(zip(*shown["exact"], strict=True))
-    for index, nfe in enumerate(budgets):
+    for index, nfe in enumerate(every):
         mine = [(r, shown["rows"][r["key"]]) for r in rows if r["budget"] == nfe]
         for column, title in enumerate(("whole", f"end (noise below {CLOSE:g})")):
-            axes = figure.add_subplot(len(budgets), 2, 2 * index + column + 1)
+            axes = figure.add_subplot(len(every), 2, 2 * index + column + 1)
             axes.plot(*curve, "k-", lw=1.5, label="exact")
             for row, points in mine:
                 style = STYLES[row["group"]]
-                axes.plot(*zip(*points, strict=True), style, color=colors[short(row)], lw=0.8,
+                axes.plot(*zip(*points, strict=True), style, color=each[short(row)], lw=0.8,
                           ms=4, label=short(row))  # fmt: skip
             axes.set_title(f"{nfe} NFE, {title}", fontsize=9)
             axes.set_xlabel(f"first component ({one:.4%} of the variance)", fontsize=8)
@@ -194,7 +158,7 @@ def _trajectories(figure: Figure, shown: dict[str, Any], rows: list[dict[str, An
             if column:
                 near = [p for p, t in zip(shown["exact"], shown["times"], strict=True) if t < CLOSE]
                 _enclose(axes, near)
-    _legend(figure)
+    legend(figure)
 
 
 def _enclose(axes: Any, points: list[list[float]]) -> None:

@@ -20,9 +20,9 @@ RESULTS = "results.json"
 #: Options whose flag is not their name.
 FLAGS = {"detector_path": "detector-path", "extra": "with"}
 FIGURES = {
-    "fid-nfe.png": "FID against network evaluations; bars are the spread over seed blocks",
+    "fid-nfe.png": "FID at each number of network evaluations; bars: the spread over seed blocks",
     "grid.png": "The same seeds down the columns, a sampler per row",
-    "errors-nfe.png": "Distance to the exact solution against network evaluations",
+    "errors-nfe.png": "Distance to the exact solution; bars: standard errors",
     "errors-local.png": "Error of each interval when it starts from the exact state",
     "trajectories.png": "One seed in the plane of its exact trajectory; right: the end enlarged",
 }

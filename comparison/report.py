@@ -7,25 +7,25 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from comparison.plots import against_nfe, legend, save, series, short
 from metrics.paired import LEVEL
-from runtime.files import atomic_write, write_text
+from runtime.files import write_text
 from runtime.images import image_grid, save_png
 from runtime.record import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ZOOM = 2  #: small images are shown larger
 #: What the excess of a row is measured by: no solver error to speak of, and a good plain solver.
 CEILING, YARDSTICK = "Heun-35", "iPNDM(4) + AFS"
 SAME = "="  #: marks two rows that the images cannot tell apart
 TESTS = ("to_best", "to_own")
-
-STYLES = {
-    "learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-.", "ode": "^:", "sde": "v-.",
-}  # fmt: skip
 
 
 def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]]) -> list[Path]:
@@ -42,7 +42,7 @@ def write_report(folder: Path, record: RunRecord, results: list[dict[str, Any]])
     }
     for name, content in text.items():
         write_text(folder / name, content)
-    _plot(folder / "fid-nfe.png", rows)
+    save(folder / "fid-nfe.png", lambda figure: _plot(figure, rows))
     _picture(folder / "grid.png", folder, rows)
     return [folder / name for name in (*text, "fid-nfe.png", "grid.png")]
 
@@ -215,61 +215,11 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """FID against NFE, a line per method, ceilings as levels; log scale."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no global state, no display
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, colors = figure.add_subplot(), colormaps["tab20"]
-    for index, (label, group) in enumerate(series(rows).items()):
-        nfe, fid = [r["nfe_planned"] for r in group], [r["fid"] for r in group]
-        spread = [r["fid_block_spread"] for r in group]
-        style = STYLES[group[0]["group"]]
-        axes.errorbar(
-            nfe, fid, spread, fmt=style, color=colors(index % 20), capsize=3, lw=1, label=label
-        )
-    for row, dashes in zip(
-        (r for r in rows if r["budget"] is None), ("--", ":", "-."), strict=False
-    ):
-        axes.axhline(row["fid"], color="grey", ls=dashes, lw=1, label=row["method"])
-    axes.set_yscale("log")
-    plain_numbers(axes.yaxis)
-    axes.set_xlabel("network evaluations (NFE)")
-    axes.set_ylabel(f"FID ({rows[0]['detector']}, N = {rows[0]['n']})")
-    budgets = sorted({r["budget"] for r in rows if r["budget"]})
-    if budgets and budgets[-1] > 20 * budgets[0]:
-        axes.set_xscale("log")
-    axes.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes.set_xticks([], minor=True)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
-def plain_numbers(axis: Any) -> None:
-    """Of a logarithmic axis: 20 and 0.02 where the default is 2 x 10^1 and 2 x 10^-2."""
-    from matplotlib.ticker import LogFormatter
-
-    class Plain(LogFormatter):
-        """The same ticks have numbers as would have."""
-
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:g}" if super().__call__(x, pos) else ""
-
-    axis.set_major_formatter(Plain())
-    axis.set_minor_formatter(Plain())
-
-
-def series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each method that a plot joins, by its label; without the ceilings."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["budget"] is not None:
-            lines.setdefault(short(row), []).append(row)
-    return lines
+def _plot(figure: Figure, rows: list[dict[str, Any]]) -> None:
+    figure.set_size_inches(9, 4.5)
+    title = f"FID ({rows[0]['detector']}, N = {rows[0]['n']})"
+    against_nfe(figure.add_subplot(), rows, "fid", title, "fid_block_spread")
+    legend(figure)
 
 
 def _points(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -279,12 +229,6 @@ def _points(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         label: [{name: row[key] for name, key in names.items()} for row in group]
         for label, group in series(rows).items()
     }
-
-
-def short(row: dict[str, Any]) -> str:
-    """Method, and for a student its teacher."""
-    teacher = row["detail"].split(",")[0] if row["group"] == "learned" else ""
-    return f"{row['method']} ({teacher})" if teacher else row["method"]
 
 
 def _picture(path: Path, folder: Path, rows: list[dict[str, Any]]) -> None:
