@@ -139,6 +139,9 @@ def tensorboard(
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
     purge = None if resume_after is None else resume_after + 1
+    seconds = {int(file.name.split(".")[3]) for file in Path(folder).glob("events.out.tfevents.*")}
+    while int(time.time()) in seconds:  # files are read in the order of the seconds in their names
+        time.sleep(0.02)
     return SummaryWriter(log_dir=str(folder), purge_step=purge)
 
 
