@@ -144,7 +144,7 @@ def excess(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
 
 
 def own_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The classic row of the same budget that a student is held against."""
+    """The classic row of the same budget that a student, or Restart, is held against."""
     same = (r for r in rows if r["budget"] == row["budget"] and r["method"] == row["own_solver"])
     return next(same, None)
 

@@ -55,7 +55,7 @@ class Row:
     budget: int | None  #: None for a ceiling
     sampler: Sampler
     detail: str = ""  #: schedule, teacher or the chosen plan, in words
-    own_solver: str | None = None  #: method of the classic row that a student is held against
+    own_solver: str | None = None  #: method of the classic row that this one is held against
 
     @property
     def key(self) -> str:
@@ -217,8 +217,13 @@ def ceiling_rows(card: Card) -> list[Row]:
 
 
 def restart_row(budget: int, sampler: Sampler) -> Row:
-    """Restart at a small budget, by the plan that was chosen for it."""
-    return Row("Restart", "restart", budget, sampler, sampler.label)
+    """Restart at a small budget, by the plan that was chosen for it.
+
+    It is held against the solver of its main walk, where that is a classic row.
+    """
+    main, afs = sampler.settings["main_solver"], bool(sampler.settings["afs"])
+    own = _with_afs(CLASSIC[main][0], afs) if main in CLASSIC else None
+    return Row("Restart", "restart", budget, sampler, sampler.label, own)
 
 
 def distinct(rows: list[Row]) -> list[Row]:

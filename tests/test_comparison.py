@@ -13,16 +13,17 @@ from click.testing import CliRunner
 from PIL import Image
 
 import compare
-from comparison.choose import SELECTION_START, choose_restart, selection_cost
+from comparison.choose import SELECTION_START, Space, choose_restart, selection_cost
 from comparison.measure import SHOWN, Harness, measure
 from comparison.report import markdown, ordered, own_row, write_report
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows
+from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows, restart_row
 from metrics.fid import block_fid
 from metrics.statistics import Statistics
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from samplers.generate import generate
+from samplers.sampler import Sampler
 from tests.comparison_problems import CARD, make_harness
 
 
@@ -104,6 +105,14 @@ def test_a_measured_row_is_kept_and_a_changed_one_measured_again(harness, tmp_pa
     assert measure(changed, harness, tmp_path, lambda n: None)["fid"] > 0
     file.write_text("{ torn")
     assert measure(row, harness, tmp_path, lambda n: None)["fid"] == pytest.approx(first["fid"])
+
+
+def test_restart_is_held_against_the_solver_of_its_main_walk():
+    titles = {row.method for row in classic_rows(5, CARD)}
+    for candidate in Space().field(5, CARD):
+        row = restart_row(5, Sampler(candidate.label, candidate.plan, candidate.options))
+        own = "iPNDM(4) + AFS" if candidate.label.startswith("ipndm") else None
+        assert row.own_solver == own and (own is None or own in titles)
 
 
 def test_restart_is_chosen_by_fid_on_seeds_of_its_own(harness, tmp_path, monkeypatch):
