@@ -68,10 +68,10 @@ def against_nfe(
     methods stand below each other in the order of the rows.
     """
     each, single = colors(rows), len(budgets(rows)) == 1
-    shown = series(rows)
+    groups = list(series(rows).values())
     if single:
-        shown = {f"{i}": [row] for i, row in enumerate(r for r in rows if r["budget"] is not None)}
-    for place, group in enumerate(shown.values()):
+        groups = [[row] for row in rows if row["budget"] is not None]
+    for place, group in enumerate(groups):
         values, first = [row[key] for row in group], group[0]
         bars = [row[spread] for row in group] if spread else None
         style: dict[str, Any] = {"color": each[short(first)], "capsize": 3, "lw": 1, "ms": 5}

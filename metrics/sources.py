@@ -94,10 +94,10 @@ class ImageSource:
 
     def identity(self) -> str:
         """SHA-256 of where the files lie, their names, sizes and times: of a file, the zip."""
-        digest = hashlib.sha256(str(self.path.resolve()).encode())
-        for name in [""] if self._zip else self.names:
-            seen = os.stat(os.path.join(self.path, name) if name else self.path)
-            digest.update(f"{name}\0{seen.st_size}\0{seen.st_mtime_ns}\0".encode())
+        digest, place = hashlib.sha256(), str(self.path.resolve())
+        for file in [place] if self._zip else [os.path.join(place, name) for name in self.names]:
+            seen = os.stat(file)
+            digest.update(f"{file}\0{seen.st_size}\0{seen.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:

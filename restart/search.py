@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from restart.budget import Candidate
 from runtime.dist import World
-from runtime.files import write_json
+from runtime.files import read_earlier, write_json
 
 KEEP = 0.25  #: of the candidates from one round to the next
 
@@ -91,10 +91,10 @@ def _write(file: Path, identity: dict[str, Any], trace: list[list[Trial]]) -> No
 
 def _read(file: Path, identity: dict[str, Any]) -> list[list[Trial]] | None:
     """The trials of an earlier search of the same identity, or None."""
+    content = read_earlier(file)
+    if content is None or content["identity"] != json.loads(json.dumps(identity)):
+        return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["identity"] != json.loads(json.dumps(identity)):
-            return None
         return [[Trial(**trial) for trial in trials] for trials in content["rounds"]]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         return None
