@@ -1,70 +1,7 @@
-"""One table at matched budgets: learned students, classic solvers, Restart, and the ceilings."""
+"""Compare samplers at matched budgets, on the same seeds: see ``python compare.py --help``."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import click
-
-from comparison.images import open_detector
-from comparison.job import EXTRA, prepare, run
-from comparison.options import harness_options, image_options
+from commands.compare import main
 from runtime import cli
-from runtime.dist import world
-from solvers.grids import SCHEDULES
-
-EXAMPLES = """\b
-Examples:
-  python compare.py --predictors 1,2,3 --budgets 5 --num 2000 --outdir samples/compare
-  python compare.py --predictors exps/00001-... --budgets 3,5,7,9 --num 50000 --dtype float32
-  python compare.py --budgets none --ceilings False --with pds --iterations 1000,200,100,50,30
-  python compare.py --predictors 1 --budgets 7 --with learned-restart \\
-      --restart_info '{"0": [2, 1, 0.06, 0.3]}'
-  torchrun --standalone --nproc_per_node=2 compare.py --budgets 5 --num 2000
-"""
-
-
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
-@click.option(
-    "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
-)
-@click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma, or 'none'")
-@image_options
-@click.option(
-    "--select", default="64,256", metavar="LIST", help="images per candidate, Restart's choice"
-)
-@click.option("--ceilings", type=bool, default=True, help="also Heun-35 and Restart-43")
-@click.option(
-    "--with",
-    "extra",
-    type=click.Choice(EXTRA),
-    multiple=True,
-    help="rows at budgets of their own",
-)
-@click.option(
-    "--restart_info",
-    metavar="JSON|FILE[:LINE]",
-    help="of --with learned-restart  [default: the model's]",
-)
-@click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
-@cli.mask_options
-@click.option(
-    "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
-)
-@harness_options("samples/compare")
-def main(dry_run: bool, device: str | None, **options: Any) -> None:
-    """Compare samplers at matched budgets, on the same seeds, through one FID harness.
-
-    Students are trained predictors; Restart's plan for each budget is chosen on other seeds.  A
-    killed comparison goes on with the rows that are missing.
-    """
-    with world(device) as here:
-        detector = open_detector(options, here)
-        job = prepare(options, here, detector)
-        text = job.outline() if dry_run else run(job, here)
-        if here.is_main:
-            click.echo(text)
-
 
 if __name__ == "__main__":
     cli.run(main)

@@ -34,7 +34,7 @@ PREVIEW_SEEDS = range(16)
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """A training run, resolved."""
 
     #: Options that may differ between the start of a run and its continuation.
@@ -51,7 +51,7 @@ class Job:
     note: str | None  #: what a person should know before waiting for the result
 
 
-def prepare(options: dict[str, Any], world: World) -> Job:
+def prepare(options: dict[str, Any], world: World) -> TrainingJob:
     """Load the model and resolve every option.
 
     Raises UserError or ValueError, in one sentence, for options that make no sense together.
@@ -94,7 +94,7 @@ def prepare(options: dict[str, Any], world: World) -> Job:
         },
     )
     name = settings.run_name(cost) + (f"-{options['desc']}" if options["desc"] else "")
-    return Job(
+    return TrainingJob(
         predictor.to(world.device, data.dtype),
         student,
         teacher,
@@ -117,7 +117,7 @@ def resumable(root: str | Path, record: RunRecord) -> Path | None:
             found = RunRecord.read(path)
         except UserError:
             continue  # somebody else's or a newer record: not this run
-        if not found.differences(record, Job.IGNORED):
+        if not found.differences(record, TrainingJob.IGNORED):
             return folder
     return None
 

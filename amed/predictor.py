@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solvers.types import Mid, Node
+from solvers.types import InsertedNode, Node
 
 FEATURE_SIDE = 8
 TIME_CHANNELS = 8
@@ -19,9 +19,9 @@ TIME_CHANNELS = 8
 class AMEDPredictor(nn.Module):
     """A guide that reads the bottleneck and the two ends of an interval.
 
-    Calling it with ``(node, t_next)`` returns ``Mid(r, c, a)``, each (B, 1, 1, 1) in the dtype of
-    the state: ``r`` in (0, 1) places the inserted time, ``c`` in (1 - s_dir, 1 + s_dir) scales
-    the closing direction, ``a`` in (1 - s_time, 1 + s_time) the time that the network is told.
+    Calling it with ``(node, t_next)`` returns ``InsertedNode(r, c, a)``, each (B, 1, 1, 1) in the
+    dtype of the state: ``r`` in (0, 1) places the inserted time, ``c`` in (1 - s_dir, 1 + s_dir)
+    scales the closing direction, ``a`` in (1 - s_time, 1 + s_time) the network's time.
     A head with zero range is the constant 1.
     """
 
@@ -63,7 +63,7 @@ class AMEDPredictor(nn.Module):
                 nn.init.normal_(layer.weight, std=fan_in**-0.5, generator=generator)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, node: Node, t_next: Tensor) -> Mid:
+    def forward(self, node: Node, t_next: Tensor) -> InsertedNode:
         batch = node.x.shape[0]
         parts = [self._encode(node), self._embed(node.t, batch), self._embed(t_next, batch)]
         h = torch.cat(parts, dim=1)
@@ -72,7 +72,7 @@ class AMEDPredictor(nn.Module):
             return value.to(node.x.dtype).reshape(-1, 1, 1, 1)
 
         r = out(self.fc_r(h).sigmoid())
-        return Mid(
+        return InsertedNode(
             r,
             out(_centred(self.fc_scale_dir(h), self.scale_dir))
             if self.fc_scale_dir

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from amed.settings import StudentSettings
+from checkpoints.snapshots import PublishedPredictor, read_predictor
 from denoisers.registry import cards
-from denoisers.snapshots import PublishedPredictor, read_predictor
 from runtime.errors import UserError
 from runtime.record import SCHEMA, RunRecord
 

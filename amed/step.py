@@ -1,8 +1,8 @@
 """One training step: a batch walks the student's grid once, one update per interval.
 
 AMED, arXiv:2312.00094, algorithm 1.  Pure apart from the predictor's parameters: what a
-micro-batch carries from interval to interval is its own `Micro`, so micro-batches never see each
-other's history and two accumulated halves are one batch.
+micro-batch carries from interval to interval is its own `MicroBatch`, so micro-batches never see
+each other's history and two accumulated halves are one batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from solvers.driver import Meter, State, advance, substeps_total
-from solvers.types import Guide, Mid, Node, Solver
+from solvers.types import Guide, InsertedNode, Node, Solver
 from teachers.supervision import Supervision
 
 #: Published replacement of non-finite gradients (NVlabs EDM lineage): bounded, never NaN.
@@ -29,7 +29,7 @@ class Student(NamedTuple):
     afs: bool
 
 
-class Micro(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch: its door to the network, its supervision and where its walk stands."""
 
     meter: Meter
@@ -37,7 +37,7 @@ class Micro(NamedTuple):
     head: State
 
     @classmethod
-    def begin(cls, meter: Meter, supervision: Supervision) -> Micro:
+    def begin(cls, meter: Meter, supervision: Supervision) -> MicroBatch:
         return cls(meter, supervision, State(supervision.start[0]))
 
 
@@ -53,7 +53,7 @@ def train_batch(
     predictor: nn.Module,
     optimizer: torch.optim.Optimizer,
     student: Student,
-    micros: Sequence[Micro],
+    micros: Sequence[MicroBatch],
     batch: int,
     reduce: Callable[[Tensor], object],
 ) -> list[IntervalResult]:
@@ -83,7 +83,7 @@ def train_batch(
     return results
 
 
-def student_interval(student: Student, micro: Micro, n: int, guide: Guide) -> State:
+def student_interval(student: Student, micro: MicroBatch, n: int, guide: Guide) -> State:
     """The student's walk over interval ``n`` from where the micro-batch stands."""
     total = substeps_total(student.solver, len(student.ts) - 1, guide)
     return advance(
@@ -98,7 +98,7 @@ def student_interval(student: Student, micro: Micro, n: int, guide: Guide) -> St
     )
 
 
-def next_head(student: Student, micro: Micro, out: State, n: int, guide: Guide) -> State:
+def next_head(student: Student, micro: MicroBatch, out: State, n: int, guide: Guide) -> State:
     """Where interval ``n + 1`` starts after ``out``, free of the gradient graph.
 
     A solver without history starts from the teacher.  One with history keeps the nodes that it
@@ -119,7 +119,9 @@ def next_head(student: Student, micro: Micro, out: State, n: int, guide: Guide) 
 
 
 @torch.no_grad()
-def _walk_down(student: Student, micro: Micro, x: Tensor, intervals: int, guide: Guide) -> State:
+def _walk_down(
+    student: Student, micro: MicroBatch, x: Tensor, intervals: int, guide: Guide
+) -> State:
     """The student's walk from sigma_max over the first ``intervals``."""
     state = State(x)
     for n in range(intervals):
@@ -160,7 +162,7 @@ class _Recorder:
         self.predictor = predictor
         self.sums = torch.zeros(3, dtype=torch.float64)
 
-    def __call__(self, node: Node, t_next: Tensor) -> Mid:
+    def __call__(self, node: Node, t_next: Tensor) -> InsertedNode:
         mid = self.predictor(node, t_next)
         sums = torch.stack([torch.as_tensor(v).detach().sum() for v in mid])
         self.sums = self.sums + sums.to("cpu", torch.float64)

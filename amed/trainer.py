@@ -13,9 +13,9 @@ from torch import Tensor
 from amed.experiments import PREDICTOR, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.sinks import Sinks
-from amed.step import IntervalResult, Micro, Student, train_batch
+from amed.step import IntervalResult, MicroBatch, Student, train_batch
 from denoisers.cards import Card
-from denoisers.conditions import Stream
+from denoisers.conditions import StreamName
 from denoisers.prior import start
 from runtime.dist import World
 from runtime.errors import UserError
@@ -41,7 +41,7 @@ class Data:
     noise bears names of its own, so no latent is ever one that a sampler will start from.
     """
 
-    bind: Callable[[SeedNoise, Stream], Denoiser]  #: the denoiser of these samples
+    bind: Callable[[SeedNoise, StreamName], Denoiser]  #: the denoiser of these samples
     card: Card
     seed: int
     dtype: torch.dtype
@@ -139,14 +139,14 @@ def train(
             world.barrier()
 
 
-def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> list[Micro]:
+def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> list[MicroBatch]:
     """This rank's share of batch ``it``, supervised, in portions that fit the device."""
     numbers = world.shard(range(it * loop.batch, (it + 1) * loop.batch))
     micros = []
     for i in range(0, len(numbers), loop.micro):
         meter, x, normal = data.draw(numbers[i : i + loop.micro])
         with torch.no_grad():
-            micros.append(Micro.begin(meter, teacher.supervise(meter, x, normal)))
+            micros.append(MicroBatch.begin(meter, teacher.supervise(meter, x, normal)))
     return micros
 
 

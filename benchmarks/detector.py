@@ -1,13 +1,12 @@
 """What a detector's FID sees: test images, made noisier or more blurred, against the reference.
 
-    python benchmarks/detector.py --data cifar10-32x32-test.zip
+    python -m benchmarks.detector --data cifar10-32x32-test.zip
 
 Exit code 1 unless the figure grows with every step of noise and of blur.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +16,10 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
-
-from metrics.detectors import load_detector, load_reference  # noqa: E402
-from metrics.fid import gather  # noqa: E402
-from metrics.sources import image_batches  # noqa: E402
-from runtime import cli  # noqa: E402
+from image_data.sources import image_batches
+from metrics.detectors import load_detector, load_reference
+from metrics.fid import gather
+from runtime import cli
 
 NOISE = (0, 1, 2, 4, 8, 16)  #: standard deviation in grey levels
 BLUR = (0.4, 0.5, 0.7, 1.0, 1.5)  #: that of a Gaussian, in pixels

@@ -5,27 +5,23 @@ median time of both, their ratio (at least 5) and the relative difference (at mo
 run on one thread unless OPENBLAS_NUM_THREADS says otherwise: the threads of a BLAS wait for each
 other, so on a busy machine they would time the neighbours.
 
-    python benchmarks/frechet.py
+    python -m benchmarks.frechet
 """
 
 from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # is read when numpy and scipy load
 
-import click  # noqa: E402
-import numpy as np  # noqa: E402
-from scipy import linalg  # noqa: E402
+import click
+import numpy as np
+from scipy import linalg
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from metrics.frechet import frechet_distance  # noqa: E402
+from metrics.frechet import frechet_distance
 
 Moments = tuple[np.ndarray, np.ndarray]
 

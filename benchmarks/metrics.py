@@ -1,9 +1,9 @@
 """What a pass over images costs beside its detector's own forward, and how much memory it takes.
 
-    python benchmarks/metrics.py throughput                            PNGs of noise, the worst case
-    python benchmarks/metrics.py throughput --threads 1 --clock cpu    on a machine that others use
-    python benchmarks/metrics.py throughput --images x.zip --detector inception-pt --path FILE
-    python benchmarks/metrics.py memory                                50,000 x 2048 features
+    python -m benchmarks.metrics throughput                            PNGs of noise, the worst case
+    python -m benchmarks.metrics throughput --threads 1 --clock cpu    on a machine that others use
+    python -m benchmarks.metrics throughput --images x.zip --detector inception-pt --path FILE
+    python -m benchmarks.metrics memory                                50,000 x 2048 features
 
 `throughput` times `fid.py`'s whole pass (reading and decoding in threads, the detector, the
 statistics) against the forward on images that are ready in memory, in turn, and gives the median
@@ -26,16 +26,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
-
-from benchmarks.sampling import CLOCKS, Stopwatch  # noqa: E402
-from comparison.images import image_pass  # noqa: E402
-from metrics.detectors import CHUNK, Detector, load_detector  # noqa: E402
-from metrics.sources import image_batches  # noqa: E402
-from metrics.statistics import DetectorId  # noqa: E402
-from metrics.summary import Collector, Needs  # noqa: E402
-from runtime import cli  # noqa: E402
-from runtime.dist import World, choose_device  # noqa: E402
+from benchmarks.sampling import CLOCKS, Stopwatch
+from evaluation.images import image_pass
+from image_data.sources import image_batches
+from metrics.detectors import CHUNK, Detector, load_detector
+from metrics.statistics import DetectorId
+from metrics.summary import Collector, Requirements
+from runtime import cli
+from runtime.dist import World, choose_device
 
 RATIO, GROWTH = 1.1, 32.0
 MIB = 2**20
@@ -84,7 +82,7 @@ def throughput(
                 network.both(part)
 
         def whole() -> None:
-            with image_pass(source, [network], Needs(), options, here):
+            with image_pass(source, [network], Requirements(), options, here):
                 pass
 
         watch(forward)  # the first call prepares kernels
@@ -123,7 +121,7 @@ def memory(num: int, dim: int, features: int, limit: float) -> None:
 
     def gather(count: int) -> float:
         """The peak once ``count`` images are in; also checks that they are."""
-        collector = Collector(network, Needs(features), max(count, features))
+        collector = Collector(network, Requirements(features), max(count, features))
         for start in range(0, count, CHUNK):
             positions = range(start, min(start + CHUNK, count))
             collector.update(torch.zeros(len(positions), 3, 1, 1, dtype=torch.uint8), positions)

@@ -4,8 +4,8 @@ The raw forward is the bare U-Net on inputs that are ready in its dtype; samplin
 through the denoiser, preconditioning and casts included.  Every round times forward, sampling,
 forward, so a change of the machine's speed meets both sides; a row gives medians over the rounds.
 
-    python benchmarks/sampling.py                            batch 64 and 256 in bfloat16
-    python benchmarks/sampling.py --threads 1 --clock cpu    on a machine that others use too
+    python -m benchmarks.sampling                            batch 64 and 256 in bfloat16
+    python -m benchmarks.sampling --threads 1 --clock cpu    on a machine that others use too
 
 Exit code 1 if a ratio is above the limit (1.05).
 """
@@ -17,19 +17,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
-
-from denoisers.edm import EDMModel  # noqa: E402
-from denoisers.registry import DTYPES, load_model  # noqa: E402
-from solvers.driver import integrate, planned_nfe  # noqa: E402
-from solvers.grids import get_grid  # noqa: E402
-from solvers.registry import make_solver  # noqa: E402
+from denoisers.families.edm import EDMModel
+from denoisers.registry import DTYPES, load_model
+from solvers.driver import integrate, planned_nfe
+from solvers.grids import get_grid
+from solvers.registry import make_solver
 
 LIMIT = 1.05
 #: Solver and number of nodes: five or six evaluations each.

@@ -4,25 +4,22 @@ A small network learns 2,000 points of a mixture in 20 dimensions; ODE, SDE and 
 with it at equal NFE, and W1 by exact matching says what each adds and what each contracts.
 toy/errors.py defines the three errors, docs/toy.md explains the result.
 
-    python benchmarks/toy.py                          exps/toy: table, figure and all points
-    python benchmarks/toy.py --budgets 23,31 --dry-run
+    python -m benchmarks.toy                          exps/toy: table, figure and all points
+    python -m benchmarks.toy --budgets 23,31 --dry-run
 
 A killed run goes on where it stopped.  Exit code 1 if an inequality of the paper fails.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
-
-from runtime import cli  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
-from toy.experiment import Settings, outline, plans, run  # noqa: E402
-from toy.report import claims, table, write_report  # noqa: E402
+from runtime import cli
+from runtime.errors import UserError
+from toy.experiment import Settings, outline, plans, run
+from toy.report import claims, table, write_report
 
 USUAL = Settings()
 

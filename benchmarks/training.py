@@ -6,8 +6,8 @@ the nodes of the student's grid, forward and backward to the input for the inser
 round times raw calls, the trainer, raw calls, so a change of the machine's speed meets both sides;
 a row gives medians over the rounds.
 
-    python benchmarks/training.py                            batch 64 in bfloat16
-    python benchmarks/training.py --threads 1 --clock cpu    on a machine that others use too
+    python -m benchmarks.training                            batch 64 in bfloat16
+    python -m benchmarks.training --threads 1 --clock cpu    on a machine that others use too
 
 Exit code 1 if a ratio is above the limit (1.15).
 """
@@ -27,19 +27,17 @@ import click
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from any folder
-
-from amed.predictor import AMEDPredictor  # noqa: E402
-from amed.settings import StudentSettings  # noqa: E402
-from amed.step import Student  # noqa: E402
-from amed.trainer import Data, Loop, train  # noqa: E402
-from benchmarks.sampling import CLOCKS, Stopwatch, raw_forward  # noqa: E402
-from denoisers.edm import EDMModel  # noqa: E402
-from denoisers.registry import DTYPES, load_model  # noqa: E402
-from runtime.dist import World  # noqa: E402
-from runtime.record import RunRecord  # noqa: E402
-from solvers.types import Denoised, Denoiser  # noqa: E402
-from teachers.build import build_teacher  # noqa: E402
+from amed.predictor import AMEDPredictor
+from amed.settings import StudentSettings
+from amed.step import Student
+from amed.trainer import Data, Loop, train
+from benchmarks.sampling import CLOCKS, Stopwatch, raw_forward
+from denoisers.families.edm import EDMModel
+from denoisers.registry import DTYPES, load_model
+from runtime.dist import World
+from runtime.record import RunRecord
+from solvers.types import Denoised, Denoiser
+from teachers.build import build_teacher
 
 LIMIT = 1.15
 #: Student, teacher and M: five evaluations a sample, as published.

@@ -8,16 +8,11 @@ from typing import Any
 
 import torch
 
-from comparison.choose import choose_restart, selection_cost
-from comparison.converged import NONE, open_converged
-from comparison.draws import seeds_section
-from comparison.gaps import with_gaps
-from comparison.measure import Harness, measure
-from comparison.page import closing_line, write_page
-from comparison.report import markdown, ordered, write_report
+from comparison.report.html import closing_line, write_page
+from comparison.report.table import markdown, ordered, write_report
 from comparison.rows import (
-    Learned,
     Row,
+    TrainedStudent,
     ceiling_rows,
     classic_rows,
     distinct,
@@ -27,9 +22,14 @@ from comparison.rows import (
     pds_rows,
     restart_row,
 )
+from comparison.seed_provenance import seeds_section
+from comparison.significance import with_gaps
 from denoisers.cards import Card
 from denoisers.registry import ModelSource
+from evaluation.converged import NONE, open_converged
+from evaluation.harness import Harness, measure
 from metrics.detectors import Detector, load_reference
+from plan_search.objectives import choose_restart, selection_cost
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import progress
@@ -45,7 +45,7 @@ PDS_ITERATIONS = "50"  #: 20 times fewer than published without preconditioning
 
 
 @dataclass(frozen=True)
-class Job:
+class ComparisonJob:
     """A comparison that is ready to start; nothing has been written yet."""
 
     harness: Harness
@@ -70,7 +70,7 @@ class Job:
         return "\n".join(lines)
 
 
-def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
+def prepare(options: dict[str, Any], world: World, detector: Detector) -> ComparisonJob:
     """Load everything and lay out the rows.
 
     Raises UserError or ValueError, one sentence with the remedy.
@@ -100,7 +100,7 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Job:
     seeds = seeds_section(harness.seeds, selected, students)
     more = {"budgets": budgets, "predictors": [s.name for s in students], "seeds": seeds}
     record = make_record("compare", options, harness, more)
-    return Job(harness, rows, extra, ceilings, rounds, options["outdir"], record)
+    return ComparisonJob(harness, rows, extra, ceilings, rounds, options["outdir"], record)
 
 
 def check_blocks(options: dict[str, Any]) -> range:
@@ -145,7 +145,7 @@ def make_record(
     )
 
 
-def run(job: Job, world: World) -> str:
+def run(job: ComparisonJob, world: World) -> str:
     """Choose, measure and report; returns the table and where the report lies."""
     num = len(job.harness.seeds)
     others = len(job.extra) + len(job.ceilings)
@@ -167,7 +167,7 @@ def run(job: Job, world: World) -> str:
     return "\n".join([markdown(ordered(results)), *map(str, files), last])
 
 
-def _rows(job: Job, tick: Any, say: Any) -> list[Row]:
+def _rows(job: ComparisonJob, tick: Any, say: Any) -> list[Row]:
     """All rows in the order of work, Restart's plans chosen."""
     rows: list[Row] = []
     for budget, fixed in job.rows.items():
@@ -177,7 +177,7 @@ def _rows(job: Job, tick: Any, say: Any) -> list[Row]:
     return distinct([*rows, *job.extra, *job.ceilings])
 
 
-def _extra(options: dict[str, Any], students: list[Learned], card: Card) -> list[Row]:
+def _extra(options: dict[str, Any], students: list[TrainedStudent], card: Card) -> list[Row]:
     """The rows of ``--with``."""
     asked = options["extra"]
     for kind, flags in EXTRA.items():

@@ -19,9 +19,9 @@ from denoisers.cards import Card
 from restart.intervals import parse_restart_line
 from runtime.errors import UserError
 from runtime.record import RunRecord
-from samplers.build import build
-from samplers.build_learned import build_learned
-from samplers.build_restart import interval_json, restart_info
+from samplers.builders.classic import build
+from samplers.builders.learned import build_learned
+from samplers.builders.restart import interval_json, restart_info
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -86,7 +86,7 @@ def classic_rows(budget: int, card: Card, schedule: str | None = None) -> list[R
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainedStudent:
     """A trained student as it was found on disk."""
 
     name: str
@@ -113,7 +113,7 @@ class Learned:
 
 def load_students(
     specs: Iterable[str], card: Card, root: str | Path, device: torch.device
-) -> list[Learned]:
+) -> list[TrainedStudent]:
     """Read predictors by number, folder or file.
 
     Raises UserError for one that is missing or was trained for another model.
@@ -126,11 +126,13 @@ def load_students(
                 f"predictor {spec} was trained for {settings.dataset_name!r}, but this comparison "
                 f"is on {card.name!r}; leave it out, or train one for this model"
             )
-        students.append(Learned(find_run(spec, root).name, predictor.to(device), settings, record))
+        students.append(
+            TrainedStudent(find_run(spec, root).name, predictor.to(device), settings, record)
+        )
     return students
 
 
-def learned_rows(budget: int, students: Iterable[Learned], card: Card) -> list[Row]:
+def learned_rows(budget: int, students: Iterable[TrainedStudent], card: Card) -> list[Row]:
     """The students whose budget this is."""
     rows = []
     for s in students:
@@ -149,7 +151,7 @@ SEGMENTS = {"main": "{} main", "restart": "{} descents", "both": "{}"}
 
 
 def learned_restart_rows(
-    students: Iterable[Learned], card: Card, info: str | None = None
+    students: Iterable[TrainedStudent], card: Card, info: str | None = None
 ) -> list[Row]:
     """Restart with each student on the main walk, in the descents and on both; and Heun instead.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
+from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
 
 HERE = Path(__file__).resolve().parent
 

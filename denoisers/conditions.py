@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from denoisers.cards import Card
+from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from solvers.types import Denoiser
 
-from .cards import Card
-from .text import read_prompts
-
 if TYPE_CHECKING:
-    from .registry import Model
+    from denoisers.registry import Model
 
-Stream = tuple[str | int, ...]  #: goes before the names of a stream of draws
+StreamName = tuple[str | int, ...]  #: goes before the names of a stream of draws
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Conditions:
         return {"count": len(self.prompts), "sha256": digest}
 
     def bind(
-        self, model: Model, noise: SeedNoise, device: torch.device, stream: Stream = ()
+        self, model: Model, noise: SeedNoise, device: torch.device, stream: StreamName = ()
     ) -> Denoiser:
         """The denoiser of the images of ``noise.seeds``.
 
@@ -101,7 +100,7 @@ class Conditions:
         )
 
     def _labels(
-        self, card: Card, noise: SeedNoise, device: torch.device, stream: Stream
+        self, card: Card, noise: SeedNoise, device: torch.device, stream: StreamName
     ) -> Tensor | None:
         if not card.label_dim:
             return None
@@ -109,7 +108,7 @@ class Conditions:
             return torch.full((len(noise.seeds),), self.label, device=device)
         return noise.integers((*stream, "class") if stream else "class", card.label_dim).to(device)
 
-    def _prompts(self, card: Card, noise: SeedNoise, stream: Stream) -> tuple[str, ...] | None:
+    def _prompts(self, card: Card, noise: SeedNoise, stream: StreamName) -> tuple[str, ...] | None:
         if not card.text:
             return None
         if len(self.prompts) < 2:

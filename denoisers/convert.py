@@ -1,7 +1,7 @@
 """Turn a published checkpoint into safetensors with its settings, and a card beside it.
 
 Families may import the functions that read checkpoints from here or from
-:mod:`denoisers.snapshots`; all of them read pickles as data and run nothing.
+:mod:`checkpoints.snapshots`; all of them read pickles as data and run nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runtime import cli
-from runtime.errors import UserError
-from runtime.files import sha256_file
-
-from .cards import Card, cards
-from .precond import build
-from .snapshots import (
+from checkpoints.snapshots import (
     EDMSnapshot,
     PublishedPredictor,
     Record,
@@ -38,6 +32,11 @@ from .snapshots import (
     read_predictor,
     read_state_dict,
 )
+from denoisers.cards import Card, cards
+from denoisers.families.precond import build
+from runtime import cli
+from runtime.errors import UserError
+from runtime.files import sha256_file
 
 __all__ = [
     "EDMSnapshot", "PublishedPredictor", "Record", "convert",
@@ -109,7 +108,9 @@ def _settings_of(name: str) -> dict[str, str]:
 
 def _card(name: str, weights: Path, source: Path) -> Card | None:
     """The card of a file made from ``source``: a published model's, or of what the file holds."""
-    from .own import describe  # the families read their checkpoints through this module
+    from denoisers.recognise import (
+        describe,  # the families read their checkpoints through this module
+    )
 
     known = cards().get(name)
     if known is None:

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from denoisers.cards import Card
 from runtime.noise import Name, SeedNoise
-
-from .cards import Card
 
 
 def start(

@@ -11,20 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from denoisers.cards import Card, cards
+from denoisers.families.adm import load_adm
+from denoisers.families.cm import load_cm
+from denoisers.families.diffusers.loading import fetch_pipeline, load_diffusers
+from denoisers.families.edm import load_edm
+from denoisers.families.ldm import load_ldm
+from denoisers.families.ncsnpp import load_ncsnpp
+from denoisers.files import Files
+from denoisers.recognise import describe
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder, download
 from solvers.types import Denoiser
-
-from .adm import load_adm
-from .cards import Card, cards
-from .cm import load_cm
-from .edm import load_edm
-from .files import Files
-from .ldm import load_ldm
-from .ncsnpp import load_ncsnpp
-from .own import describe
-from .pipelines import fetch_pipeline, load_diffusers
 
 __all__ = ["Card", "Model", "ModelSource", "cards", "load_model"]
 

@@ -30,7 +30,7 @@ class CNNConfig:
     classes: int = 10
 
 
-class Prediction(NamedTuple):
+class ClassPrediction(NamedTuple):
     features: Tensor
     logits: Tensor
 
@@ -96,12 +96,12 @@ class SmallCNN(nn.Module):
         """uint8 (B, 3, H, W) -> float32 of zero mean and unit spread per channel."""
         return (images.float() / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
 
-    def forward(self, images: Tensor) -> Prediction:
+    def forward(self, images: Tensor) -> ClassPrediction:
         """uint8 (B, 3, 32, 32) -> features (B, dim) and class logits (B, classes)."""
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
         x = self.stages(nn.functional.silu(self.stem(x)))
         features = x.float().mean((2, 3))
-        return Prediction(features, self.head(features))
+        return ClassPrediction(features, self.head(features))
 
 
 def save_cnn(model: SmallCNN, path: Path, record: dict[str, object]) -> None:

@@ -12,7 +12,7 @@ from metrics.extrapolation import fid_infinity
 from metrics.kid import kid
 from metrics.manifolds import density_coverage, precision_recall
 from metrics.statistics import Statistics
-from metrics.summary import Needs, Summary
+from metrics.summary import FeatureSummary, Requirements
 
 KEPT = 10_000  #: images whose features are kept, unless a person says otherwise
 
@@ -21,18 +21,18 @@ KEPT = 10_000  #: images whose features are kept, unless a person says otherwise
 class Metric:
     """A figure or two: ``compute(images, reference, seed)`` -> by key, ``text`` to print them."""
 
-    compute: Callable[[Summary, Summary, int], dict[str, float]]
+    compute: Callable[[FeatureSummary, FeatureSummary, int], dict[str, float]]
     text: str
     features: bool = False  #: of the images
     reference_features: bool = False
     spatial: bool = False
 
 
-def _fid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+def _fid(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
     return {"fid": images.moments.fid(reference.moments)}
 
 
-def _fid_inf(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+def _fid_inf(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
     found = fid_infinity(_features(images), reference.moments, seed)
     return {
         "fid_inf": found.fid, "fid_inf_bias": found.fids[0] - found.fid,
@@ -40,11 +40,11 @@ def _fid_inf(images: Summary, reference: Summary, seed: int) -> dict[str, float]
     }  # fmt: skip
 
 
-def _sfid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+def _sfid(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
     return {"sfid": _spatial(images).fid(_spatial(reference))}
 
 
-def _kid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+def _kid(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
     found = kid(_features(images), _features(reference), seed=seed)
     return {
         "kid": found.mean, "kid_spread": found.spread,
@@ -52,11 +52,11 @@ def _kid(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _pr(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+def _pr(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
     return dict(precision_recall(_features(reference), _features(images))._asdict())
 
 
-def _dc(images: Summary, reference: Summary, seed: int) -> dict[str, float]:
+def _dc(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
     return dict(density_coverage(_features(reference), _features(images))._asdict())
 
 
@@ -101,20 +101,20 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     return names
 
 
-def needs_of(names: Sequence[str], kept: int | None = None, always: bool = False) -> Needs:
+def needs_of(names: Sequence[str], kept: int | None = None, always: bool = False) -> Requirements:
     """What the metrics ask of a pass: features of ``kept`` images, if any or ``always``."""
     wanted = always or any(METRICS[name].features for name in names)
     count = (KEPT if kept is None else kept) if wanted else 0
-    return Needs(count, any(METRICS[name].spatial for name in names))
+    return Requirements(count, any(METRICS[name].spatial for name in names))
 
 
-def reference_needs(names: Sequence[str]) -> Needs:
+def reference_needs(names: Sequence[str]) -> Requirements:
     """What the metrics ask of a reference."""
     features = any(METRICS[name].reference_features for name in names)
-    return Needs(KEPT if features else 0, needs_of(names).spatial)
+    return Requirements(KEPT if features else 0, needs_of(names).spatial)
 
 
-def require(summary: Summary, needs: Needs) -> Summary:
+def require(summary: FeatureSummary, needs: Requirements) -> FeatureSummary:
     """The summary itself, if it holds what the metrics need: asked before a pass, not after it."""
     if needs.features:
         _features(summary)
@@ -124,7 +124,7 @@ def require(summary: Summary, needs: Needs) -> Summary:
 
 
 def figures(
-    names: Sequence[str], images: Summary, reference: Summary, seed: int = 0
+    names: Sequence[str], images: FeatureSummary, reference: FeatureSummary, seed: int = 0
 ) -> dict[str, float]:
     """All figures of the metrics ``names`` by key, such as {"fid": ..., "precision": ...}."""
     found: dict[str, float] = {}
@@ -134,8 +134,8 @@ def figures(
 
 
 def lines(
-    names: Sequence[str], found: dict[str, float], detector: Detector, images: Summary,
-    reference: Summary,
+    names: Sequence[str], found: dict[str, float], detector: Detector, images: FeatureSummary,
+    reference: FeatureSummary,
 ) -> list[str]:  # fmt: skip
     """A line a metric, with the detector and the honest number of images."""
     made = []
@@ -150,7 +150,7 @@ def lines(
     return made
 
 
-def _features(summary: Summary) -> Tensor:
+def _features(summary: FeatureSummary) -> Tensor:
     if summary.features is None:
         raise ValueError(
             f"statistics '{summary.moments.source}' hold no features, which fid_inf, kid, "
@@ -159,7 +159,7 @@ def _features(summary: Summary) -> Tensor:
     return summary.features
 
 
-def _spatial(summary: Summary) -> Statistics:
+def _spatial(summary: FeatureSummary) -> Statistics:
     if summary.spatial is None:
         raise ValueError(
             f"statistics '{summary.moments.source}' hold no spatial moments, which sfid compares: "

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from image_data.sources import choose
 from metrics.detectors import REFERENCES, Detector
-from metrics.sources import choose
 from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """What is kept beside the moments."""
 
     features: int = 0  #: of at most so many images, drawn from all
@@ -34,7 +34,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Summary:
+class FeatureSummary:
     """A set of images in the features of one detector."""
 
     moments: Statistics
@@ -57,7 +57,7 @@ class Summary:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | Path, detector: Detector) -> Summary:
+    def load(cls, path: str | Path, detector: Detector) -> FeatureSummary:
         """Read what ``save`` or ``Statistics.save`` wrote, by path or by a bundled name.
 
         Raises:
@@ -85,11 +85,11 @@ class Summary:
         )  # fmt: skip
 
 
-def joined(parts: Sequence[Summary]) -> Summary:
+def joined(parts: Sequence[FeatureSummary]) -> FeatureSummary:
     """Of all images of the parts, whose features follow on each other; without spatial moments."""
     moments = parts[0].moments.merge(*(part.moments for part in parts[1:]))
     features = [part.features for part in parts if part.features is not None]
-    return Summary(moments, None, torch.cat(features) if features else None)
+    return FeatureSummary(moments, None, torch.cat(features) if features else None)
 
 
 def _sensible(features: np.ndarray, moments: Statistics) -> bool:
@@ -137,7 +137,7 @@ class Collector:
     """
 
     def __init__(
-        self, detector: Detector, needs: Needs, total: int, seed: int = 0, source: str = ""
+        self, detector: Detector, needs: Requirements, total: int, seed: int = 0, source: str = ""
     ) -> None:
         if needs.spatial and detector.spatial_id is None:
             raise ValueError(
@@ -187,7 +187,7 @@ class Collector:
         if self._spatial is not None:
             self._spatial.restore(torch.from_numpy(state["spatial"]))
 
-    def finish(self) -> Summary:
+    def finish(self) -> FeatureSummary:
         """The summary over all ranks; call it once, on every rank."""
         # each row, and each digest, is zero on all ranks but one
         features = sum_over_ranks(self._rows) if len(self._chosen) else None
@@ -197,7 +197,7 @@ class Collector:
         for statistics in (moments, spatial):
             if statistics is not None:
                 statistics.source_sha256 = sha
-        return Summary(moments, spatial, features)
+        return FeatureSummary(moments, spatial, features)
 
 
 def _digests(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.sources import count_images, image_batches
+from image_data.sources import count_images, image_batches
 from pds.masks import Masks, fit
 from runtime import cli
 from runtime.files import atomic_write

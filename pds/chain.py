@@ -23,14 +23,14 @@ EPS = 1e-5  #: where the published code ends its SDE time, which runs from 1
 
 @dataclass(frozen=True, eq=False)  # tensors inside: chains compare by identity
 class Chain:
-    """A part of a plan (see ``restart.plan.Part``): N iterations from the highest level to 0.
+    """A segment of a plan (see ``plans.plan.Segment``): N iterations from the highest level to 0.
 
     Every random number is a named draw: ``("corrector", i, k)`` and ``("predictor", i)`` of
     iteration i from 0.
     """
 
     levels: Tensor  #: (N,) float64 on the CPU, decreasing; the last predictor goes to 0
-    told: Tensor  #: (N,) the levels that the network is told instead
+    network_sigma: Tensor  #: (N,) the levels that the network is given instead
     operators: Preconditioner = field(default_factory=Preconditioner)
     snr: float = 0.16  #: of a corrector step
     n_steps: int = 1  #: corrector steps at each level
@@ -61,21 +61,23 @@ class Chain:
         """
         operators = self.operators.to(x)
 
-        def drift(x: Tensor, told: Tensor) -> Tensor:
-            return operators.drift((meter(x, told).x0 - x) / told**2)
+        def drift(x: Tensor, network_sigma: Tensor) -> Tensor:
+            return operators.drift((meter(x, network_sigma).x0 - x) / network_sigma**2)
 
         def noise(*name: str | int) -> Tensor:
             return operators.noise(normal(name).to(x))
 
         x = operators.noise(x)
         last = len(self.levels) - 1
-        for i, (level, told) in enumerate(zip(self.levels, self.told, strict=True)):
+        for i, (level, network_sigma) in enumerate(
+            zip(self.levels, self.network_sigma, strict=True)
+        ):
             for k in range(self.n_steps):
-                g, z = drift(x, told), noise("corrector", i, k)
+                g, z = drift(x, network_sigma), noise("corrector", i, k)
                 x = langevin(x, g, z, langevin_step(g, z, self.snr, self.batch_coupled))
             below = self.levels[i + 1] if i < last else torch.zeros_like(level)
             variance = level**2 - below**2
-            x = x + variance * drift(x, told)
+            x = x + variance * drift(x, network_sigma)
             if i < last:
                 x = x + variance.sqrt() * noise("predictor", i)
             yield x
@@ -84,10 +86,10 @@ class Chain:
 def ve_levels(
     iterations: int, sigma_min: float, sigma_max: float, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
-    """The levels of the discretised VE SDE and those that the network is told, (N,) float64 each.
+    """The levels of the discretised VE SDE and those that the network is given, (N,) float64 each.
 
     The levels are geometric.  The published code tells the network ``sigma(t)`` at N times t that
-    are uniform from 1 to ``eps``, not to 0, so it is told a hair more.  Raises ValueError as
+    are uniform from 1 to ``eps``, not to 0, so it is given slightly more.  Raises ValueError as
     `solvers.grids.get_grid` does.
     """
     levels = get_grid("logsnr", iterations, sigma_min, sigma_max)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plans.plan import TIME_TOLERANCE, Jump, Plan, Solve
 from restart.intervals import Interval, check_interval
-from restart.plan import TIME_TOLERANCE, Jump, Plan, Solve
 from runtime.errors import UserError
 from solvers.grids import get_grid
 from solvers.registry import make_solver

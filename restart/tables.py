@@ -13,9 +13,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from plans.plan import Plan
 from restart.build import restart_plan
 from restart.intervals import Interval, parse_restart_info
-from restart.plan import Plan
 from runtime.errors import UserError
 from solvers.grids import get_grid
 from solvers.registry import make_solver

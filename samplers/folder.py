@@ -14,7 +14,7 @@ from PIL import Image
 from runtime.errors import UserError
 from runtime.images import Pixels, film_strip, image_grid, save_png, to_uint8
 from runtime.record import RunRecord
-from samplers.generate import Batch
+from samplers.generate import SampleBatch
 
 RECORD = "run.json"
 PICTURE_MOST = 256  #: images in a grid, rows in a film strip
@@ -88,7 +88,7 @@ class Folder:
         done = dataclasses.replace(record, plan={**record.plan, "nfe_metered": nfe})
         done.write(self.path / RECORD)
 
-    def save(self, batch: Batch) -> None:
+    def save(self, batch: SampleBatch) -> None:
         """Write the images of a batch, each whole or not at all."""
         if self.inters and batch.trajectory is not None:
             for i, seed in enumerate(batch.seeds):

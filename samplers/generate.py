@@ -12,7 +12,7 @@ from torch import Tensor
 from denoisers.conditions import Conditions
 from denoisers.prior import start
 from denoisers.registry import Model
-from restart.plan import plan_times, visit_plan, with_kernel
+from plans.plan import plan_times, visit_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from samplers.sampler import Sampler
@@ -20,7 +20,7 @@ from solvers.driver import Meter
 from solvers.types import Denoiser, Trajectory
 
 
-class Batch(NamedTuple):
+class SampleBatch(NamedTuple):
     """What a batch of seeds became."""
 
     seeds: tuple[int, ...]
@@ -41,7 +41,7 @@ def generate(
     conditions: Conditions | None = None,
     keep_trajectory: bool = False,
     watch: Callable[[int, int], object] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[SampleBatch]:
     """Yield the images of ``seeds`` in their order, at most ``batch`` at a time.
 
     ``dtype`` is that of the state.  The guidance rate is the sampler's.  All random numbers belong
@@ -82,7 +82,7 @@ def _batch(
     conditions: Conditions,
     keep: bool,
     watch: Callable[[int, int], object] | None,
-) -> Batch:
+) -> SampleBatch:
     noise = SeedNoise(seeds)
     meter = Meter(_bind(sampler, model, noise, conditions, device))
 
@@ -105,9 +105,9 @@ def _batch(
             "the plan's formula and the driver disagree"
         )
     if not keep:
-        return Batch(seeds, x, meter.nfe, model.decode(x), None)
+        return SampleBatch(seeds, x, meter.nfe, model.decode(x), None)
     t = torch.tensor(times, dtype=torch.float64)
-    return Batch(seeds, x, meter.nfe, kept[-1], Trajectory(t, torch.stack(kept), meter.nfe))
+    return SampleBatch(seeds, x, meter.nfe, kept[-1], Trajectory(t, torch.stack(kept), meter.nfe))
 
 
 def _bind(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from amed.experiments import load_predictor
-from denoisers.pipeline_model import Bottleneck, Prediction
-from restart.plan import Solve
+from denoisers.families.diffusers.model import Bottleneck, Prediction
+from plans.plan import Solve
 from runtime.errors import UserError
 from solvers.driver import integrate, planned_nfe
 from solvers.types import Denoised

@@ -21,8 +21,8 @@ from runtime.files import sha256_file
 from runtime.log import progress, watch_batch
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
-from samplers.build import build
-from samplers.build_learned import build_learned
+from samplers.builders.classic import build
+from samplers.builders.learned import build_learned
 from samplers.folder import Folder
 from samplers.generate import check_coupled, generate
 from samplers.options import SamplerOptions
@@ -64,7 +64,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingJob:
     """A run that is ready to start; nothing has been written yet."""
 
     sampler: Sampler
@@ -112,7 +112,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SamplingResult:
     """What a run did."""
 
     folder: Path
@@ -129,7 +129,9 @@ class Summary:
         return "\n".join([*lines, *map(str, self.pictures)])
 
 
-def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, world: World) -> Job:
+def prepare(
+    options: SamplerOptions, predictor_path: str | None, setup: Setup, world: World
+) -> SamplingJob:
     """Resolve everything that can be wrong before anything is loaded or written.
 
     Raises UserError or ValueError, one sentence with the remedy.
@@ -158,10 +160,10 @@ def prepare(options: SamplerOptions, predictor_path: str | None, setup: Setup, w
     check_coupled(sampler, len(seeds), setup.batch, world.size)
     path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
     folder = Folder(Path(path), setup.subdirs, setup.return_inters)
-    return Job(sampler, source, card, setup, seeds, folder, conditions)
+    return SamplingJob(sampler, source, card, setup, seeds, folder, conditions)
 
 
-def run(job: Job, world: World, model: Model | None = None) -> Summary:
+def run(job: SamplingJob, world: World, model: Model | None = None) -> SamplingResult:
     """Make the images that the folder lacks, on all processes, and complete its record.
 
     ``model`` is the job's, where it is loaded already.
@@ -202,10 +204,10 @@ def run(job: Job, world: World, model: Model | None = None) -> Summary:
         if setup.return_inters:
             pictures.append(folder.save_strips(job.seeds))
     found = len(job.seeds) - len(missing)
-    return Summary(folder.path, int(made), found, job.sampler.nfe, seconds, tuple(pictures))
+    return SamplingResult(folder.path, int(made), found, job.sampler.nfe, seconds, tuple(pictures))
 
 
-def open_model(job: Job, world: World, model: Model | None = None) -> Model:
+def open_model(job: SamplingJob, world: World, model: Model | None = None) -> Model:
     """The model of a job, loaded unless given; notes where a predictor was trained on another."""
     model = model or job.source.load(job.setup.dtype, world)
     note = _other_weights(job.sampler, model.sha256)

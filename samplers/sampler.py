@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from restart.plan import AnyPlan, check_plan, plan_nfe, plan_times
+from plans.plan import AnyPlan, check_plan, plan_nfe, plan_times
 from runtime.errors import UserError
 
 

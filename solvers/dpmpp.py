@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.types import Guide, Mid, Node
+from solvers.types import Guide, InsertedNode, Node
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class DPMpp:
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
         return self._step(nodes, t, order, 1.0)
 
-    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
         return self._step(nodes, t, order, mid.c)
 
     def _step(

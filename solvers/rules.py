@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.types import Guide, Mid, Node
+from solvers.types import Guide, InsertedNode, Node
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class FixedRatio:
         if not 0 < self.r <= 1:
             raise ValueError(f"r = {self.r:g} puts the inserted node outside the interval (0, 1]")
 
-    def __call__(self, node: Node, t_next: Tensor) -> Mid:
-        return Mid(self.r, 1.0, 1.0)
+    def __call__(self, node: Node, t_next: Tensor) -> InsertedNode:
+        return InsertedNode(self.r, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TwoStage:
         a = nodes[-1]
         return a.x + (t - a.t) * a.d
 
-    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
         a, b = nodes[-2], nodes[-1]
         if self.midpoint:
             slope = b.d
@@ -76,7 +76,7 @@ class ThreeStage:
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
         return self._step(nodes, t, 1.0)
 
-    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
         return self._step(nodes, t, mid.c)
 
     def _step(self, nodes: tuple[Node, ...], t: Tensor, scale: Tensor | float) -> Tensor:
@@ -118,7 +118,7 @@ class AdamsBashforth:
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
         return self._step(nodes, t, order, 1.0)
 
-    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
         return self._step(nodes, t, order, mid.c)
 
     def _step(

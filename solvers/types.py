@@ -46,7 +46,7 @@ class Node(NamedTuple):
         return (self.x - self.x0) / self.t
 
 
-class Mid(NamedTuple):
+class InsertedNode(NamedTuple):
     """Where a guide inserts a node into an interval and how it rescales what is found there."""
 
     r: Tensor | float  #: ``t_mid = t_next**r * t**(1 - r)``, 0 < r <= 1
@@ -57,7 +57,7 @@ class Mid(NamedTuple):
 class Guide(Protocol):
     """Chooses the inserted node: a constant, or the learned predictor."""
 
-    def __call__(self, node: Node, t_next: Tensor) -> Mid: ...
+    def __call__(self, node: Node, t_next: Tensor) -> InsertedNode: ...
 
 
 class Solver(Protocol):
@@ -83,7 +83,7 @@ class Solver(Protocol):
         """The state at ``t`` from the newest nodes (``nodes[-1]`` is the newest)."""
         ...
 
-    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
         """Close the interval at ``t``; ``nodes[-1]`` is the (last) inserted node."""
         ...
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from plans.plan import with_kernel
 from restart.build import restart_plan
 from restart.intervals import parse_restart_info
-from restart.plan import with_kernel
 from solvers.registry import make_solver
 from solvers.types import Solver
 from teachers.supervision import GridTeacher, OracleTeacher, RestartTeacher, Teacher

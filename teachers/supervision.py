@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from restart.plan import Plan, run_plan
+from plans.plan import Plan, run_plan
 from solvers.driver import Meter, integrate
 from solvers.oracle import dopri5
 from solvers.types import Denoised, Denoiser, Solver, Trajectory

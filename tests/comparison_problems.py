@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from comparison.measure import Harness
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import cards
+from evaluation.harness import Harness
 from metrics.detectors import load_detector, load_reference
 from runtime.dist import World
 from solvers.types import Denoiser

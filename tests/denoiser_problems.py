@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from denoisers.edm import EDMPrecond
-from denoisers.precond import build
-from denoisers.training import Trainer
-from denoisers.training_data import PARTS, Batch
+from denoisers.families.edm import EDMPrecond
+from denoisers.families.precond import build
+from denoisers.training.batches import PARTS, Batch
+from denoisers.training.trainer import Trainer
 from runtime.dist import World
 from runtime.noise import SeedNoise
 

@@ -12,7 +12,7 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import (
     IntervalResult,
-    Micro,
+    MicroBatch,
     Student,
     train_batch,
 )
@@ -63,10 +63,10 @@ def predictor_of(settings: StudentSettings) -> AMEDPredictor:
     return AMEDPredictor(settings.scale_dir, settings.scale_time, seed=7).double()
 
 
-def micro_of(settings: StudentSettings, numbers: Sequence[int], flow: bool = False) -> Micro:
+def micro_of(settings: StudentSettings, numbers: Sequence[int], flow: bool = False) -> MicroBatch:
     meter = Meter(mixture())
     teacher = teacher_of(settings, flow)
-    return Micro.begin(meter, teacher.supervise(meter, starts(numbers), normals(numbers)))
+    return MicroBatch.begin(meter, teacher.supervise(meter, starts(numbers), normals(numbers)))
 
 
 def nothing(flat: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amed.settings import STUDENTS
 from amed.step import (
-    Micro,
+    MicroBatch,
     next_head,
     student_interval,
     train_batch,
@@ -133,7 +133,7 @@ def test_after_a_jump_the_history_is_that_of_the_visited_states_own_path():
     assert largest(down, given.start[2]) < 0.02  # the ODE up and down again
     assert largest(x, origin) > 0.2  # another latent than the one that the walk began with
     student, predictor = student_of(settings), predictor_of(settings)
-    micro = Micro.begin(meter, given)
+    micro = MicroBatch.begin(meter, given)
     out = student_interval(student, micro, 0, predictor)
     micro = micro._replace(head=next_head(student, micro, out, 0, predictor))
     out = student_interval(student, micro, 1, predictor)

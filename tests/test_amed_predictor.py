@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amed.predictor import AMEDPredictor
-from solvers.types import Mid, Node
+from solvers.types import InsertedNode, Node
 
 NAMES = ("r", "scale_dir", "scale_time")
 TAGS = {"dir0.01_time0.2_bias": (0.01, 0.2), "dir0.01_time0_init": (0.01, 0.0)}
@@ -108,7 +108,7 @@ def test_a_seed_fixes_the_weights():
 @pytest.mark.parametrize("scales", [(0.0, 0.0), (0.05, 0.0), (0.0, 0.3), (0.05, 0.3)])
 def test_ranges_and_constant_heads(scales):
     feat = torch.linspace(-40, 40, 64 * 64, dtype=torch.float64).reshape(64, 8, 8)
-    wide = Mid([], [], [])
+    wide = InsertedNode([], [], [])
     for seed in range(8):
         predictor = spread(AMEDPredictor(*scales).double(), 1.0, seed)
         for t, t_next in ((80.0, 10.0), (10.0, 0.5), (0.5, 0.002)):

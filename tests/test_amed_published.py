@@ -10,11 +10,11 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-import sample
 from amed.experiments import load_predictor
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
-from denoisers.precond import build
+from commands import sample
+from denoisers.families.precond import build
 from runtime.errors import UserError
 from solvers.types import Node
 from tests.published import SOURCE, network, pickled, predictor, snapshot

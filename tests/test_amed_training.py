@@ -16,7 +16,7 @@ from amed.settings import STUDENTS, StudentSettings
 from amed.step import (
     GRADIENT_BOUND,
     IntervalResult,
-    Micro,
+    MicroBatch,
     next_head,
     student_interval,
     train_batch,
@@ -69,8 +69,8 @@ class RecordedRun:
     def recorded(self, key: str) -> Tensor:
         return torch.tensor(self.vectors[f"{self.name}|{key}"])
 
-    def micro(self) -> Micro:
-        return Micro.begin(Meter(self.denoiser), self.supervision)
+    def micro(self) -> MicroBatch:
+        return MicroBatch.begin(Meter(self.denoiser), self.supervision)
 
 
 @pytest.fixture(scope="module", params=RECORDED)
@@ -121,7 +121,7 @@ def test_recorded_losses_and_gradients(run):
             assert float(grad.norm()) == pytest.approx(norm, rel=1e-10), (n, name)
 
 
-# Micro-batches and ranks
+# MicroBatch-batches and ranks
 
 
 def assert_same(one: tuple, other: tuple) -> None:

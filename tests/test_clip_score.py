@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import clip_score
-from comparison import passes
-from comparison.scores import pair, parse_names
+from commands import clip_score
 from denoisers.conditions import Conditions
+from evaluation import passes
+from evaluation.scores import pair, parse_names
 from metrics.clip import ScoreCollector, Scorer, load_aesthetic, load_clip_score, load_head
 from metrics.vision import centre
 from runtime.errors import UserError

@@ -12,13 +12,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-import compare
-from comparison.choose import SELECTION_START, Space, choose_restart, selection_cost
-from comparison.measure import SHOWN, Harness, measure
-from comparison.report import markdown, ordered, own_row, write_report
+from commands import compare
+from comparison.report.table import markdown, ordered, own_row, write_report
 from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows, restart_row
+from evaluation.harness import SHOWN, Harness, measure
 from metrics.fid import block_fid
 from metrics.statistics import Statistics
+from plan_search.objectives import SELECTION_START, Space, choose_restart, selection_cost
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord

@@ -13,16 +13,16 @@ from click.testing import CliRunner
 
 import amed.job
 import runtime.noise
-import train
 from amed.experiments import load_predictor
 from amed.trainer import STREAMS
-from comparison.draws import seeds_section
-from comparison.rows import Learned
+from commands import train
+from comparison.rows import TrainedStudent
+from comparison.seed_provenance import seeds_section
 from denoisers.conditions import Conditions
 from runtime.errors import UserError
 from runtime.noise import Name, SeedNoise
 from runtime.seeds import SELECTION_START, selection_seeds
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.generate import generate
 from samplers.options import SAMPLERS, SamplerOptions
 from tests.sampler_models import trained
@@ -88,7 +88,7 @@ def test_no_key_of_training_is_one_of_sampling(
     assert not sampling & training
 
     predictor, settings, record = load_predictor(str(next(out.iterdir())), out)
-    student = Learned("00000", predictor, settings, record)
+    student = TrainedStudent("00000", predictor, settings, record)
     section = seeds_section(range(12), selection_seeds(4), [student])
     assert section["training"] == {"00000": {"seed": 0, "numbers": "0-11"}}
     assert section["keys"]["streams"] == list(STREAMS)
@@ -107,9 +107,13 @@ def test_the_section_tells_seeds_apart() -> None:
     predictor, settings, record = trained("cifar10-small", "amed", 4, True)
     known = replace(record, options={**record.options, "seed": 3, "batch": 64, "total_kimg": 0.1})
     section = seeds_section(
-        range(20), selection_seeds(8),
-        [Learned("1", predictor, settings, known), Learned("2", predictor, settings, record)],
-    )  # fmt: skip
+        range(20),
+        selection_seeds(8),
+        [
+            TrainedStudent("1", predictor, settings, known),
+            TrainedStudent("2", predictor, settings, record),
+        ],
+    )
     assert section == json.loads(json.dumps(section))
     assert section["evaluation"] == "0-19"
     assert section["selection"] == f"{SELECTION_START}-{SELECTION_START + 7}"

@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from comparison.gaps import with_gaps
-from comparison.measure import Harness, measure
-from comparison.page import write_page
-from comparison.report import columns, ordered, write_report
+from comparison.report.html import write_page
+from comparison.report.table import columns, ordered, write_report
 from comparison.rows import Row
+from comparison.significance import with_gaps
+from evaluation.harness import Harness, measure
 from metrics.detectors import Detector
 from metrics.fid import gather
 from metrics.paired import LEVEL, gap, influences
 from metrics.statistics import DetectorId, Statistics
-from metrics.summary import Summary
+from metrics.summary import FeatureSummary
 from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.record import RunRecord
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import GaussianModel
@@ -79,7 +79,7 @@ def test_a_row_keeps_its_features_in_the_order_of_its_seeds(
     harness: Harness, measured: tuple[Path, list[dict]]
 ) -> None:
     folder, results = measured
-    kept = Summary.load(folder / results[0]["statistics"], DETECTOR)
+    kept = FeatureSummary.load(folder / results[0]["statistics"], DETECTOR)
     (made,) = generate(row("euler").sampler, MODEL, range(N), batch=N, device="cpu",
                        dtype=torch.float64)  # fmt: skip
     wanted = DETECTOR(torch.from_numpy(to_uint8(made.images)).permute(0, 3, 1, 2))

@@ -14,11 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import compare
-import sweep
-from comparison import passes
-from comparison.converged import Converged
+from commands import compare, sweep
 from denoisers.registry import ModelSource
+from evaluation import passes
+from evaluation.converged import Converged
 from metrics.detectors import load_detector
 from metrics.statistics import Statistics
 from runtime.images import to_uint8

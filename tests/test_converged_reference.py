@@ -11,24 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from comparison.choose import choose_restart
-from comparison.converged import Converged, open_converged
-from comparison.measure import Harness, measure
-from comparison.page import write_page
-from comparison.report import write_report
+from comparison.report.html import write_page
+from comparison.report.table import write_report
 from comparison.rows import Row, classic_rows
 from denoisers.analytic import GaussianDenoiser
 from denoisers.cards import cards
+from evaluation.converged import Converged, open_converged
+from evaluation.harness import Harness, measure
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId, Statistics
-from metrics.summary import Collector, Needs
+from metrics.summary import Collector, Requirements
+from plan_search.objectives import choose_restart
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, parse_seeds
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.options import SamplerOptions
 from solvers.types import Denoiser
 from tests.sampler_models import SHAPE, Counted, GaussianModel
@@ -57,7 +57,7 @@ MODEL = Wrong()
 
 
 def gathered(x: Tensor, source: str) -> Statistics:
-    collector = Collector(DETECTOR, Needs(), len(x), source=source)
+    collector = Collector(DETECTOR, Requirements(), len(x), source=source)
     collector.update(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2), range(len(x)))
     return collector.finish().moments
 

@@ -15,13 +15,13 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from checkpoints.pickles.records import Record, Reference
+from checkpoints.snapshots import read, read_edm, read_state_dict
+from checkpoints.weights import read_safetensors
 from denoisers import convert
 from denoisers.cards import Card, cards
-from denoisers.pickles.records import Record, Reference
-from denoisers.precond import build
+from denoisers.families.precond import build
 from denoisers.registry import load_model
-from denoisers.snapshots import read, read_edm, read_state_dict
-from denoisers.weights import read_safetensors
 from runtime.errors import UserError
 from tests.published import (
     SOURCE,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from denoisers.pickles.files import read
-from denoisers.snapshots import read_edm, read_predictor, read_state_dict
+from checkpoints.pickles.files import read
+from checkpoints.snapshots import read_edm, read_predictor, read_state_dict
 from tests.test_convert_hostile import (
     archive,
     bare,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from denoisers.snapshots import (
+from checkpoints.snapshots import (
     find_network,
     find_predictor,
     find_tensors,

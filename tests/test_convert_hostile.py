@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from denoisers.pickles.files import MAGIC, PROTOCOL, read
+from checkpoints.pickles.files import MAGIC, PROTOCOL, read
 from runtime.errors import UserError
 
 TOUCH = "touch marker"

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics.sources import ImageSource
+from image_data.files import decode
+from image_data.sources import ImageSource
 from runtime.errors import UserError
 from tests.deep_images import png16
 from tools.dataset_tool import main
-from tools.image_files import decode
 
 RNG = np.random.default_rng
 BATCHES = [*(f"data_batch_{i}" for i in (1, 2, 3, 4, 5)), "test_batch"]

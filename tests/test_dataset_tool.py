@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics.sources import ImageSource, image_batches
+from image_data.files import Item, Source, open_folder
+from image_data.sources import ImageSource, image_batches
 from runtime.errors import UserError
 from tools.dataset_tool import Shape, convert, destination, encode, main, name_of
-from tools.image_files import Item, Source, open_folder
 from tools.train_denoiser import Images
 
 RNG = np.random.default_rng

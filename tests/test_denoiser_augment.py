@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from denoisers.augment import DRAWS, LABELS, OCTAVES, SHIFT, Change
+from denoisers.training.augment import DRAWS, LABELS, OCTAVES, SHIFT, Change
 from runtime.noise import SeedNoise
 
 

@@ -11,9 +11,9 @@ import pytest
 import scipy.stats
 import torch
 
-from denoisers.augment import DRAWS, Change
-from denoisers.training import Examples, Recipe
-from denoisers.training_data import PARTS, Batch, Order, shares
+from denoisers.training.augment import DRAWS, Change
+from denoisers.training.batches import PARTS, Order, TrainingBatch, shares
+from denoisers.training.trainer import Examples, Recipe
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
@@ -25,7 +25,11 @@ def examples(count: int, recipe: Recipe, classes: int = 0, withhold: float = 0.0
     chance = SeedNoise(range(count)).normal("train", (sum(PARTS) + 1,))
     images = torch.full((count, 1, 1, 1), 255, dtype=torch.uint8)
     return Examples.make(
-        Batch(images, torch.arange(count) % max(classes, 1), chance), recipe, classes, withhold, CPU
+        TrainingBatch(images, torch.arange(count) % max(classes, 1), chance),
+        recipe,
+        classes,
+        withhold,
+        CPU,
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from denoisers.training import Examples, Recipe, Trainer, weight, weighted_error
+from denoisers.training.trainer import Examples, Recipe, Trainer, weight, weighted_error
 from runtime.dist import World
 from runtime.errors import UserError
 from tests.denoiser_problems import ALONE, CPU, DHARIWAL, SONG, flat_batch, network, train

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from denoisers.adm import ADMDenoiser, ADMModel, load_adm, read_openai, resolved
 from denoisers.cards import Card
-from denoisers.cm import CMDenoiser, load_cm
+from denoisers.families.adm import ADMDenoiser, ADMModel, load_adm, read_openai, resolved
+from denoisers.families.cm import CMDenoiser, load_cm
 from denoisers.files import Files
 from denoisers.nets.openai import Classifier, UNet
 from denoisers.noise_schedules import LinearVP

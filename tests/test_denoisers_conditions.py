@@ -13,7 +13,7 @@ from torch import Tensor
 
 from denoisers.cards import Card, cards
 from denoisers.conditions import Conditions
-from denoisers.text import read_prompts
+from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from denoisers.edm import describe_edm, is_edm, load_edm
+from denoisers.families.edm import describe_edm, is_edm, load_edm
+from denoisers.families.precond import build
 from denoisers.files import Files
-from denoisers.precond import build
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from tests import published

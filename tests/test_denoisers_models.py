@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from denoisers import edm
-from denoisers.edm import EDMModel, build, load_edm
+from denoisers.families import edm
+from denoisers.families.edm import EDMModel, build, load_edm
 from denoisers.files import Files
 from denoisers.registry import cards, load_model
 from runtime.errors import UserError

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from denoisers.cards import Card, cards
 from denoisers.convert import convert
-from denoisers.edm import EDMModel
+from denoisers.families.edm import EDMModel
+from denoisers.families.ncsnpp import describe_ncsnpp, load_ncsnpp
+from denoisers.families.precond import build
 from denoisers.files import Files
-from denoisers.ncsnpp import describe_ncsnpp, load_ncsnpp
 from denoisers.nets.ncsnpp import published, settings_from
-from denoisers.own import recognise
-from denoisers.precond import build
+from denoisers.recognise import recognise
 from denoisers.registry import ModelSource, load_model
 from runtime.errors import UserError
 from tests.ncsnpp_problem import (

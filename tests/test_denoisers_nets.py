@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoisers.families.precond import EDMPrecond, build
 from denoisers.nets import SongUNet
 from denoisers.nets.layers import Conv2d, UNetBlock
-from denoisers.precond import EDMPrecond, build
 
 Golden = Callable[[str], Any]
 TINY: dict[str, Any] = {

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from denoisers.cards import cards
 from denoisers.nets.openai import UNet
-from denoisers.own import DESCRIBE, recognise
+from denoisers.recognise import DESCRIBE, recognise
 from denoisers.registry import FAMILIES, ModelSource
 from runtime.dist import World
 from runtime.errors import UserError

@@ -15,9 +15,9 @@ from scipy import stats
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.edm import describe_edm, load_edm
+from denoisers.families.edm import describe_edm, load_edm
+from denoisers.families.precond import build
 from denoisers.files import Files
-from denoisers.precond import build
 from denoisers.prior import start, unit_noise
 from runtime.errors import UserError
 from runtime.noise import SeedNoise

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from denoisers.families.precond import EDMPrecond, IDDPMPrecond, Precond, build
 from denoisers.noise_schedules import DiscreteVP
-from denoisers.precond import EDMPrecond, IDDPMPrecond, Precond, build
 
 MEAN, VAR = 0.3, 0.09  # of the data; EDM assumes 0 and 0.25
 TINY: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from denoisers.text import read_prompts
+from image_data.prompts import read_prompts
 from tests.scripts import Script
 from tools.draw_prompts import draw, main
 

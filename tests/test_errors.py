@@ -12,23 +12,23 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-import errors
-from comparison.errors import local_errors, measure_errors, rms, times, walks
-from comparison.errors_job import ErrorsJob, lay_out, prepare
-from comparison.errors_run import run
-from comparison.exact import Exact, Problem
+from commands import solver_error as errors
 from comparison.rows import ceiling_rows, classic_rows
-from comparison.trajectories import fit_plane
+from comparison.solver_error.exact import Exact, Problem
+from comparison.solver_error.job import SolverErrorJob, lay_out, prepare
+from comparison.solver_error.measure import run
+from comparison.solver_error.plane import fit_plane
+from comparison.solver_error.walks import local_errors, measure_errors, rms, times, walks
 from denoisers.analytic import GaussianDenoiser
 from denoisers.registry import ModelSource
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId
-from restart.plan import Solve
+from plans.plan import Solve
 from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.options import SamplerOptions
 from solvers.driver import Meter
 from solvers.registry import make_solver
@@ -263,7 +263,7 @@ def test_progress_counts_every_image_once(
     """By what the main process sees of its own groups."""
     record = RunRecord.make("errors", {}, {}, {})
     world = World(0, size, CPU)
-    job = ErrorsJob({}, [], None, list(range(count)), batch, tmp_path, world, record)
+    job = SolverErrorJob({}, [], None, list(range(count)), batch, tmp_path, world, record)
     assert sum(job.finished(place) for place, _ in job.mine) == count
 
 

@@ -14,16 +14,15 @@ pytest.importorskip("transformers")
 
 from click.testing import CliRunner
 
-import sample
-import train
 from amed.experiments import create_run, load_predictor, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
+from commands import sample, train
 from denoisers.conditions import Conditions
-from denoisers.pipelines import from_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import from_pipeline, load_diffusers
 from denoisers.registry import ModelSource
 from examples import stable_diffusion
-from restart.plan import Solve
+from plans.plan import Solve
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
@@ -306,7 +305,7 @@ def page_blocks(kind: str) -> list[str]:
 
 def own_network(path: Path) -> None:
     """A tiny network of the EDM family in a pickle, as its authors publish it."""
-    from denoisers.edm import build
+    from denoisers.families.edm import build
 
     config = {
         "class_name": "EDMPrecond",

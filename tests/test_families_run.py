@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import sample
-import train
+from commands import sample, train
 from denoisers.cards import cards
-from denoisers.edm import build
+from denoisers.families.edm import build
 from denoisers.nets.openai import Classifier
 from runtime import cli
 from runtime.record import RunRecord

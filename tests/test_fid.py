@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-import fid
+from commands import fid
 from metrics.detectors import DETECTORS, load_detector, load_reference
 from metrics.frechet import frechet_distance
 from metrics.statistics import Statistics

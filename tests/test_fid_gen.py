@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fid
-import sample
-from comparison import generated, passes
+from commands import fid, sample
 from denoisers.cards import cards
 from denoisers.registry import ModelSource
+from evaluation import passes
+from evaluation import samples as generated
 from metrics.detectors import load_detector
-from metrics.summary import Summary
+from metrics.summary import FeatureSummary
 from runtime import cli
 from runtime.record import RunRecord
 from tests.sampler_models import GaussianModel
@@ -55,11 +55,11 @@ def tree(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-def summary(path: Path, detector: str = "pixels") -> Summary:
-    return Summary.load(path, load_detector(detector, device="cpu"))
+def summary(path: Path, detector: str = "pixels") -> FeatureSummary:
+    return FeatureSummary.load(path, load_detector(detector, device="cpu"))
 
 
-def distance(one: Summary, two: Summary) -> float:
+def distance(one: FeatureSummary, two: FeatureSummary) -> float:
     """The largest difference of means, covariances and kept features; of N as well."""
     a, b = one.moments, two.moments
     parts = [np.abs(a.mean - b.mean).max(), np.abs(a.cov - b.cov).max(), abs(a.n - b.n)]

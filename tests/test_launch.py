@@ -15,11 +15,11 @@ import click
 import pytest
 from torch.distributed.run import get_args_parser
 
-import visualize
+from commands import visualize
 from denoisers.cards import cards
 from restart.tables import configuration
-from samplers.build import build
-from samplers.visualize import row_folder
+from samplers.builders.classic import build
+from samplers.side_by_side import row_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = "--gpus N, --model_path PATH, --try, --dry-run"

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-import compare
 from amed.experiments import save_predictor
-from comparison.measure import measure
-from comparison.report import own_row, write_report
-from comparison.rows import Learned, distinct, learned_restart_rows
-from restart.plan import Jump
+from commands import compare
+from comparison.report.table import own_row, write_report
+from comparison.rows import TrainedStudent, distinct, learned_restart_rows
+from evaluation.harness import measure
+from plans.plan import Jump
 from runtime.record import RunRecord
 from tests.comparison_problems import CARD, make_harness
 from tests.sampler_models import trained
@@ -21,10 +21,10 @@ INFO = '{"0": [2, 1, 0.5, 5]}'
 WORDS = ["AMED-Solver main", "AMED-Solver descents", "AMED-Solver"]
 
 
-def student(name: str, kind: str = "amed", nodes: int = 4) -> Learned:
+def student(name: str, kind: str = "amed", nodes: int = 4) -> TrainedStudent:
     predictor, settings, record = trained("cifar10-small", kind, nodes, True)
     options = {**record.options, "total_kimg": 0.5}
-    return Learned(name, predictor, settings, replace(record, options=options))
+    return TrainedStudent(name, predictor, settings, replace(record, options=options))
 
 
 def test_each_row_has_heun_on_its_nodes_at_its_nfe():

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import fid
+from commands import fid
 from metrics.detectors import Detector
 from metrics.frechet import frechet_distance
 from metrics.measures import METRICS, figures, needs_of
 from metrics.statistics import DetectorId
-from metrics.summary import Collector, Summary, collect
+from metrics.summary import Collector, FeatureSummary, collect
 from tests.deep_images import png16
 from tests.scripts import Script
 
@@ -44,7 +44,7 @@ def grey(count: int, level: int) -> Tensor:
     return torch.full((count, 3, 8, 8), level, dtype=torch.uint8)
 
 
-def summary(x: Tensor) -> Summary:
+def summary(x: Tensor) -> FeatureSummary:
     return collect([x], [Collector(TOY, needs_of(tuple(METRICS)), len(x))])[0]
 
 
@@ -135,7 +135,7 @@ def test_damaged_statistics(tmp_path: Path, damage: dict[str, np.ndarray], messa
         damaged = {**content, **damage, "source_sha256": "00" * 32}
     np.savez(path, **damaged)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        figures(("fid", "sfid"), summary(images(20, 1)), Summary.load(path, TOY))
+        figures(("fid", "sfid"), summary(images(20, 1)), FeatureSummary.load(path, TOY))
 
 
 # --- the command line

@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from metrics.detectors import Detector
 from metrics.measures import METRICS, figures, needs_of
 from metrics.statistics import DetectorId
-from metrics.summary import Collector, Summary, collect
+from metrics.summary import Collector, FeatureSummary, collect
 
 DIM, SPATIAL = 10, 7
 Found = dict[str, float]
@@ -83,7 +83,7 @@ def test_every_figure_a_second_time(tmp_path: Path, count: int, light: float) ->
     for i, x in enumerate(sets):
         made = collect(x.split(50), [Collector(DETECTOR, needs, len(x))])[0]
         made.save(tmp_path / f"{i}.npz")
-    real, fake = (Summary.load(tmp_path / f"{i}.npz", DETECTOR) for i in range(2))
+    real, fake = (FeatureSummary.load(tmp_path / f"{i}.npz", DETECTOR) for i in range(2))
     found = figures(tuple(METRICS), fake, real)
 
     both = [random_features(x).double().numpy() for x in sets]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metrics.sources import ImageSource, choose, count_images, image_batches
+from image_data.sources import ImageSource, choose, count_images, image_batches
 from tests.deep_images import png16
 
 

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import fid
+from commands import fid
+from image_data.sources import choose
 from metrics.detectors import Detector, load_detector
 from metrics.extrapolation import fid_infinity
 from metrics.frechet import frechet_distance
 from metrics.kid import kid
 from metrics.manifolds import density_coverage, precision_recall
 from metrics.measures import METRICS, figures, needs_of, parse_metrics, reference_needs, require
-from metrics.sources import choose
 from metrics.statistics import DetectorId, Statistics
-from metrics.summary import Collector, Needs, Summary, collect
+from metrics.summary import Collector, FeatureSummary, Requirements, collect
 from runtime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,12 +46,14 @@ def toy(name: str = "toy", sha256: str = "ab" * 32) -> Detector:
     return Detector(DetectorId(name, sha256, 6), features, torch.device("cpu"), spatial_dim=5)
 
 
-def summary(x: Tensor, needs: Needs, batch: int = 100, detector: Detector | None = None) -> Summary:
+def summary(
+    x: Tensor, needs: Requirements, batch: int = 100, detector: Detector | None = None
+) -> FeatureSummary:
     return collect(x.split(batch), [Collector(detector or toy(), needs, len(x), 0, "toy")])[0]
 
 
 def test_features_of_the_drawn_images_are_kept_in_any_batches() -> None:
-    x, needs = images(50), Needs(20, spatial=True)
+    x, needs = images(50), Requirements(20, spatial=True)
     whole = summary(x, needs)
     assert whole.features is not None and whole.kept == 20 and whole.moments.n == 50
     assert torch.equal(whole.features, toy()(x)[torch.from_numpy(choose(50, 20, 0))])
@@ -59,17 +61,19 @@ def test_features_of_the_drawn_images_are_kept_in_any_batches() -> None:
         again = summary(x, needs, batch)
         assert torch.equal(again.features, whole.features)
         np.testing.assert_allclose(again.spatial.cov, whole.spatial.cov, atol=1e-12)
-    assert summary(x, Needs(1000)).kept == 50  # never more than there are
-    assert summary(x, Needs()).features is None and summary(x, Needs()).spatial is None
+    assert summary(x, Requirements(1000)).kept == 50  # never more than there are
+    assert (
+        summary(x, Requirements()).features is None and summary(x, Requirements()).spatial is None
+    )
 
 
 def test_the_ranks_together_keep_what_one_keeps() -> None:
     """Rows are zero on all ranks but one: their sum is the whole."""
     x, parts = images(31), []
     for rank in range(3):
-        collector = Collector(toy(), Needs(12), 31, 5)
+        collector = Collector(toy(), Requirements(12), 31, 5)
         parts.append(collect(x[rank::3].split(4), [collector], (rank, 3))[0])
-    one = collect([x], [Collector(toy(), Needs(12), 31, 5)])[0]
+    one = collect([x], [Collector(toy(), Requirements(12), 31, 5)])[0]
     assert torch.equal(parts[0].features + parts[1].features + parts[2].features, one.features)
     assert len({p.moments.source_sha256 for p in parts}) == 3  # without a group each has its part
     merged = parts[0].moments.merge(parts[1].moments, parts[2].moments)
@@ -78,17 +82,17 @@ def test_the_ranks_together_keep_what_one_keeps() -> None:
 
 def test_the_hash_is_that_of_the_images_in_order() -> None:
     x = images(9)
-    whole = summary(x, Needs(), 4).moments.source_sha256
-    assert summary(x, Needs(), 9).moments.source_sha256 == whole
+    whole = summary(x, Requirements(), 4).moments.source_sha256
+    assert summary(x, Requirements(), 9).moments.source_sha256 == whole
     for others in (x.flip(0), x[:8], x.transpose(2, 3).contiguous(), x.bitwise_xor(1)):
-        assert summary(others, Needs()).moments.source_sha256 != whole
+        assert summary(others, Requirements()).moments.source_sha256 != whole
     square = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    flat = summary(square.view(2, 3, 4, 16), Needs()).moments.source_sha256
-    assert summary(square, Needs()).moments.source_sha256 != flat
+    flat = summary(square.view(2, 3, 4, 16), Requirements()).moments.source_sha256
+    assert summary(square, Requirements()).moments.source_sha256 != flat
 
 
 def test_a_pass_that_goes_on_knows_all_its_images() -> None:
-    x, needs = images(20), Needs(8, spatial=True)
+    x, needs = images(20), Requirements(8, spatial=True)
     first = Collector(toy(), needs, 20)
     first.update(x[:12], range(12))
     second = Collector(toy(), needs, 20)
@@ -118,7 +122,7 @@ def test_every_figure_is_that_of_its_features() -> None:
 def test_a_set_and_itself_through_a_file(tmp_path: Path) -> None:
     made = summary(images(40), needs_of(ALL))
     made.save(tmp_path / "s.npz")
-    read = Summary.load(tmp_path / "s.npz", toy())
+    read = FeatureSummary.load(tmp_path / "s.npz", toy())
     assert torch.equal(read.features, made.features)
     for pair in ((made, read), (read, made), (read, read)):
         found = figures(ALL, *pair)
@@ -131,8 +135,8 @@ def test_a_set_and_itself_through_a_file(tmp_path: Path) -> None:
 
 
 def test_what_a_reference_lacks_is_said_before_a_pass(tmp_path: Path) -> None:
-    summary(images(9), Needs()).save(tmp_path / "s.npz")
-    bare = Summary.load(tmp_path / "s.npz", toy())
+    summary(images(9), Requirements()).save(tmp_path / "s.npz")
+    bare = FeatureSummary.load(tmp_path / "s.npz", toy())
     for name, message in (("pr", "'toy' hold no features"), ("sfid", "'toy' hold no spatial")):
         with pytest.raises(ValueError, match=message):
             require(bare, needs_of([name]))
@@ -159,15 +163,15 @@ def test_what_a_reference_lacks_is_said_before_a_pass(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, change: dict) -> None:
-    summary(images(9), Needs(5, spatial=True)).save(tmp_path / "s.npz")
+    summary(images(9), Requirements(5, spatial=True)).save(tmp_path / "s.npz")
     with np.load(tmp_path / "s.npz") as content:
         np.savez(tmp_path / "bad.npz", **{**content, **change})
     with pytest.raises(ValueError, match="make no sense|hold NaN|not with"):
-        Summary.load(tmp_path / "bad.npz", toy())
+        FeatureSummary.load(tmp_path / "bad.npz", toy())
     with pytest.raises(ValueError, match="made with detector toy .*not with other"):
-        Summary.load(tmp_path / "s.npz", toy("other"))
+        FeatureSummary.load(tmp_path / "s.npz", toy("other"))
     with pytest.raises(ValueError, match="compute both with one detector"):
-        Summary.load(tmp_path / "s.npz", toy(sha256="cd" * 32))
+        FeatureSummary.load(tmp_path / "s.npz", toy(sha256="cd" * 32))
 
 
 # --- the command line
@@ -245,7 +249,7 @@ def test_two_processes_give_the_figures_of_one(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     detector = load_detector("pixels", device="cpu")
-    one, two = (Summary.load(tmp_path / f"{i}.npz", detector) for i in (1, 2))
+    one, two = (FeatureSummary.load(tmp_path / f"{i}.npz", detector) for i in (1, 2))
     assert one.kept == 9 and torch.equal(one.features, two.features)
     assert np.abs(one.moments.cov - two.moments.cov).max() < 1e-10
 

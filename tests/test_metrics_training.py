@@ -22,7 +22,7 @@ from runtime.dist import World
 from tests.test_runtime_dist import torchrun
 from tools import train_detector
 from tools.train_detector import (
-    Plan,
+    DetectorRecipe,
     augment,
     first_model,
     fit,
@@ -31,7 +31,7 @@ from tools.train_detector import (
     main,
 )
 
-PLAN = Plan(epochs=3, batch=8, lr=0.05, momentum=0.9, weight_decay=5e-4, smoothing=0.1,
+PLAN = DetectorRecipe(epochs=3, batch=8, lr=0.05, momentum=0.9, weight_decay=5e-4, smoothing=0.1,
             warmup=0.2, seed=0, bf16=False, shift=2, cutout=0, init=None)  # fmt: skip
 FAST = replace(PLAN, lr=0.3)
 CPU = World(0, 1, torch.device("cpu"))
@@ -109,7 +109,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     saved = torch.load(tmp_path / "torn.state", weights_only=True)
     assert saved["epochs"] == PLAN.epochs
     assert [e.step for e in scalars(tmp_path / "torn.state.logs", "loss")] == [1, 2, 3]
-    other = Plan(**(vars(PLAN) | {"lr": 0.1}))
+    other = DetectorRecipe(**(vars(PLAN) | {"lr": 0.1}))
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
         fit(fresh(train), train, train, other, tmp_path / "torn.state", CPU)
 

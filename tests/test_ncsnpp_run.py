@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample
-import train
 from amed.settings import STUDENTS
+from commands import sample, train
 from runtime.record import RunRecord
 from samplers.options import SAMPLERS
 from tests.ncsnpp_problem import RANGE, checkpoint, settings, weights

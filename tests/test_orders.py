@@ -11,7 +11,7 @@ import os
 import pytest
 
 from tools import order_table
-from tools.order_table import CASES, GRIDS, INTERVALS, Case, Measured
+from tools.order_table import CASES, GRIDS, INTERVALS, Case, MeasuredOrder
 
 REWRITE = "REWRITE_ORDER_TABLE"  # set this variable to let the test write the table
 
@@ -21,7 +21,7 @@ def case_id(case: Case) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Measured]:
+def measured() -> dict[str, MeasuredOrder]:
     return {case_id(case): order_table.measure(case) for case in CASES}
 
 

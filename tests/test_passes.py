@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import fid
-from comparison import passes
-from comparison.passes import Stream, gathered
+from commands import fid
+from evaluation import passes
+from evaluation.passes import ImageStream, gathered
 from metrics.detectors import Detector, load_detector
 from metrics.statistics import DetectorId
-from metrics.summary import Needs, Summary
+from metrics.summary import FeatureSummary, Requirements
 from runtime import cli
 from runtime.dist import World
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = World(0, 1, torch.device("cpu"))
-NEEDS = Needs(20, spatial=True)
+NEEDS = Requirements(20, spatial=True)
 
 
 def images(count: int, seed: int = 0) -> Tensor:
@@ -50,7 +50,7 @@ class Source:
     def __init__(self, fatal: int = 99, name: str = "x") -> None:
         self.fatal, self.name, self.read = fatal, name, 0
 
-    def stream(self) -> Stream:
+    def stream(self) -> ImageStream:
         def batches(start: int, bar: Any) -> Iterator[Tensor]:
             for i, batch in enumerate(images(50)[start:].split(8), start // 8):
                 if i == self.fatal:
@@ -58,15 +58,17 @@ class Source:
                 self.read += len(batch)
                 yield batch
 
-        return Stream(self.name, 50, 8, {"images": self.name}, batches)
+        return ImageStream(self.name, 50, 8, {"images": self.name}, batches)
 
 
-def summary(source: Source, cache: Path, needs: Needs = NEEDS, seed: int = 0) -> Summary:
+def summary(
+    source: Source, cache: Path, needs: Requirements = NEEDS, seed: int = 0
+) -> FeatureSummary:
     with gathered(source.stream(), [toy(), toy()], needs, seed, HERE, cache) as (_, made):
         return made
 
 
-def same(one: Summary, two: Summary) -> bool:
+def same(one: FeatureSummary, two: FeatureSummary) -> bool:
     parts = [(s.moments.n, s.moments.mean, s.moments.cov, s.spatial.cov) for s in (one, two)]
     equal = all(np.array_equal(a, b) for a, b in zip(*parts, strict=True))
     return equal and torch.equal(one.features, two.features)
@@ -118,7 +120,7 @@ def test_another_pass_does_not_take_it_up(tmp_path: Path) -> None:
         summary(Source(3), tmp_path)
     for source, needs, seed in [
         (Source(name="y"), NEEDS, 0),
-        (Source(), Needs(19, True), 0),
+        (Source(), Requirements(19, True), 0),
         (Source(), NEEDS, 1),
     ]:
         assert summary(source, tmp_path, needs, seed).moments.n == 50 and source.read == 50
@@ -140,8 +142,8 @@ def test_a_short_pass_writes_nothing(tmp_path: Path) -> None:
 DYING = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import fid
-from comparison import passes
+from commands import fid
+from evaluation import passes
 from metrics.summary import Collector
 from runtime import cli
 
@@ -190,7 +192,7 @@ def test_one_process_two_processes_and_one_finish_a_pass_together(
     assert "going on after 32 of 50 images" in ref(capsys, *both)
     assert files(tmp_path / "b") == []
     detector = load_detector("pixels", device="cpu")
-    one, two = (Summary.load(tmp_path / f"{name}.npz", detector) for name in ("whole", "r"))
+    one, two = (FeatureSummary.load(tmp_path / f"{name}.npz", detector) for name in ("whole", "r"))
     assert two.moments.n == 50 and torch.equal(one.features, two.features)
     assert np.abs(one.moments.mean - two.moments.mean).max() < 1e-10
     assert np.abs(one.moments.cov - two.moments.cov).max() < 1e-10

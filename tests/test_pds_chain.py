@@ -47,14 +47,14 @@ def test_recorded_run(golden) -> None:
 
     class Told(MixtureDenoiser):
         def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-            told.append(float(sigma))
+            network_sigma.append(float(sigma))
             return super().__call__(x, sigma)
 
     def noise(name: tuple = ()) -> Tensor:
         sizes.append(len(name))
         return torch.from_numpy(random.randn(4, 3, 8, 8))
 
-    told: list[float] = []
+    network_sigma: list[float] = []
     levels, labels = ve_levels(20, 0.01, 50.0, eps=5e-4)
     assert gap(levels.flip(0), torch.from_numpy(file["discrete_sigmas_N20_f64"])) < 1e-10
     chain = Chain(levels, labels, operators, snr=0.16, n_steps=1, batch_coupled=True)
@@ -62,7 +62,7 @@ def test_recorded_run(golden) -> None:
     states = list(chain.visit(Meter(denoiser), 50 * noise(), noise))
     recorded = {key: torch.from_numpy(file[f"both|N20|f64|{key}"]) for key in
                 ("x", "x_mean", "predictor0_x", "predictor1_x")}  # fmt: skip
-    assert gap(torch.tensor(told), torch.from_numpy(file["both|N20|f64|labels"])) < 1e-5
+    assert gap(torch.tensor(network_sigma), torch.from_numpy(file["both|N20|f64|labels"])) < 1e-5
     assert gap(states[0], recorded["predictor0_x"]) < 1e-6
     assert gap(states[1], recorded["predictor1_x"]) < 1e-6
     assert gap(states[-1], recorded["x_mean"]) < 1e-6
@@ -72,12 +72,12 @@ def test_recorded_run(golden) -> None:
 
 
 def test_levels_are_geometric_and_the_network_is_told_a_hair_more() -> None:
-    levels, told = ve_levels(1000, 0.002, 80.0)
+    levels, network_sigma = ve_levels(1000, 0.002, 80.0)
     ratio = torch.tensor((0.002 / 80) ** (1 / 999), dtype=torch.float64)
     assert gap(levels[1:] / levels[:-1], ratio) < 1e-12
-    assert told[0] == 80 and 1 < told[-1] / levels[-1] < 1.001
+    assert network_sigma[0] == 80 and 1 < network_sigma[-1] / levels[-1] < 1.001
     assert torch.equal(*ve_levels(50, 0.01, 50.0, eps=0.0))
-    chain = Chain(levels, told)
+    chain = Chain(levels, network_sigma)
     assert [chain.start, *chain.times] == [*levels.tolist(), 0.0]
 
 
@@ -101,7 +101,7 @@ def test_the_chain_is_the_same_in_the_units_of_the_published_models() -> None:
 
 
 def test_the_last_state_is_the_denoised_one() -> None:
-    """Without preconditioning the last predictor lands on D (Tweedie), as told at the level."""
+    """Without preconditioning the last predictor lands on D (Tweedie), as given at the level."""
     levels, _ = ve_levels(4, 0.01, 50.0)
     meter = Meter(mixture())
     *_, before, last = Chain(levels, levels, n_steps=0).visit(meter, draw(3, *SHAPE), named())
@@ -123,7 +123,7 @@ def test_coupled_steps_do_depend_on_neighbours() -> None:
     chain = Chain(*ve_levels(10, 0.01, 50.0), batch_coupled=True)
     x = 50 * draw(3, *SHAPE)
     assert gap(run(chain, x)[-1][:1], run(chain, x[:1])[-1]) > 1e-3
-    single = Chain(chain.levels, chain.told)
+    single = Chain(chain.levels, chain.network_sigma)
     assert gap(run(chain, x[:1])[-1], run(single, x[:1])[-1]) < 1e-12  # alone they agree
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metrics.sources import image_batches
+from image_data.sources import image_batches
 from pds.__main__ import main
 from pds.masks import BUNDLED, fit, load_mask
 from pds.operators import mirrored

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-import sample
+from commands import sample
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource
@@ -16,7 +16,7 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.generate import generate
 from samplers.job import Setup, prepare
 from samplers.options import SamplerOptions

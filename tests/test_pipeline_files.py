@@ -15,11 +15,16 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import denoisers.pipelines
+import denoisers.families.diffusers.loading
 from denoisers.cards import Card
+from denoisers.families.diffusers.files import sha256_pipeline
+from denoisers.families.diffusers.loading import (
+    fetch_pipeline,
+    inspect_diffusers,
+    is_diffusers,
+    load_diffusers,
+)
 from denoisers.files import Files
-from denoisers.pipeline_files import sha256_pipeline
-from denoisers.pipelines import fetch_pipeline, inspect_diffusers, is_diffusers, load_diffusers
 from runtime.errors import UserError
 from tests import tiny_pipeline
 
@@ -263,9 +268,9 @@ def test_without_the_extra_its_name_is_said(folder: Path, monkeypatch) -> None:
 
 def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
     code = (
-        "import sys, denoisers.pipelines, samplers.in_diffusers\n"
+        "import sys, denoisers.families.diffusers.loading, samplers.in_diffusers\n"
         "print([m for m in ('diffusers', 'transformers', 'torchvision') if m in sys.modules])"
     )
-    root = Path(denoisers.pipelines.__file__).parent.parent
+    root = Path(denoisers.families.diffusers.loading.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

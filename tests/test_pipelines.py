@@ -12,9 +12,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from denoisers.cards import Card
+from denoisers.families.diffusers.loading import inspect_diffusers, load_diffusers
 from denoisers.files import Files
 from denoisers.noise_schedules import BETAS, DiscreteVP
-from denoisers.pipelines import inspect_diffusers, load_diffusers
 from solvers.driver import integrate
 from solvers.registry import make_solver
 from tests import tiny_pipeline

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from comparison.plots import against_nfe, budgets, series
+from comparison.report.plots import against_nfe, budgets, series
 
 
 def row(method: str, budget: int | None, fid: float, group: str = "classic") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from denoisers.text import read_prompts
+from image_data.prompts import read_prompts
 from runtime.errors import UserError
 
 CAPTIONS = ["A man, seated", 'a "red" apple', "zwei\nZeilen", "größe 🦉"]

@@ -18,11 +18,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-import compare
-import errors
-import sweep
-from comparison.page import command, write_page
-from comparison.report import columns, excess, ordered
+from commands import compare, sweep
+from commands import solver_error as errors
+from comparison.report.html import command, write_page
+from comparison.report.table import columns, excess, ordered
 from runtime.errors import UserError
 from runtime.images import save_png
 from runtime.record import RunRecord

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
-from restart.budget import INTERVALS, WALKS, Walk, candidates, parse_intervals, parse_walks
-from restart.plan import Jump, Solve, plan_nfe, run_plan
+from plans.plan import Jump, Solve, plan_nfe, run_plan
+from restart.candidates import INTERVALS, WALKS, Walk, candidates, parse_intervals, parse_walks
 from runtime.errors import UserError
 from solvers.driver import Meter
 

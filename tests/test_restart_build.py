@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from denoisers.analytic import GaussianDenoiser
+from plans.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.build import edm_plan, restart_plan
 from restart.intervals import (
     Interval,
@@ -16,7 +17,6 @@ from restart.intervals import (
     parse_restart_line,
     read_configurations,
 )
-from restart.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.tables import published_grid
 from runtime.errors import UserError
 from solvers.grids import get_grid

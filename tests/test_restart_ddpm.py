@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from denoisers.analytic import GaussianDenoiser
+from plans.plan import Jump, plan_nfe, run_plan
 from restart.build import ddpm_plan
-from restart.plan import Jump, plan_nfe, run_plan
 from restart.tables import published_grid
 from runtime.errors import UserError
 from solvers.driver import integrate

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from denoisers.analytic import GaussianDenoiser
+from plans.exact import exact_end
+from plans.plan import run_plan
 from restart.build import restart_plan
-from restart.exact import exact_end
 from restart.intervals import Interval
-from restart.plan import run_plan
 from restart.tables import published_grid
 from solvers.driver import Meter
 from solvers.grids import get_grid

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from denoisers.analytic import MixtureDenoiser
+from plans.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.build import edm_plan
-from restart.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.tables import configuration, published_grid
 
 

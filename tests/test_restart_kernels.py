@@ -17,9 +17,9 @@ from scipy import special, stats
 from torch import Tensor
 
 from denoisers.prior import unit_noise
+from plans.pfgmpp import spread
+from plans.plan import Jump, Solve, run_plan, with_kernel
 from restart.build import edm_plan
-from restart.kernels import spread
-from restart.plan import Jump, Solve, run_plan, with_kernel
 from restart.tables import published_grid
 from runtime.noise import SeedNoise
 from solvers.grids import get_grid

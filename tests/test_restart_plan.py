@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
+from plans.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.build import restart_plan
 from restart.intervals import Interval
-from restart.plan import Jump, Plan, Solve, plan_nfe, run_plan
 from restart.tables import published_grid
 from runtime.noise import SeedNoise
 from solvers.driver import Meter, State, advance, integrate

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from restart.budget import Candidate
-from restart.search import Trial, search, search_images, survivors
+from plan_search.halving import Trial, search, search_images, survivors
+from restart.candidates import Candidate
 from runtime.dist import World
 
 HERE = World(0, 1, torch.device("cpu"))

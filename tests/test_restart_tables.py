@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from restart.plan import Jump, plan_nfe
+from plans.plan import Jump, plan_nfe
 from restart.tables import configuration, configurations
 from runtime.errors import UserError
 

@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-import sample
 import samplers.job
 from amed.experiments import save_predictor
+from commands import sample
 from denoisers.cards import cards
 from denoisers.registry import ModelSource
 from runtime import cli
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import ClassModel, GaussianModel, make_card, trained

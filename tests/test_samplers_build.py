@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from denoisers.cards import cards
-from restart.budget import candidates
-from restart.plan import Jump, Solve
+from plans.plan import Jump, Solve
+from restart.candidates import candidates
 from restart.tables import configurations
 from runtime.errors import UserError
-from samplers.build import build
-from samplers.build_learned import build_learned
+from samplers.builders.classic import build
+from samplers.builders.learned import build_learned
 from samplers.options import CLASSIC, SAMPLERS, SamplerOptions
 from samplers.sampler import Sampler
 from solvers.dpmpp import DPMpp

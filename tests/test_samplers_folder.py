@@ -12,7 +12,7 @@ from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from samplers.folder import Folder, is_whole, seed_ranges
-from samplers.generate import Batch
+from samplers.generate import SampleBatch
 from solvers.types import Trajectory
 
 
@@ -23,11 +23,11 @@ def record(seeds: str = "0-3", **plan: object) -> RunRecord:
     )
 
 
-def batch(seeds: tuple[int, ...], times: int = 3) -> Batch:
+def batch(seeds: tuple[int, ...], times: int = 3) -> SampleBatch:
     generator = torch.Generator().manual_seed(seeds[0])
     x = torch.randn(times, len(seeds), 3, 4, 4, generator=generator)
     t = torch.linspace(2, 0, times)
-    return Batch(seeds, x[-1], 5, x[-1], Trajectory(t, x, 5))
+    return SampleBatch(seeds, x[-1], 5, x[-1], Trajectory(t, x, 5))
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -16,12 +16,12 @@ from torch import Tensor
 from denoisers.conditions import Conditions
 from denoisers.prior import start
 from denoisers.registry import Model, load_model
-from restart.plan import run_plan, with_kernel
+from plans.plan import run_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
-from samplers.build import build
-from samplers.build_learned import build_learned
-from samplers.generate import Batch, generate
+from samplers.builders.classic import build
+from samplers.builders.learned import build_learned
+from samplers.generate import SampleBatch, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 from tests.sampler_models import (
@@ -66,7 +66,7 @@ def samplers() -> dict[str, Sampler]:
 
 def images(
     chosen: Sampler, model: Model, batch: int, **options: object
-) -> tuple[Tensor, list[Batch]]:
+) -> tuple[Tensor, list[SampleBatch]]:
     settings: dict = {"dtype": torch.float64, "device": "cpu", **options}
     batches = list(generate(chosen, model, SEEDS, batch=batch, **settings))
     assert [seed for found in batches for seed in found.seeds] == SEEDS
@@ -246,7 +246,7 @@ WORLD = """
 import sys, torch
 from denoisers.registry import Model, load_model
 from runtime.dist import world
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 with world("cpu") as w:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import sample
 from amed.experiments import save_predictor
-from restart.plan import Jump, Solve
+from commands import sample
+from plans.plan import Jump, Solve
 from runtime.errors import UserError
-from samplers.build import build
-from samplers.build_learned import build_learned
+from samplers.builders.classic import build
+from samplers.builders.learned import build_learned
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler

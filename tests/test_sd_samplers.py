@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
+from denoisers.families.diffusers.loading import inspect_diffusers, load_diffusers
 from denoisers.files import Files
-from denoisers.pipelines import inspect_diffusers, load_diffusers
-from restart.plan import run_plan
-from samplers.build import build
+from plans.plan import run_plan
+from samplers.builders.classic import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler

@@ -20,7 +20,7 @@ from solvers.driver import (
 )
 from solvers.registry import make_solver
 from solvers.rules import FixedRatio
-from solvers.types import Denoised, Mid, Node, Solver
+from solvers.types import Denoised, InsertedNode, Node, Solver
 from tests.solver_problem import (
     BATCH,
     SHAPE,
@@ -53,11 +53,11 @@ class PerSample:
     dtype: torch.dtype = torch.float64
     only: int | None = None  #: the guide of this sample alone
 
-    def __call__(self, node: Node, t_next: Tensor) -> Mid:
+    def __call__(self, node: Node, t_next: Tensor) -> InsertedNode:
         ramp = torch.arange(BATCH, dtype=self.dtype).reshape(COLUMN)
         if self.only is not None:
             ramp = ramp[self.only : self.only + 1]
-        return Mid(0.3 + 0.15 * ramp, 1 + 0.01 * ramp, 1 - 0.02 * ramp)
+        return InsertedNode(0.3 + 0.15 * ramp, 1 + 0.01 * ramp, 1 - 0.02 * ramp)
 
 
 # --- evaluations ----------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Spy:
         self.seen.append((order, len(nodes)))
         return nodes[-1].x0 + t / nodes[-1].t * (nodes[-1].x - nodes[-1].x0)
 
-    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: Mid) -> Tensor:
+    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
         return self.predict(nodes, t, order)
 
 

@@ -14,7 +14,7 @@ from denoisers.analytic import MixtureDenoiser
 from solvers.driver import integrate
 from solvers.grids import get_grid
 from solvers.registry import make_solver
-from solvers.types import Denoised, Guide, Mid, Node, Solver, Trajectory
+from solvers.types import Denoised, Guide, InsertedNode, Node, Solver, Trajectory
 
 Problem = tuple[MixtureDenoiser, Tensor]  # and unit latents (4, 3, 8, 8)
 RHO = {"polynomial": 7.0, "time_uniform": 1.0}
@@ -58,13 +58,13 @@ def solver_of(name: str) -> Solver:
     return make_solver(base)
 
 
-def const(node: Node, t_next: Tensor) -> Mid:
-    return Mid(0.4, 1.005, 0.98)
+def const(node: Node, t_next: Tensor) -> InsertedNode:
+    return InsertedNode(0.4, 1.005, 0.98)
 
 
-def vary(node: Node, t_next: Tensor) -> Mid:
+def vary(node: Node, t_next: Tensor) -> InsertedNode:
     t, b = node.t, torch.arange(4, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    return Mid(
+    return InsertedNode(
         r=0.3 + 0.4 * t / (1 + t) + 0.01 * b,
         c=1 + 0.01 * torch.cos(t) + 0.001 * b,
         a=1 - 0.1 / (1 + t) + 0.005 * b,

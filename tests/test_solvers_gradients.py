@@ -8,15 +8,15 @@ from torch import Tensor
 
 from solvers.driver import Meter, State, advance
 from solvers.rules import FixedRatio
-from solvers.types import Mid, Node, Solver
+from solvers.types import InsertedNode, Node, Solver
 from tests.solver_problem import BATCH, WITH_GUIDE, mixture, start
 
 TS = torch.tensor([5.0, 3.0, 2.0, 1.2, 0.6], dtype=torch.float64)
 
 
 def interval(solver: Solver, state: State, i: int, r: Tensor, c: Tensor, a: Tensor) -> State:
-    def guide(node: Node, t_next: Tensor) -> Mid:
-        return Mid(r, c, a)
+    def guide(node: Node, t_next: Tensor) -> InsertedNode:
+        return InsertedNode(r, c, a)
 
     return advance(solver, Meter(mixture()), state, TS[i], TS[i + 1], guide)
 

@@ -13,7 +13,7 @@ from solvers.dpmpp import DPMpp, threshold
 from solvers.driver import Meter, State, advance, integrate
 from solvers.registry import make_solver
 from solvers.rules import ADAMS_BASHFORTH, AdamsBashforth, FixedRatio, ThreeStage, TwoStage
-from solvers.types import Denoised, Mid
+from solvers.types import Denoised, InsertedNode
 from tests.solver_problem import (
     MULTISTEP,
     SOLVERS,
@@ -159,7 +159,7 @@ def test_scales_of_the_direction_and_of_the_network_time():
     denoiser = mixture()
 
     def step(c: float, a: float) -> Tensor:
-        guide = lambda node, t_next: Mid(0.4, c, a)  # noqa: E731
+        guide = lambda node, t_next: InsertedNode(0.4, c, a)  # noqa: E731
         return advance(make_solver("amed"), Meter(denoiser), State(x), t, t_next, guide).x
 
     d = (x - denoiser(x, t).x0) / t
@@ -181,7 +181,7 @@ def test_c_scales_the_change_and_nothing_else(name):
         state = advance(solver, Meter(mixture()), state, ts[i], ts[i + 1], FixedRatio(0.4))
 
     def step(c: float) -> Tensor:
-        guide = lambda node, t_next: Mid(0.4, c, 1.0)  # noqa: E731
+        guide = lambda node, t_next: InsertedNode(0.4, c, 1.0)  # noqa: E731
         return advance(solver, Meter(mixture()), state, ts[2], ts[3], guide).x
 
     t_mid = ts[3] ** 0.4 * ts[2] ** 0.6

@@ -11,14 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import sample
-import sweep
-from comparison import choose, search
-from comparison.choose import SELECTION_START, Dopri5Error, Space
-from comparison.job import Job, make_record, run
-from comparison.measure import Harness
-from comparison.sweep import CHURN, churned, configurations_of, restart_rows, series
-from restart.plan import Jump, run_plan
+from commands import sample, sweep
+from comparison.job import ComparisonJob, make_record, run
+from comparison.series import CHURN, churned, configurations_of, restart_rows, series
+from evaluation.harness import Harness
+from plan_search import job as search
+from plan_search import objectives as choose
+from plan_search.objectives import SELECTION_START, Dopri5Error, Space
+from plans.plan import Jump, run_plan
 from restart.tables import configurations
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
@@ -94,7 +94,7 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     rows += restart_rows(twins, PLAIN, CARD)
     assert len({row.key for row in rows}) == 5  # two plans of one NFE keep two files
     record = make_record("sweep figure", {"num": 12}, harness, {})
-    job = Job(harness, {}, rows, [], [], tmp_path, record)
+    job = ComparisonJob(harness, {}, rows, [], [], tmp_path, record)
     original = Harness.fid
     made: list[str] = []
     most = 3

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amed.settings import StudentSettings
 from denoisers.analytic import GaussianDenoiser
-from restart.plan import plan_nfe
+from plans.plan import plan_nfe
 from solvers.driver import Meter, integrate
 from solvers.registry import make_solver
 from solvers.types import Denoiser

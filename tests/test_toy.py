@@ -21,13 +21,13 @@ import toy.experiment
 import toy.network
 from benchmarks import toy as script
 from denoisers.analytic import GaussianDenoiser
-from denoisers.precond import build
-from restart.plan import Jump
+from denoisers.families.precond import build
+from plans.plan import Jump
 from runtime.errors import UserError
 from runtime.record import RunRecord
 from solvers.types import Denoised
 from toy.data import Mixture, point_denoiser
-from toy.errors import Cloud, Errors, Process, wasserstein1
+from toy.distances import Cloud, PathErrors, Process, wasserstein1
 from toy.experiment import Point, Results, Settings, run
 from toy.network import recipe, trained
 from toy.processes import FAMILIES, Levels, candidates
@@ -208,7 +208,7 @@ def test_errors_are_named_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Cloud, "ends", lambda *_: ends)
     process = Process(LEVELS.head(4), LEVELS.ode(1))
     found = cloud.errors(process, GaussianDenoiser(0.0, 1.0))
-    assert found == Errors(total=3.0, contracted=2.0, additional=1.0)
+    assert found == PathErrors(total=3.0, contracted=2.0, additional=1.0)
 
 
 # The network

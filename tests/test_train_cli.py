@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 
 import amed.experiments
-import train
 from amed.experiments import create_run, list_runs, load_predictor, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
+from commands import train
 from denoisers.cards import cards
 from runtime import cli
 from runtime.log import read_json_lines

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from denoisers import training_report
 from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource
-from denoisers.training import Recipe, Trainer
-from denoisers.training_data import Images, Stream
-from denoisers.training_report import Reporter, loss_curve, sample_grid
-from metrics.sources import ImageSource
+from denoisers.training import report as training_report
+from denoisers.training.batches import Images, TrainingBatches
+from denoisers.training.report import Reporter, loss_curve, sample_grid
+from denoisers.training.trainer import Recipe, Trainer
+from image_data.sources import ImageSource
 from runtime import cli
 from runtime.dist import World
 from runtime.log import JsonLines, read_json_lines
@@ -194,7 +194,7 @@ def test_a_published_pickle_can_be_continued(tmp_path) -> None:
 
 def test_an_image_is_known_by_its_number_alone(files) -> None:
     images = Images(files / "train.zip", 3, 8, 4)
-    stream = Stream(images, 3)
+    stream = TrainingBatches(images, 3)
     numbers = [27, 3, 41]
     batch = stream[numbers]
     with ImageSource(files / "train.zip") as source:
@@ -205,7 +205,7 @@ def test_an_image_is_known_by_its_number_alone(files) -> None:
             assert torch.equal(alone[0], torch.from_numpy(source.read(index).copy()))
             assert int(alone[1]) == index % 4
     assert batch.chance.unique().numel() > 600  # 3 x (192 + 14), hardly any of them equal
-    assert not torch.equal(Stream(images, 4)[numbers].chance, batch.chance)
+    assert not torch.equal(TrainingBatches(images, 4)[numbers].chance, batch.chance)
 
 
 # Continued runs

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import amed.job
 import amed.trainer
-import train
 from amed.experiments import load_predictor
 from amed.job import prepare
 from amed.settings import StudentSettings
 from amed.trainer import Data, Loop
+from commands import train
 from denoisers.conditions import Conditions
 from runtime import cli
 from runtime.dist import World

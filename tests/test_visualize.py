@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import samplers.visualize
-import visualize
+import samplers.side_by_side
 from amed.experiments import save_predictor
+from commands import visualize
 from denoisers.cards import cards
 from denoisers.registry import ModelSource
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
-from samplers.build import build
+from samplers.builders.classic import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import GaussianModel, trained
@@ -51,9 +51,9 @@ def test_the_picture_shows_the_images_that_sample_would_make(
     run: Script, tmp_path: Path, model: GaussianModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: dict = {}
-    real = samplers.visualize.image_grid
+    real = samplers.side_by_side.image_grid
     monkeypatch.setattr(
-        samplers.visualize, "image_grid", lambda *a, **k: said.update(k) or real(*a, **k)
+        samplers.side_by_side, "image_grid", lambda *a, **k: said.update(k) or real(*a, **k)
     )
     code, out, err = run(*ROWS, "--seeds=5,2,9", "--columns=2", "--guidance_rate=4", "--outdir=x")
     assert code == 0, err

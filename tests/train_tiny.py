@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import amed.job
-import train
+from commands import train
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource

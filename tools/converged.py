@@ -8,17 +8,16 @@ tolerance.  A killed run goes on where it stopped.
 
 Examples:
 
-    python tools/converged.py --dest mine-converged.npz --dataset_name mine --model_path FILE
+    python -m tools.converged --dest mine-converged.npz --dataset_name mine --model_path FILE
     python compare.py --dataset_name mine --model_path FILE --ref mine.npz \\
         --ref_model mine-converged.npz
-    python tools/converged.py --seeds 0-9999 --outdir samples/converged
-    torchrun --standalone --nproc_per_node=2 tools/converged.py --dest mine-converged.npz
+    python -m tools.converged --seeds 0-9999 --outdir samples/converged
+    torchrun --standalone --nproc_per_node=2 -m tools.converged --dest mine-converged.npz
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,29 +28,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from comparison.converged import COMMAND, Converged  # noqa: E402
-from comparison.images import open_detector  # noqa: E402
-from comparison.passes import Stream, gathered  # noqa: E402
-from denoisers.conditions import Conditions  # noqa: E402
-from denoisers.prior import start  # noqa: E402
-from denoisers.registry import DTYPES, Model, ModelSource  # noqa: E402
-from metrics.detectors import DETECTORS, Detector  # noqa: E402
-from metrics.summary import Needs  # noqa: E402
-from runtime import cli  # noqa: E402
-from runtime.dist import World, world  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
-from runtime.files import cache_folder  # noqa: E402
-from runtime.images import to_uint8  # noqa: E402
-from runtime.log import progress  # noqa: E402
-from runtime.noise import SeedNoise  # noqa: E402
-from runtime.record import RunRecord  # noqa: E402
-from runtime.seeds import CONVERGED_START, parse_seeds  # noqa: E402
-from samplers.folder import FREE, Folder  # noqa: E402
-from samplers.generate import Batch  # noqa: E402
-from solvers.driver import Meter  # noqa: E402
-from solvers.oracle import dopri5  # noqa: E402
+from denoisers.conditions import Conditions
+from denoisers.prior import start
+from denoisers.registry import DTYPES, Model, ModelSource
+from evaluation.converged import COMMAND, Converged
+from evaluation.images import open_detector
+from evaluation.passes import ImageStream, gathered
+from metrics.detectors import DETECTORS, Detector
+from metrics.summary import Requirements
+from runtime import cli
+from runtime.dist import World, world
+from runtime.errors import UserError
+from runtime.files import cache_folder
+from runtime.images import to_uint8
+from runtime.log import progress
+from runtime.noise import SeedNoise
+from runtime.record import RunRecord
+from runtime.seeds import CONVERGED_START, parse_seeds
+from samplers.folder import FREE, Folder
+from samplers.generate import SampleBatch
+from solvers.driver import Meter
+from solvers.oracle import dopri5
 
 #: Options that the rest of a record names, or the statistics.
 NAMED = ("dataset_name", "detector", "detector_path")
@@ -61,7 +58,7 @@ SEEDS = f"{CONVERGED_START}-{CONVERGED_START + 9999}"
 @torch.inference_mode()
 def converged(
     model: Model, seeds: tuple[int, ...], tol: float, dtype: torch.dtype, device: torch.device
-) -> Batch:
+) -> SampleBatch:
     """The ODE's images of ``seeds``, from sigma_max to sigma_min, and one Euler step to 0."""
     card, noise = model.card, SeedNoise(seeds)
     meter = Meter(Conditions().bind(model, noise, device))
@@ -69,7 +66,7 @@ def converged(
     x = start(card, noise, card.sigma_max, dtype, device)
     x = dopri5(meter, x, ts, rtol=tol, atol=tol).x[-1]
     x = meter(x, ts[-1]).x0
-    return Batch(seeds, x, meter.nfe, model.decode(x), None)
+    return SampleBatch(seeds, x, meter.nfe, model.decode(x), None)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Work:
     #: Evaluations of all images so far, and how many images.
     spent: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
-    def batches(self, seeds: Sequence[int]) -> Iterator[Batch]:
+    def batches(self, seeds: Sequence[int]) -> Iterator[SampleBatch]:
         """This process's part of ``seeds``."""
         mine = self.here.shard(seeds)
         for i in range(0, len(mine), self.share):
@@ -130,9 +127,9 @@ def reference(
     identity = {"model": record.model, "plan": record.plan, "seeds": record.options["seeds"],
                 "dtype": record.options["dtype"], "outdir": str(outdir)}  # fmt: skip
     name = f"{work.model.card.name}, converged"
-    stream = Stream(name, len(seeds), work.share, identity, batches)
+    stream = ImageStream(name, len(seeds), work.share, identity, batches)
     cache = cache_folder(record.options["cache_dir"])
-    with gathered(stream, [detector], Needs(), 0, here, cache) as summaries:
+    with gathered(stream, [detector], Requirements(), 0, here, cache) as summaries:
         nfe = work.nfe()
         if here.is_main:
             plan = {**record.plan, "nfe_metered": nfe or None}

@@ -5,22 +5,19 @@ What it does to predictors is here, the rest is :mod:`denoisers.convert`.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from amed.experiments import load_predictor, save_predictor  # noqa: E402
-from denoisers.convert import check_target, convert, report  # noqa: E402
-from denoisers.snapshots import is_predictor, read  # noqa: E402
-from runtime import cli  # noqa: E402
+from amed.experiments import load_predictor, save_predictor
+from checkpoints.snapshots import is_predictor, read
+from denoisers.convert import check_target, convert, report
+from runtime import cli
 
 EXAMPLES = """\b
 Examples:
-  python tools/convert.py edm-ffhq-64x64-uncond-vp.pkl ffhq.safetensors --name ffhq
-  python tools/convert.py network-snapshot-000010.pkl exps/00001-theirs/predictor.safetensors
+  python -m tools.convert edm-ffhq-64x64-uncond-vp.pkl ffhq.safetensors --name ffhq
+  python -m tools.convert network-snapshot-000010.pkl exps/00001-theirs/predictor.safetensors
 """
 
 

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,24 +22,23 @@ import click
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from runtime import cli  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
-from runtime.images import Pixels  # noqa: E402
-from runtime.log import TextLog, progress  # noqa: E402
-from tools import image_arrays, image_files  # noqa: E402
-from tools.image_files import EXTENSIONS, TABLE, Broken, Source, damage_of  # noqa: E402
+from image_data import arrays as image_arrays
+from image_data import files as image_files
+from image_data.files import EXTENSIONS, TABLE, Broken, Source, damage_of
+from runtime import cli
+from runtime.errors import UserError
+from runtime.images import Pixels
+from runtime.log import TextLog, progress
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  #: of every file in the zip, so that equal images give equal bytes
 EXAMPLES = """\b
 Examples:
-  python tools/dataset_tool.py --source cifar-10-python.tar.gz --dest data/cifar10-32x32-train.zip
-  python tools/dataset_tool.py --source cifar-10-python.tar.gz --split test \\
+  python -m tools.dataset_tool --source cifar-10-python.tar.gz --dest data/cifar10-32x32-train.zip
+  python -m tools.dataset_tool --source cifar-10-python.tar.gz --split test \\
       --dest data/cifar10-32x32-test.zip
-  python tools/dataset_tool.py --source imagenet/train --dest data/imagenet-64x64.zip \\
+  python -m tools.dataset_tool --source imagenet/train --dest data/imagenet-64x64.zip \\
       --resolution 64 --transform center-crop
-  python tools/dataset_tool.py --source train-images-idx3-ubyte.gz --dest data/mnist-32x32.zip \\
+  python -m tools.dataset_tool --source train-images-idx3-ubyte.gz --dest data/mnist-32x32.zip \\
       --resolution 32
 """
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from hashlib import sha256
 from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from denoisers.text import COLUMN, read_prompts  # noqa: E402
-from runtime import cli  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
-from runtime.files import atomic_write  # noqa: E402
+from image_data.prompts import COLUMN, read_prompts
+from runtime import cli
+from runtime.errors import UserError
+from runtime.files import atomic_write
 
 EXAMPLES = """\b
 Example:
-  python tools/draw_prompts.py data/MS-COCO_val2014_30k_captions.csv data/coco-5k.csv
+  python -m tools.draw_prompts data/MS-COCO_val2014_30k_captions.csv data/coco-5k.csv
 """
 
 

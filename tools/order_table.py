@@ -5,14 +5,13 @@ closed form ``x(t) = mean + sqrt((v + t^2) / (v + T^2)) (x(T) - mean)``.  The or
 ``log2(error(N) / error(2 N))`` at the last doubling of the number of intervals, in float64, with
 the largest absolute error over the pixels.
 
-    python tools/order_table.py            print the table
-    python tools/order_table.py --write    put it into the file that holds it
+    python -m tools.order_table            print the table
+    python -m tools.order_table --write    put it into the file that holds it
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +20,15 @@ import click
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs as a script from any folder
+from denoisers.analytic import GaussianDenoiser
+from runtime.files import atomic_write
+from solvers.driver import Meter, State, advance
+from solvers.grids import get_grid
+from solvers.registry import make_solver
+from solvers.rules import FixedRatio
+from solvers.types import Guide
 
-from denoisers.analytic import GaussianDenoiser  # noqa: E402
-from runtime.files import atomic_write  # noqa: E402
-from solvers.driver import Meter, State, advance  # noqa: E402
-from solvers.grids import get_grid  # noqa: E402
-from solvers.registry import make_solver  # noqa: E402
-from solvers.rules import FixedRatio  # noqa: E402
-from solvers.types import Guide  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 #: The file that holds the table, between the two markers.
 TARGET = ROOT / "README.md"
@@ -61,7 +59,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredOrder:
     """What a walk of many steps shows."""
 
     order: float
@@ -145,13 +143,13 @@ def walk(case: Case, intervals: int) -> tuple[float, float, int]:
     return error, (meter.nfe - spent) / (intervals - known), len(state.history)
 
 
-def measure(case: Case, intervals: int = INTERVALS) -> Measured:
+def measure(case: Case, intervals: int = INTERVALS) -> MeasuredOrder:
     coarse, _, _ = walk(case, intervals)
     fine, nfe, history = walk(case, 2 * intervals)
-    return Measured(math.log2(coarse / fine), nfe, history)
+    return MeasuredOrder(math.log2(coarse / fine), nfe, history)
 
 
-def table(measured: list[Measured]) -> str:
+def table(measured: list[MeasuredOrder]) -> str:
     """The Markdown table, one row per case, orders rounded to one decimal."""
     lines = [
         "| solver | order | NFE per step | history | grid | source (arXiv) |",

@@ -2,20 +2,17 @@
 
 Example:
 
-    python tools/report.py samples/compare
+    python -m tools.report samples/compare
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from comparison.page import write_page  # noqa: E402
-from runtime import cli  # noqa: E402
+from comparison.report.html import write_page
+from runtime import cli
 
 
 @click.command()

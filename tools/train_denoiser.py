@@ -6,17 +6,16 @@ Progress, TensorBoard with sample grids, and a state that a killed run continues
 
 Examples:
 
-    python tools/train_denoiser.py --data cifar10-32x32-train.zip --valid cifar10-32x32-test.zip \\
+    python -m tools.train_denoiser --data cifar10-32x32-train.zip --valid cifar10-32x32-test.zip \\
         --outdir exps/denoiser --like cifar10-small --kimg 1000 --batch 64 --dtype bfloat16
 
-    torchrun --standalone --nproc_per_node=8 tools/train_denoiser.py --data ffhq-64x64.zip \\
+    torchrun --standalone --nproc_per_node=8 -m tools.train_denoiser --data ffhq-64x64.zip \\
         --outdir exps/ffhq --config ffhq.json --kimg 200000 --dtype bfloat16 --compile
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import MISSING, fields
@@ -27,21 +26,19 @@ import click
 import torch
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from denoisers.augment import LABELS  # noqa: E402
-from denoisers.cards import cards  # noqa: E402
-from denoisers.edm import EDMPrecond, build, read_checkpoint  # noqa: E402
-from denoisers.training import Recipe, Trainer  # noqa: E402
-from denoisers.training_data import Images, Stream, shares  # noqa: E402
-from denoisers.training_report import STATE, Reporter  # noqa: E402
-from denoisers.weights import fill, read_safetensors  # noqa: E402
-from runtime import cli  # noqa: E402
-from runtime.dist import world  # noqa: E402
-from runtime.errors import UserError  # noqa: E402
-from runtime.files import sha256_file  # noqa: E402
-from runtime.log import progress  # noqa: E402
-from runtime.record import RunRecord  # noqa: E402
+from checkpoints.weights import fill, read_safetensors
+from denoisers.cards import cards
+from denoisers.families.edm import EDMPrecond, build, read_checkpoint
+from denoisers.training.augment import LABELS
+from denoisers.training.batches import Images, TrainingBatches, shares
+from denoisers.training.report import STATE, Reporter
+from denoisers.training.trainer import Recipe, Trainer
+from runtime import cli
+from runtime.dist import world
+from runtime.errors import UserError
+from runtime.files import sha256_file
+from runtime.log import progress
+from runtime.record import RunRecord
 
 HELD_OUT = 1024  #: images of --valid that the loss is measured on
 
@@ -106,7 +103,9 @@ def settings_like(name: str) -> tuple[dict[str, Any], str | None]:
     return dict(known[name].config), known[name].bottleneck
 
 
-def fit(trainer: Trainer, stream: Stream, reporter: Reporter, workers: int, tick: int) -> None:
+def fit(
+    trainer: Trainer, stream: TrainingBatches, reporter: Reporter, workers: int, tick: int
+) -> None:
     """Train to the end of the recipe."""
     batch, world = trainer.recipe.batch, trainer.world
     goal = round(1e3 * trainer.recipe.kimg)
@@ -200,7 +199,7 @@ def main(
         }
         record = RunRecord.make("train_denoiser", options, {"init": about["init"]}, {})
         with closing(Reporter(outdir, trainer, about, held_out, record)) as reporter:
-            fit(trainer, Stream(images, recipe.seed), reporter, workers, tick)
+            fit(trainer, TrainingBatches(images, recipe.seed), reporter, workers, tick)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ then sees the share, which is all that differs from a single process.
 
 Example:
 
-    python tools/train_detector.py --data cifar10-32x32-train.zip --test cifar10-32x32-test.zip \\
+    python -m tools.train_detector --data cifar10-32x32-train.zip --test cifar10-32x32-test.zip \\
         --dest metrics/bundled/cifar10-small-detector.safetensors --channels 64 192 256 --epochs 18
 """
 
@@ -26,20 +26,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn  # noqa: E402
-from metrics.sources import ImageSource  # noqa: E402
-from runtime import cli, files  # noqa: E402
-from runtime.dist import World, world  # noqa: E402
-from runtime.images import image_grid  # noqa: E402
-from runtime.log import tensorboard  # noqa: E402
+from image_data.sources import ImageSource
+from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
+from runtime import cli, files
+from runtime.dist import World, world
+from runtime.images import image_grid
+from runtime.log import tensorboard
 
 _SHOWN = 64  #: images in TensorBoard's grid
 
 
 @dataclass(frozen=True)
-class Plan:
+class DetectorRecipe:
     """What a training run depends on; a saved state continues only under an equal plan."""
 
     epochs: int
@@ -68,7 +66,7 @@ def load_labelled(path: Path) -> tuple[Tensor, Tensor]:
         return images, torch.from_numpy(source.labels())
 
 
-def augment(images: Tensor, plan: Plan, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, plan: DetectorRecipe, generator: torch.Generator) -> Tensor:
     """Random mirror images and shifts (reflected at the border), with a grey square in each.
 
     The square has ``cutout`` pixels a side (DeVries and Taylor 2017, arXiv:1708.04552) and lies
@@ -90,14 +88,14 @@ def augment(images: Tensor, plan: Plan, generator: torch.Generator) -> Tensor:
     return images
 
 
-def learning_rate(plan: Plan, progress: float) -> float:
+def learning_rate(plan: DetectorRecipe, progress: float) -> float:
     """Linear rise over the first ``warmup`` of the run, then a half cosine down to zero."""
     if progress < plan.warmup:
         return plan.lr * progress / plan.warmup
     return plan.lr * 0.5 * (1 + math.cos(math.pi * (progress - plan.warmup) / (1 - plan.warmup)))
 
 
-def make_optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, plan: DetectorRecipe) -> torch.optim.Optimizer:
     """SGD; norms and biases are not decayed."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -124,7 +122,7 @@ def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     data: tuple[Tensor, Tensor],
-    plan: Plan,
+    plan: DetectorRecipe,
     epoch: int,
     here: World,
 ) -> tuple[float, Tensor]:
@@ -166,7 +164,9 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor], here: World) -> floa
     return int(here.sum_(hits)) / len(data[0])
 
 
-def resume(state: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def resume(
+    state: Path, plan: DetectorRecipe, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """Load a saved state, if there is one; returns the number of finished epochs."""
     if not state.is_file():
         return 0
@@ -182,7 +182,11 @@ def resume(state: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def save(
-    state: Path, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, epochs: int
+    state: Path,
+    plan: DetectorRecipe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
 ) -> None:
     """All that ``resume`` needs."""
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -191,9 +195,14 @@ def save(
 
 
 def fit(
-    model: SmallCNN, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], plan: Plan,
-    state: Path, here: World, compiled: bool = False,
-) -> None:  # fmt: skip
+    model: SmallCNN,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    plan: DetectorRecipe,
+    state: Path,
+    here: World,
+    compiled: bool = False,
+) -> None:
     """Train to the end of the plan, saving the state after each epoch, its figures beside it."""
     optimizer = make_optimizer(model, plan)
     first = resume(state, plan, model, optimizer)
@@ -262,7 +271,7 @@ def main(
     """Train the CIFAR-10 feature detector and write it with its record."""
     if threads:
         torch.set_num_threads(threads)
-    plan = Plan(**settings, init=init and files.sha256_file(init))  # type: ignore[arg-type]
+    plan = DetectorRecipe(**settings, init=init and files.sha256_file(init))  # type: ignore[arg-type]
     with world(device) as here:
         train_set, test_set = load_labelled(data), load_labelled(test)
         model, before = first_model(init, channels, plan.seed, train_set)

@@ -16,9 +16,9 @@ from runtime.log import progress
 from runtime.record import RunRecord
 from solvers.types import Denoiser
 from toy.data import Mixture, point_denoiser
-from toy.errors import Cloud, Errors, wasserstein1
+from toy.distances import Cloud, PathErrors, wasserstein1
 from toy.network import STATE, recipe, trained
-from toy.processes import FAMILIES, Candidate, Levels, candidates
+from toy.processes import FAMILIES, Levels, SamplerSettings, candidates
 
 LEAST_BLOCKS = 2  #: below this there is no deviation to report
 
@@ -92,7 +92,7 @@ class Bench:
         }
         self._clouds: dict[int, Cloud] = {}
 
-    def measure(self, candidate: Candidate, block: int) -> Point:
+    def measure(self, candidate: SamplerSettings, block: int) -> Point:
         """The three errors of ``candidate``, read where the same point was measured before."""
         nfe = candidate.process.nfe
         name = re.sub(r"[^\w.]+", "-", f"{block} {nfe} {candidate.label}")
@@ -101,7 +101,7 @@ class Bench:
         if found is not None and found["identity"] == self.identity:
             return Point(**found["point"])
         with torch.inference_mode():
-            errors: Errors = self._cloud(block).errors(candidate.process, self.denoiser)
+            errors: PathErrors = self._cloud(block).errors(candidate.process, self.denoiser)
         point = Point(candidate.family, candidate.label, nfe, block, *errors)
         write_json(file, {"identity": self.identity, "point": asdict(point)})
         return point
@@ -133,7 +133,7 @@ def run(settings: Settings, folder: Path) -> Results:
     total = len(everyone) * settings.choosing + len(by_budget) * len(FAMILIES) * len(blocks)
     with progress(total, "measuring", "pt") as bar:
 
-        def measured(wanted: Iterable[tuple[Candidate, int]]) -> list[Point]:
+        def measured(wanted: Iterable[tuple[SamplerSettings, int]]) -> list[Point]:
             points = []
             for candidate, block in wanted:
                 points.append(bench.measure(candidate, block))
@@ -146,17 +146,19 @@ def run(settings: Settings, folder: Path) -> Results:
     return Results(swept, chosen, [bench.floor(block) for block in blocks], record)
 
 
-def plans(settings: Settings) -> dict[int, list[Candidate]]:
+def plans(settings: Settings) -> dict[int, list[SamplerSettings]]:
     """The candidates of every budget.  Raises UserError for a budget that cannot be matched."""
     return {budget: candidates(settings.levels, budget) for budget in settings.budgets}
 
 
-def outline(by_budget: dict[int, list[Candidate]]) -> dict[str, list[str]]:
+def outline(by_budget: dict[int, list[SamplerSettings]]) -> dict[str, list[str]]:
     """The candidates of each budget in words."""
     return {f"{budget} NFE": [c.label for c in group] for budget, group in by_budget.items()}
 
 
-def _best(by_budget: dict[int, list[Candidate]], swept: list[Point]) -> Iterator[Candidate]:
+def _best(
+    by_budget: dict[int, list[SamplerSettings]], swept: list[Point]
+) -> Iterator[SamplerSettings]:
     """Of each budget and family the candidate with the lowest mean total error."""
     totals: dict[tuple[int, str], float] = defaultdict(float)
     for point in swept:

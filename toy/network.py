@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from denoisers.edm import EDMPrecond, build
-from denoisers.training import Recipe, Trainer
-from denoisers.training_data import PARTS, Batch
+from denoisers.families.edm import EDMPrecond, build
+from denoisers.training.batches import PARTS, TrainingBatch
+from denoisers.training.trainer import Recipe, Trainer
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import progress
@@ -93,7 +93,7 @@ def trained(folder: Path, points: Tensor, width: int, plan: Recipe) -> VectorDen
     return VectorDenoiser(trainer.ema.eval())
 
 
-def batch(points: Tensor, plan: Recipe, seen: int) -> Batch:
+def batch(points: Tensor, plan: Recipe, seen: int) -> TrainingBatch:
     """The points of the step after ``seen`` points, no two the same, and their chance.
 
     The trainer takes pixels from 0 to 255 for -1 to 1; points are scaled the same, unrounded.
@@ -101,7 +101,7 @@ def batch(points: Tensor, plan: Recipe, seen: int) -> Batch:
     noise = SeedNoise([seen])
     order = noise.normal(("order", plan.seed), (len(points),))[0].argsort(stable=True)
     size = sum(PARTS) + points.shape[1]
-    return Batch(
+    return TrainingBatch(
         (points[order[: plan.batch]] + 1) * 127.5,
         torch.zeros(plan.batch, dtype=torch.int64),
         noise.normal(("train", plan.seed), (plan.batch, size))[0],

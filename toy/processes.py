@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plans.plan import Plan, Solve, plan_nfe
 from restart.build import edm_plan, restart_plan
 from restart.intervals import Interval
-from restart.plan import Plan, Solve, plan_nfe
 from runtime.errors import UserError
 from solvers.grids import get_grid
 from solvers.registry import make_solver
-from toy.errors import RHO, Process
+from toy.distances import RHO, Process
 
 FAMILIES = ("ode", "sde", "restart", "sde-wide")  #: the last one is not part of the statement
 HEADS = (4, 8, 12, 24, 36)  #: first-order steps above t_max; the ODE may take any, others two
@@ -81,7 +81,7 @@ class Levels:
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class SamplerSettings:
     """A process of a family, with a label that says its settings."""
 
     family: str
@@ -89,18 +89,18 @@ class Candidate:
     process: Process
 
 
-def candidates(levels: Levels, budget: int) -> list[Candidate]:
+def candidates(levels: Levels, budget: int) -> list[SamplerSettings]:
     """Every process here that spends ``budget`` evaluations, in a fixed order.
 
     Raises UserError where a family has none.
     """
-    found: list[Candidate] = []
+    found: list[SamplerSettings] = []
     for steps in HEADS:
         head = levels.head(steps)
         for family, settings, body in _bodies(levels, budget - head.nfe()):
             if steps in HEADS[:2] or family == "ode":
                 label = f"{family} {steps} | {settings}"
-                found.append(Candidate(family, label, Process(head, body)))
+                found.append(SamplerSettings(family, label, Process(head, body)))
     for family in FAMILIES:
         if not any(c.family == family for c in found):
             raise UserError(

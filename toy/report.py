@@ -36,7 +36,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Row:
+class ToyRow:
     """A candidate over its blocks."""
 
     family: str
@@ -59,14 +59,14 @@ class Claim:
         return self.margin.value > 0
 
 
-def rows(points: Sequence[Point]) -> list[Row]:
+def rows(points: Sequence[Point]) -> list[ToyRow]:
     """The mean of each candidate over its blocks, by budget and family."""
     kept: dict[tuple[int, int, str], list[Point]] = {}
     for point in points:
         place = FAMILIES.index(point.family)
         kept.setdefault((point.nfe, place, point.label), []).append(point)
     return [
-        Row(
+        ToyRow(
             FAMILIES[place],
             label,
             nfe,

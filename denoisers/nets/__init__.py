@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .dhariwal import DhariwalUNet
-from .mlp import MLP
-from .song import SongUNet
+from denoisers.nets.dhariwal import DhariwalUNet
+from denoisers.nets.mlp import MLP
+from denoisers.nets.song import SongUNet
 
 Network = SongUNet | DhariwalUNet | MLP
 NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet] | type[MLP]] = {

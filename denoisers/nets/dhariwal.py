@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock, channel_mean, one_of
+from denoisers.nets.layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    channel_mean,
+    one_of,
+)
 
 
 class DhariwalUNet(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import fused_norm
+from denoisers.nets.fused import fused_norm
 
 
 class Linear(nn.Module):

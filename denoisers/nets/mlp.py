@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Linear, PositionalEmbedding, channel_mean, one_of
+from denoisers.nets.layers import Linear, PositionalEmbedding, channel_mean, one_of
 
 
 class MLP(nn.Module):

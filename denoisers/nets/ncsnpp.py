@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from denoisers.nets.layers import Conv2d, UNetBlock
+from denoisers.nets.song import SongUNet
 from runtime.errors import UserError
-
-from .layers import Conv2d, UNetBlock
-from .song import SongUNet
 
 ATTENTION = 16  #: pixels along a side where every published network has it
 #: Settings that tensors do not show; a file may come with others.

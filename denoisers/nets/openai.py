@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import UserError
-
-from .layers import channel_mean, one_of
-from .openai_blocks import (
+from denoisers.nets.layers import channel_mean, one_of
+from denoisers.nets.openai_blocks import (
     ATTENTIONS,
     AttentionBlock,
     AttentionPool,
     Block,
     Downsample,
-    GroupNorm,
+    Float32GroupNorm,
     ResBlock,
     Upsample,
 )
+from runtime.errors import UserError
 
 
 class Encoder(nn.Module):
@@ -167,7 +166,7 @@ class UNet(Encoder):
                     block.append(up)
                 self.output_blocks.append(block)
         self.out = nn.Sequential(
-            GroupNorm(width), nn.SiLU(), nn.Conv2d(width, self.out_channels, 3, padding=1)
+            Float32GroupNorm(width), nn.SiLU(), nn.Conv2d(width, self.out_channels, 3, padding=1)
         )
 
     def forward(
@@ -194,7 +193,7 @@ class Classifier(Encoder):
         factor, width = self.levels[-1]
         side = self.image_size // factor
         pool = AttentionPool(side, width, self.out_channels, self.num_heads, self.num_head_channels)
-        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), pool)
+        self.out = nn.Sequential(Float32GroupNorm(width), nn.SiLU(), pool)
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
         """Logits (B, out_channels) of ``x`` (B, C, H, W) at ``times`` (B,)."""

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from denoisers.nets.layers import attention
 from runtime.errors import UserError
-
-from .layers import attention
 
 GROUPS = 32  #: of every normalisation
 #: Channels of ``qkv``: "legacy" (head, q/k/v, channel); "new" and "flash" (q/k/v, head, channel).
@@ -21,7 +20,7 @@ GROUPS = 32  #: of every normalisation
 ATTENTIONS = ("legacy", "new", "flash")
 
 
-class GroupNorm(nn.GroupNorm):
+class Float32GroupNorm(nn.GroupNorm):
     """Group normalisation with 32 groups, in float32 at least; the result has the input's dtype."""
 
     def __init__(self, channels: int) -> None:
@@ -90,13 +89,15 @@ class ResBlock(nn.Module):
         self.scale_shift = scale_shift
         self.resample = RESAMPLERS[resample]
         self.in_layers = nn.Sequential(
-            GroupNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            Float32GroupNorm(in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1))
         )
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels),
+            Float32GroupNorm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -128,7 +129,7 @@ class AttentionBlock(nn.Module):
         self.heads = heads(channels, num_heads, num_head_channels)
         self.legacy = layout == "legacy"
         conv = nn.Conv2d if layout == "flash" else nn.Conv1d
-        self.norm = GroupNorm(channels)
+        self.norm = Float32GroupNorm(channels)
         self.qkv = conv(channels, 3 * channels, 1)
         self.proj_out = conv(channels, channels, 1)
 

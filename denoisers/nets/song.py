@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import (
+from denoisers.nets.layers import (
     Conv2d,
     FourierEmbedding,
     GroupNorm,

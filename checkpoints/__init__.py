@@ -1,0 +1,1 @@
+"""Published checkpoints, read as data: pickles, safetensors, and what they mean."""

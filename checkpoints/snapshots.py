@@ -1,0 +1,231 @@
+"""What published checkpoints mean: networks, predictors and plain weights, read as data.
+
+Everything here goes through :func:`checkpoints.pickles.files.read`, which runs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.pickles.files import read
+from checkpoints.pickles.records import Record, is_scalar, shown
+from checkpoints.weights import read_safetensors
+from runtime.errors import UserError
+
+__all__ = [
+    "EDMSnapshot", "PublishedPredictor", "Record",
+    "find_network", "find_predictor", "find_tensors", "flattened", "is_network", "is_predictor",
+    "read", "read_edm", "read_predictor", "read_state_dict",
+]  # fmt: skip
+
+PERSISTENT = "torch_utils.persistence"
+NETWORK_KEYS = ("ema", "net")  #: of a snapshot; of a training state
+PREDICTOR_KEYS = ("model",)
+PREDICTOR_CLASS = "AMED_predictor"
+#: Positional settings of the published preconditionings; beyond these all are given by name.
+POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
+MOST_MODULES = 100_000
+MOST_LEVELS = 32
+LONGEST_LIST = 1000
+
+
+@dataclass(frozen=True)
+class EDMSnapshot:
+    """A network of the EDM family."""
+
+    config: dict[str, Any]  #: constructor settings and ``class_name``, for :func:`edm.build`
+    tensors: dict[str, Tensor]  #: under their published names, which begin with ``model.``
+    attributes: dict[str, Any]  #: its plain attributes: ``sigma_min``, ``sigma_max``, ``D``, ...
+
+
+@dataclass(frozen=True)
+class PublishedPredictor:
+    """A predictor as the AMED authors publish it (``network-snapshot-*.pkl``)."""
+
+    settings: dict[str, Any]  #: ``dataset_name``, ``num_steps``, ``sampler_stu``, ...
+    tensors: dict[str, Tensor]
+
+
+def read_edm(path: str | Path) -> EDMSnapshot:
+    """The network in a snapshot or a training state: its ``ema``, else its ``net``.
+
+    Raises UserError where there is none, and for all that :func:`read` refuses.
+    """
+    return find_network(read(path), str(path))
+
+
+def is_network(content: Any) -> bool:
+    """Whether :func:`find_network` has something to find."""
+    return _object(content, NETWORK_KEYS) is not None
+
+
+def find_network(content: Any, source: str) -> EDMSnapshot:
+    """The network in what :func:`read` gave; ``source`` names the file in errors."""
+    record = _object(content, NETWORK_KEYS)
+    if record is None:
+        raise UserError(
+            f"{source} holds no network of the EDM family ({_summary(content)}); give a snapshot "
+            "or a training state of one"
+        )
+    if record.name == PREDICTOR_CLASS:
+        raise UserError(f"{source} holds a predictor, not a network; give it as --predictor_path")
+    attributes = _attributes(record)
+    config = {"class_name": record.name, **_constructor(record, source)}
+    config.pop("use_fp16", None)  # the precision is chosen when the network is loaded
+    if "D" in attributes:  # PFGM++ sets it on the network; it is none of its settings
+        config["D"] = attributes["D"]
+    return EDMSnapshot(config, flattened(record, source), attributes)
+
+
+def is_predictor(content: Any) -> bool:
+    """Whether :func:`find_predictor` has something to find."""
+    record = _object(content, PREDICTOR_KEYS)
+    return record is not None and record.name == PREDICTOR_CLASS
+
+
+def read_predictor(path: str | Path) -> PublishedPredictor:
+    """A published predictor; UserError where the file holds something else."""
+    return find_predictor(read(path), str(path))
+
+
+def find_predictor(content: Any, source: str) -> PublishedPredictor:
+    """The predictor in what :func:`read` gave; ``source`` names the file in errors."""
+    record = _object(content, PREDICTOR_KEYS)
+    if record is None or record.name != PREDICTOR_CLASS:
+        what = f"a {shown(record.name)}" if record else _summary(content)
+        raise UserError(
+            f"{source} holds no predictor ({what}); give a network-snapshot-*.pkl of the AMED "
+            "authors"
+        )
+    settings = {**_constructor(record, source), **_attributes(record)}
+    return PublishedPredictor(settings, flattened(record, source))
+
+
+def read_state_dict(path: str | Path, member: str | None = None) -> dict[str, Tensor]:
+    """The weights in a checkpoint, by name; ``member`` as for :func:`read`.
+
+    Of a dict with other things beside them the weights are those under ``ema``, ``state_dict`` or
+    ``model``; safetensors files are read as well.  Raises UserError where there are none.
+    """
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(Path(path))[0]
+    return find_tensors(read(path, member), str(path))
+
+
+def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
+    """The weights in what :func:`read` gave; ``source`` names the file in errors."""
+    members: list[Any] = [content]
+    if type(content) is dict:
+        members += [content.get(key) for key in ("ema", "state_dict", "model")]
+        _, ema, _, model = members
+        if type(ema) is dict and type(model) is dict and "shadow_params" in ema:
+            return _averaged(model, ema["shadow_params"], source)
+    for candidate in members:
+        if type(candidate) is Record:
+            return flattened(candidate, source)
+        named = _tensors(candidate)
+        if named:
+            return named
+    raise UserError(
+        f"{source} holds no weights by name ({_summary(content)}); give a checkpoint that does"
+    )
+
+
+def _averaged(model: dict[Any, Any], shadows: Any, source: str) -> dict[str, Tensor]:
+    """The average that score-SDE keeps as a bare list, under the names of its parameters.
+
+    The list lacks buffers and frozen parameters, which ``model`` has before the others: names are
+    matched in order, by shape; all of the list has to find a name, and the last name an average.
+    """
+    left: list[Any] = list(reversed(shadows)) if type(shadows) is list else [None]
+    named: dict[str, Tensor] = {}
+    for name, tensor in _tensors(model).items():
+        if not left:
+            raise UserError(
+                f"{source} has {len(shadows)} averaged weights, too few for its model; fetch it "
+                "again"
+            )
+        if type(left[-1]) is Tensor and left[-1].shape == tensor.shape:
+            tensor = left.pop()
+        named[name.removeprefix("module.")] = tensor
+    if left:
+        raise UserError(
+            f"{source} has {len(left)} averaged weights that match no parameter of its model; "
+            "fetch it again"
+        )
+    return named
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    """The entries of a dict that are tensors with a name; none of anything else."""
+    if type(value) is not dict:
+        return {}
+    return {k: v for k, v in value.items() if type(k) is str and type(v) is Tensor}
+
+
+def flattened(record: Record, source: str) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under dotted names, in the order of ``state_dict()``."""
+    out: dict[str, Tensor] = {}
+    waiting = [("", record)]
+    for _ in range(MOST_MODULES):
+        if not waiting:
+            return out
+        prefix, module = waiting.pop()
+        parameters, buffers, children = (
+            module.state.get(f"_{kind}") or {} for kind in ("parameters", "buffers", "modules")
+        )
+        passing = module.state.get("_non_persistent_buffers_set")
+        unsaved = passing if type(passing) is set else set()
+        kept = {k: v for k, v in _tensors(buffers).items() if k not in unsaved}
+        out |= {f"{prefix}{name}": t for name, t in {**_tensors(parameters), **kept}.items()}
+        too_many = prefix.count(".") > MOST_LEVELS or len(out) > MOST_MODULES
+        if too_many or type(children) is not dict:
+            break
+        inner = [(f"{prefix}{k}.", v) for k, v in children.items() if type(v) is Record]
+        waiting += reversed(inner)
+    raise UserError(f"{source} holds a network that is nested without an end; fetch it again")
+
+
+def _object(content: Any, keys: tuple[str, ...]) -> Record | None:
+    """The persistent object that a file is, or that it holds under the first of these keys."""
+    members = [content.get(key) for key in keys] if type(content) is dict else [content]
+    return next((m for m in members if type(m) is Record and m.module == PERSISTENT), None)
+
+
+def _constructor(record: Record, source: str) -> dict[str, Any]:
+    """The settings that an object was made with, as JSON has them."""
+    args, kwargs = (record.state.get(f"_init_{kind}") for kind in ("args", "kwargs"))
+    args, kwargs = args or (), kwargs or {}
+    if type(args) not in (tuple, list) or type(kwargs) is not dict or len(args) > len(POSITIONAL):
+        raise UserError(f"{source} does not say how its {shown(record.name)} was made")
+    settings = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+    for name, value in settings.items():
+        if type(name) is not str or not _is_plain(value):
+            kind = type(value).__name__
+            raise UserError(f"{source} has a {kind} as the setting '{shown(name)}'; fetch it again")
+    return {k: list(v) if type(v) is tuple else v for k, v in settings.items()}
+
+
+def _attributes(record: Record) -> dict[str, Any]:
+    plain = {k: v for k, v in record.state.items() if _is_plain(v)}
+    return {k: v for k, v in plain.items() if not k.startswith("_") and k != "training"}
+
+
+def _is_plain(value: Any) -> bool:
+    """A scalar, or a short list of scalars."""
+    if type(value) in (list, tuple):
+        return len(value) <= LONGEST_LIST and all(map(is_scalar, value))
+    return is_scalar(value)
+
+
+def _summary(content: Any) -> str:
+    """A few words on what was found instead."""
+    if type(content) is not dict:
+        kind = content.name if type(content) is Record else type(content).__name__
+        return f"it holds a {shown(kind)}"
+    names = [shown(key) for key in list(content)[:6]]
+    return f"its keys: {', '.join(names) or 'none'}"

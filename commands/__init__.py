@@ -1,0 +1,1 @@
+"""The command lines: options, examples, and the console command ``amed``."""

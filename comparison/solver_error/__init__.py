@@ -1,0 +1,1 @@
+"""Solver error without a reference: distance to the exact solution of the ODE."""

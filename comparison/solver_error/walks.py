@@ -1,0 +1,93 @@
+"""How far a sampler's states are from the exact solutions: solver error, without a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from comparison.solver_error.exact import Exact
+from plans.plan import Solve
+from samplers.sampler import Sampler
+from solvers.driver import Meter, State, advance, integrate, substeps_total
+
+
+class WalkErrors(NamedTuple):
+    """Root mean squares over the values of an image ("per pixel"), each image by itself."""
+
+    states: Tensor  #: (T, B, C, H, W), the sampler's own, at its T times
+    truth: Tensor  #: (T, B, C, H, W), the exact ones
+    along: Tensor  #: (T, B) float64, from the one to the other; 0 at the start
+    local: Tensor  #: (T - 1, B) float64, of each interval if it starts from the exact state
+    nfe: int  #: metered, of the walk itself
+
+
+def walks(sampler: Sampler) -> list[Solve] | None:
+    """The parts of a sampler that only walks down; None where one of them draws noise.
+
+    A path with fresh noise solves no ODE: it has no exact counterpart to be held against.
+    """
+    solves = [part for part in sampler.plan if isinstance(part, Solve)]
+    return solves if len(solves) == len(sampler.plan) else None
+
+
+def times(solves: Sequence[Solve]) -> list[float]:
+    """Every noise level that the walks visit, the start included.
+
+    Rounded, so that grids which compute a common level in different ways agree on it.
+    """
+    return [level(t) for t in [solves[0].ts[0], *(t for part in solves for t in part.ts[1:])]]
+
+
+def level(t: float | Tensor) -> float:
+    """A noise level to 12 digits."""
+    return float(f"{float(t):.12g}")
+
+
+@torch.inference_mode()
+def walk(solves: Sequence[Solve], meter: Meter, x: Tensor) -> Tensor:
+    """All states (T, B, C, H, W) of the walks from ``x``, which is the first of them."""
+    states = [x[None]]
+    for part in solves:
+        walked = integrate(part.solver, meter, states[-1][-1], part.ts, part.guide, part.afs)
+        states.append(walked.x[1:])
+    return torch.cat(states)
+
+
+@torch.inference_mode()
+def measure_errors(solves: Sequence[Solve], exact: Exact, seeds: Sequence[int]) -> WalkErrors:
+    """Walk from the latents of ``seeds``; then interval by interval from their exact states."""
+    truth = exact.states(seeds, times(solves))
+    meter, x = exact.problem.begin(seeds)
+    walked = walk(solves, meter, x)
+    nfe = meter.nfe
+    local, at = [], 0
+    for part in solves:
+        local.append(local_errors(part, meter, truth[at : at + len(part.ts)]))
+        at += len(part.ts) - 1
+    return WalkErrors(walked, truth, rms(walked - truth), torch.cat(local), nfe)
+
+
+def local_errors(part: Solve, meter: Meter, truth: Tensor) -> Tensor:
+    """(T - 1, B): each interval from the exact state at its head, against the one at its end.
+
+    ``truth`` (T, B, C, H, W) are the exact states at the nodes of ``part``.  Slopes of earlier
+    nodes are those found at exact states too.  A node that a guide inserts lies where the solver
+    puts it when it comes from the exact state before it, and a free first slope stays what it is.
+    """
+    total = substeps_total(part.solver, len(part.ts) - 1, part.guide)
+    state, errors = State(truth[0]), []
+    for i, (t, t_next) in enumerate(pairwise(part.ts)):
+        afs = part.afs and i == 0
+        state = advance(part.solver, meter, state, t, t_next, part.guide, total, afs)
+        errors.append(rms(state.x - truth[i + 1]))
+        state = state._replace(x=truth[i + 1])
+    return torch.stack(errors)
+
+
+def rms(difference: Tensor) -> Tensor:
+    """(..., C, H, W) -> (...): root mean square over an image, float64 on the CPU."""
+    return difference.cpu().double().square().mean((-3, -2, -1)).sqrt()

@@ -1,0 +1,1 @@
+"""Families of models: how each is built, preconditioned and loaded."""

@@ -1,0 +1,280 @@
+"""Pipelines of ``diffusers`` on disk: what their settings say, and where their weights lie.
+
+Only JSON is read here, so nothing has to be loaded, and ``diffusers`` not even installed, to know
+whether a pipeline can be used and on which noise levels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from denoisers.noise_schedules import BETAS, DiscreteVP
+from runtime.errors import UserError
+from runtime.files import sha256_file
+
+INDEX = "model_index.json"
+EPSILON_T = 1e-3  #: smallest time that samplers use (arXiv:2206.00927, section 5)
+#: Components that are neither fetched nor loaded.
+UNWANTED = ("safety_checker", "feature_extractor", "image_encoder")
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+FIRST_STAGES = ("vae", "vqvae")
+#: Components with weights, in the order in which they are loaded.
+WEIGHTED = ("unet", *FIRST_STAGES, "text_encoder", "text_encoder_2")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SINGLE = (".safetensors", ".ckpt")
+
+
+def is_diffusers(path: str | Path) -> bool:
+    """Whether ``path`` is the folder of a pipeline, or one file with a pipeline's weights.
+
+    A file is recognised by its text encoder, which no other family here has.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return (path / INDEX).is_file()
+    return any(name.startswith(("cond_stage_model.", "conditioner.")) for name in _names(path))
+
+
+def _names(path: Path) -> Iterable[str]:
+    """The tensors of a single file; none where it is something else."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        if path.suffix == ".ckpt":
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return [str(name) for name in content.get("state_dict", content)]
+    except Exception:  # a broken or hostile file ends in many ways, all of them no pipeline
+        pass
+    return ()
+
+
+def settings_folder(main: Path) -> Path:
+    """The folder with the settings: ``main`` itself, or the one that a single file lies in.
+
+    Raises UserError where there is none, or no pipeline in it.
+    """
+    if main.is_dir():
+        if not (main / INDEX).is_file():
+            raise UserError(
+                f"{main} is no pipeline of diffusers: it has no {INDEX}; give the folder that "
+                "save_pretrained wrote"
+            )
+        return main
+    if not main.is_file() or main.suffix not in SINGLE:
+        raise UserError(
+            f"{main} is no pipeline of diffusers; give a folder, or a {' or '.join(SINGLE)} file"
+        )
+    if not (main.parent / INDEX).is_file():
+        raise UserError(
+            f"{main} holds weights without settings: put {INDEX} and the folders unet, vae, "
+            "scheduler, text_encoder and tokenizer of its repository beside it (their .json and "
+            ".txt files are enough)"
+        )
+    return main.parent
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A settings file; UserError where it is missing or no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing, so the pipeline is not complete; copy it anew"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is no JSON file ({error}); copy it anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; copy it anew")
+    return content
+
+
+def component_folder(folder: Path, name: str) -> Path:
+    """Where a component lies: old unconditional pipelines have their files in one folder."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def inspect_diffusers(path: str | Path) -> dict[str, Any]:
+    """Everything of a :class:`Card` but ``name file url sha256``, without loading weights.
+
+    ``path`` is a folder, or a single file with its settings beside it.  Raises UserError for what
+    is no pipeline, and for one that cannot be sampled here, naming what is in the way.
+    """
+    folder = settings_folder(Path(path))
+    parts = component_classes(read_json(folder / INDEX), str(path))
+
+    def settings(name: str, file: str = "config.json") -> dict[str, Any]:
+        return read_json(component_folder(folder, name) / file) if name in parts else {}
+
+    stage = first_stage(parts)
+    return describe(
+        parts,
+        settings("unet"),
+        settings("scheduler", "scheduler_config.json"),
+        settings(stage) if stage else {},
+        str(path),
+    )
+
+
+def component_classes(index: Mapping[str, Any], source: str) -> dict[str, str]:
+    """Class of every component that an index names, without the unwanted ones.
+
+    Names from a file choose classes to be imported: only those of two libraries pass.
+    """
+    parts: dict[str, str] = {}
+    for name, entry in index.items():
+        if name in UNWANTED or not isinstance(entry, list):
+            continue
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            continue  # a component that is not there, or a setting
+        library, kind = entry
+        if library not in ("diffusers", "transformers"):
+            raise UserError(
+                f"{source}: the component '{name}' comes from {library!r}, and code that comes "
+                "with a pipeline is not run; give one that diffusers knows"
+            )
+        parts[name] = kind
+    return parts
+
+
+def first_stage(parts: Mapping[str, Any]) -> str | None:
+    """Name of the component that decodes latents; None where samples are images."""
+    return next((name for name in FIRST_STAGES if name in parts), None)
+
+
+def describe(
+    parts: Mapping[str, str],
+    unet: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    stage: Mapping[str, Any],
+    source: str,
+) -> dict[str, Any]:
+    """What a card says, from the classes of the components and the settings of three."""
+    _check_parts(parts, source)
+    _check_unet(unet, source)
+    side = unet["sample_size"] if isinstance(unet["sample_size"], int) else unet["sample_size"][0]
+    text = parts["unet"] == "UNet2DConditionModel"
+    noise, schedule = noise_schedule(scheduler, source)
+    low, high = schedule.sigma(torch.tensor([EPSILON_T, 1.0], dtype=torch.float64)).tolist()
+    return {
+        "family": "diffusers",
+        "resolution": side,
+        "channels": unet["in_channels"],
+        "label_dim": 0,
+        "sigma_min": low,
+        "sigma_max": high,
+        "bottleneck": "mid_block",
+        "config": {},
+        "guidance": "cfg" if text else None,
+        "text": text,
+        "noise_schedule": noise,
+        "image_resolution": side * 2 ** (len(stage["block_out_channels"]) - 1) if stage else None,
+    }
+
+
+def _check_parts(parts: Mapping[str, str], source: str) -> None:
+    if parts.get("unet") not in UNETS:
+        network = parts.get("unet") or parts.get("transformer")
+        raise UserError(
+            f"{source}: its network is {network!r}, and only {' and '.join(UNETS)} are supported"
+        )
+    encoders = [kind for name, kind in parts.items() if name.startswith("text_encoder")]
+    for kind in encoders:
+        if kind not in TEXT_ENCODERS:
+            raise UserError(f"{source}: text encoder {kind!r} is not supported, only CLIP's are")
+    if ("text_encoder" in parts) != (parts["unet"] == "UNet2DConditionModel"):
+        raise UserError(
+            f"{source}: {parts['unet']} with the text encoders {encoders} is not supported: a "
+            "UNet2DConditionModel takes a prompt, a UNet2DModel nothing"
+        )
+
+
+def _check_unet(unet: Mapping[str, Any], source: str) -> None:
+    """Raise UserError for a network that is more than an image, a time and a prompt."""
+
+    def refuse(what: str, why: str) -> None:
+        raise UserError(f"{source}: the network's {what} = {unet.get(what)!r} {why}")
+
+    size = unet.get("sample_size")
+    if not isinstance(size, int) and not (isinstance(size, list | tuple) and len(set(size)) == 1):
+        refuse("sample_size", "is no square; only square images are supported")
+    if unet.get("in_channels") != unet.get("out_channels"):
+        refuse("out_channels", f"differs from in_channels = {unet.get('in_channels')}")
+    for what in ("num_class_embeds", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim"):
+        if unet.get(what) is not None:
+            refuse(what, "asks for a condition that is not supported")
+    if unet.get("addition_embed_type") not in (None, "text_time"):
+        refuse("addition_embed_type", "asks for a condition that is not supported")
+
+
+def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str, Any], DiscreteVP]:
+    """The ``noise_schedule`` of a card from a scheduler's settings, and what it stands for.
+
+    Raises UserError for a process that is not one of discrete variance-preserving steps.
+    """
+
+    def known(what: str, value: Any, values: Iterable[str]) -> None:
+        if value not in values:
+            raise UserError(f"{source}: {what} {value!r} is not one of {', '.join(values)}")
+
+    if not {"beta_start", "beta_end", "beta_schedule"} <= set(scheduler):
+        kind = scheduler.get("_class_name")
+        raise UserError(f"{source}: {kind} has no betas, so its process is not a discrete VP one")
+    if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"{source}: betas that are listed or rescaled to zero terminal SNR are not supported"
+        )
+    known("beta_schedule", scheduler["beta_schedule"], BETAS)
+    known("prediction_type", scheduler.get("prediction_type", "epsilon"), PREDICTIONS)
+    noise = {
+        "first": scheduler["beta_start"],
+        "last": scheduler["beta_end"],
+        "num_steps": scheduler.get("num_train_timesteps", 1000),
+        "rule": scheduler["beta_schedule"],
+    }
+    try:
+        schedule = DiscreteVP.from_betas(**noise)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source}: its betas {noise} make no noise schedule ({error})") from error
+    return {"kind": "discrete_vp", **noise}, schedule
+
+
+def weight_files(main: Path) -> list[Path]:
+    """The files that loading reads, sorted: variants (``*.fp16.*``) are passed over.
+
+    Within a component safetensors are taken before other files, as ``diffusers`` does.
+    """
+    if main.is_file():
+        return [main]
+    parts = component_classes(read_json(main / INDEX), str(main))
+    files: set[Path] = set()
+    for name in (name for name in WEIGHTED if name in parts):
+        folder = component_folder(main, name)
+        whole = [p for p in folder.iterdir() if "." not in p.stem]
+        found = [p for p in whole if p.suffix == ".safetensors"] or [
+            p for p in whole if p.suffix == ".bin"
+        ]
+        if not found:
+            raise UserError(
+                f"{folder} has no weights, so the pipeline is not complete; copy it anew"
+            )
+        files.update(found)
+    return sorted(files)
+
+
+def sha256_pipeline(main: Path) -> str:
+    """Of a single file its hash; of a folder that of the lines ``<path> <hash>`` of its weights."""
+    if main.is_file():
+        return sha256_file(main)
+    digest = hashlib.sha256()
+    for file in weight_files(main):
+        digest.update(f"{file.relative_to(main).as_posix()} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""Loading pipelines of ``diffusers``: from a folder, a single file, or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from denoisers.cards import Card
+from denoisers.families.diffusers.files import (
+    INDEX,
+    UNWANTED,
+    WEIGHTED,
+    component_classes,
+    component_folder,
+    first_stage,
+    inspect_diffusers,
+    is_diffusers,
+    read_json,
+    settings_folder,
+    sha256_pipeline,
+)
+from denoisers.families.diffusers.model import DiffusersModel, from_pipeline
+from denoisers.files import Files
+from runtime.errors import UserError
+from runtime.files import write_text
+
+__all__ = ["fetch_pipeline", "from_pipeline", "inspect_diffusers", "is_diffusers", "load_diffusers"]
+
+NOTE = "weights.sha256"  #: in a folder from the hub: it is whole, and its weights had this hash
+
+
+def load_diffusers(
+    card: Card, files: Files, device: torch.device, dtype: torch.dtype
+) -> DiffusersModel:
+    """Load a folder, or a single file with its settings beside it; see :func:`load_model`.
+
+    U-Net and text encoders run in ``dtype``; the first stage in float32 at least, as that of SDXL
+    overflows in half precision.  Raises UserError for weights that are missing or of another
+    network, and for a pipeline with other samples or noise levels than the card's.
+    """
+    source = str(files.main)
+    _check_card(card, inspect_diffusers(files.main), source)
+    digest = sha256_pipeline(files.main)
+    noted = files.main / NOTE
+    if noted.is_file() and noted.read_text().strip() != digest:
+        raise UserError(
+            f"the weights in {source} are not those that were fetched (their hash is "
+            f"{digest[:12]}...): delete the folder and they will be fetched again"
+        )
+    diffusers = require_diffusers()
+    with _quiet():
+        try:
+            pipe = _place(_read(diffusers, files.main), device, dtype)
+        except UserError:
+            raise
+        except Exception as error:  # two libraries, and whatever their files make them raise
+            raise UserError(
+                f"{source} does not load as a pipeline ({_first_line(error)}); copy it anew, or "
+                "give one that diffusers itself loads"
+            ) from error
+    return from_pipeline(pipe, card, digest)
+
+
+def fetch_pipeline(repo: str, folder: Path) -> Path:
+    """Fetch ``owner/name`` from the Hugging Face hub into ``folder`` once; its folder.
+
+    The hash of the weights is noted beside them, for every later load to check.  A transfer that
+    broke is carried on.  Raises UserError without a connection.  Call it on one rank only.
+    """
+    whole = sorted(folder.glob(f"models--{repo.replace('/', '--')}/snapshots/*/{NOTE}"))
+    if whole:
+        return whole[0].parent
+    download = require_diffusers().DiffusionPipeline.download
+    try:
+        with _quiet():
+            main = Path(download(repo, cache_dir=folder, **dict.fromkeys(UNWANTED)))
+    except (OSError, ValueError) as error:
+        reason = _first_line(error.__cause__ or error)
+        raise UserError(
+            f"{repo} could not be fetched from https://huggingface.co/{repo} into {folder} "
+            f"({reason}): run again to carry on, or fetch it elsewhere and give its folder with "
+            "--model_path"
+        ) from error
+    write_text(main / NOTE, sha256_pipeline(main))
+    return main
+
+
+def require_diffusers() -> ModuleType:
+    """The library; UserError that names the extra where it is not installed."""
+    try:
+        import diffusers
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"pipelines of diffusers need {error.name}: pip install 'amed-toolkit[diffusion]'"
+        ) from None
+    return diffusers
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error of a library says, for a sentence of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _check_card(card: Card, found: Mapping[str, Any], source: str) -> None:
+    """The folder's samples and noise levels must be those that the card, and so the grid, says."""
+    shape = (found["channels"], found["resolution"], found["resolution"])
+    low, high = found["sigma_min"], found["sigma_max"]
+    same = shape == card.shape and found["text"] == card.text
+    if not same or abs(low / card.sigma_min - 1) + abs(high / card.sigma_max - 1) > 1e-2:
+        kind = {True: "with text", False: "without text"}
+        raise UserError(
+            f"{source} has samples {shape} {kind[found['text']]} at sigma {low:.4g} to {high:.4g} "
+            f"where '{card.name}' has {card.shape} {kind[card.text]} at {card.sigma_min:.4g} to "
+            f"{card.sigma_max:.4g}; choose the dataset it belongs to"
+        )
+
+
+def _read(diffusers: Any, main: Path) -> Any:
+    """The pipeline on the CPU in float32, all of its weights from the files."""
+    folder = settings_folder(main)
+    index = read_json(folder / INDEX)
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    if pipeline is None:
+        raise UserError(f"{main}: diffusers knows no pipeline {index.get('_class_name')!r}")
+    left_out: dict[str, Any] = {name: None for name in UNWANTED if name in index}
+    if "requires_safety_checker" in index:
+        left_out["requires_safety_checker"] = False
+    if main.is_file():
+        options = {"config": str(folder), "local_files_only": True, **left_out}
+        pipe = pipeline.from_single_file(str(main), **options)
+        _check_whole(pipe, str(main))
+        return pipe
+    parts = component_classes(index, str(main))
+    loaded = {
+        name: _component(diffusers, kind, component_folder(main, name))
+        for name, kind in parts.items()
+        if name in WEIGHTED
+    }
+    return pipeline.from_pretrained(main, local_files_only=True, **loaded, **left_out)
+
+
+def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    wide = torch.promote_types(dtype, torch.float32)
+    stage = first_stage(pipe.components)
+    for name, part in pipe.components.items():
+        if name in WEIGHTED and part is not None:
+            part.to(device=device, dtype=wide if name == stage else dtype)
+    return pipe
+
+
+def _component(diffusers: Any, kind: str, folder: Path) -> Any:
+    """One network; UserError for names in its file that are missing or too many."""
+    import transformers
+
+    library = transformers if kind.startswith("CLIP") else diffusers
+    part, report = getattr(library, kind).from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
+    )
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        raise UserError(f"{folder} lacks '{missing[0]}'; it holds the weights of another network")
+    if unknown:
+        raise UserError(f"{folder} has '{unknown[0]}', which the network lacks; wrong settings?")
+    return part
+
+
+def _check_whole(pipe: Any, source: str) -> None:
+    """A single file leaves what it lacks on the meta device."""
+    for name, part in pipe.components.items():
+        for key, weight in part.named_parameters() if name in WEIGHTED and part else ():
+            if weight.is_meta:
+                raise UserError(
+                    f"{source} lacks '{name}.{key}'; it holds the weights of another network"
+                )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' notes and bars: what they warn of is an error here."""
+    from diffusers.utils import logging as first
+    from transformers.utils import logging as second
+
+    before = [(x, x.get_verbosity(), x.is_progress_bar_enabled()) for x in (first, second)]
+    for library, _, _ in before:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level, bars in before:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()

@@ -1,0 +1,306 @@
+"""The EDM family: what stands around its networks (Karras et al. 2022, arXiv:2206.00364, table 1).
+
+``D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)``: one forward, and four rules for the four
+coefficients.  The classes and their settings have the names of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from denoisers.nets import NETWORKS, Network
+from denoisers.nets.layers import Conv2d
+from denoisers.noise_schedules import LinearVP
+from solvers.types import Denoised
+
+
+class Coefficients(NamedTuple):
+    """Of one noise level or of a batch of them; tensors have the shape of sigma."""
+
+    c_skip: Tensor | float
+    c_out: Tensor
+    c_in: Tensor | float
+    c_noise: Tensor  #: what the network is told of the noise level
+
+
+class Precond(nn.Module):
+    """A network with a rule for its coefficients; the network's parameters are under ``model.``.
+
+    The network ``F`` has a dtype of its own (see :meth:`cast`).  The arithmetic around it runs on
+    the device of ``x`` in its dtype, in float32 at least.  Derivatives in ``x`` and ``sigma`` are
+    exact.  ``sigma_min`` and ``sigma_max`` say what the network was trained for, and ``use_fp16``
+    that it was published to run in half precision; none of them changes what is computed.
+
+    Raises ValueError for an unknown ``model_type`` and for settings that make no network.
+    """
+
+    outputs = 1  #: of the network, per channel of the image; the first ones are used
+    D: int | None = None  #: dimensions that PFGM++ adds to the data's
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        sigma_min: float,
+        sigma_max: float,
+        *,
+        label_dim: int = 0,
+        use_fp16: bool = False,
+        model_type: str = "SongUNet",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if model_type not in NETWORKS:
+            raise ValueError(f"model_type is '{model_type}'; known: {', '.join(NETWORKS)}")
+        if not 0 <= sigma_min < sigma_max:
+            raise ValueError(f"the noise levels go from {sigma_min} up to {sigma_max}")
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.use_fp16 = use_fp16
+        self.dtype = torch.float32
+        self.model: Network = NETWORKS[model_type](
+            img_resolution,
+            img_channels,
+            img_channels * self.outputs,
+            label_dim=label_dim,
+            **settings,
+        )
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        """At ``sigma`` > 0, of any shape, in its dtype; differentiable."""
+        raise NotImplementedError
+
+    def cast(self, dtype: torch.dtype) -> Precond:
+        """Run the network in ``dtype``; below float32, embedding and norms keep float32 weights."""
+        self.dtype = dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        self.to(wide)
+        if dtype != wide:
+            for module in self.modules():
+                if isinstance(module, Conv2d):
+                    module.to(dtype=dtype)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Denoised:
+        """Denoise ``x`` (B, C, H, W) at ``sigma`` (0-d or (B, 1, 1, 1)); labels one-hot (B, K).
+
+        A network with classes takes none for the zero vector.  ``augment_labels`` (B, K) are those
+        of the training images; a sample has none.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        state, sigma = x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        raw, feat = self.network(c_in * state, c_noise.reshape(-1), class_labels, augment_labels)
+        x0 = c_skip * state + c_out * raw[:, : self.img_channels].to(wide)
+        return Denoised(x0.to(x.dtype), feat)
+
+    def network(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``F`` and the bottleneck's mean, on the device and in the (wide) dtype of ``x``."""
+        weight = self.model.map_layer0.weight
+        if self.label_dim and class_labels is None:
+            class_labels = weight.new_zeros(1, self.label_dim)
+
+        def embeddable(labels: Tensor) -> Tensor:
+            return labels.to(weight.dtype).to(weight.device)
+
+        inputs = x.to(self.dtype).to(weight.device)
+        if self.dtype != weight.dtype:  # half precision: the layout its kernels are fast in
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        raw, feat = self.model(
+            inputs,
+            embeddable(noise_labels),
+            None if class_labels is None else embeddable(class_labels),
+            None if augment_labels is None else embeddable(augment_labels),
+        )
+        return raw.to(x.device), feat.to(x.device).to(x.dtype)
+
+
+class EDMPrecond(Precond):
+    """EDM's own: unit variance at both ends of a network for data of deviation ``sigma_data``.
+
+    ``D`` is the number of dimensions that PFGM++ adds (arXiv:2302.04265): with
+    ``r = sigma sqrt(D)`` its networks have these very coefficients, and only where sampling starts
+    and how noise is added differ.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        *,
+        sigma_min: float = 0.0,
+        sigma_max: float = math.inf,
+        sigma_data: float = 0.5,
+        D: int | None = None,
+        model_type: str = "DhariwalUNet",
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            img_resolution, img_channels, sigma_min, sigma_max, model_type=model_type, **settings
+        )
+        if D is not None and not (D >= 1 and int(D) == D):
+            raise ValueError(f"D is {D}, but PFGM++ adds a whole number of dimensions, 1 or more")
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data is {sigma_data}, but a deviation is positive")
+        self.sigma_data = sigma_data
+        self.D = None if D is None else int(D)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        total = sigma**2 + self.sigma_data**2
+        c_out = sigma * self.sigma_data / total.sqrt()
+        return Coefficients(self.sigma_data**2 / total, c_out, 1 / total.sqrt(), sigma.log() / 4)
+
+
+class VPPrecond(Precond):
+    """The variance-preserving SDE (arXiv:2011.13456): ``F`` predicts the noise from ``alpha x``.
+
+    ``M - 1`` times the process's time, in [epsilon_t, 1], is the network's label.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        *,
+        beta_d: float = 19.9,
+        beta_min: float = 0.1,
+        M: int = 1000,
+        epsilon_t: float = 1e-5,
+        **settings: Any,
+    ) -> None:
+        if not M > 1:
+            raise ValueError(f"M is {M}; the process needs two steps or more")
+        schedule = LinearVP(beta_d, beta_min)
+        t = torch.tensor([epsilon_t, 1.0], device="cpu")
+        # Published in float32 and without expm1: the lowest level is 2^-10, not 0.0010005.
+        low, high = ((0.5 * beta_d * t**2 + beta_min * t).exp() - 1).sqrt().tolist()
+        super().__init__(img_resolution, img_channels, low, high, **settings)
+        self.schedule = schedule
+        self.M = M
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        # in float64, which MPS does not have
+        t = self.schedule.sigma_inv(sigma.cpu() if sigma.device.type == "mps" else sigma)
+        c_noise = (self.M - 1) * t.to(sigma.dtype).to(sigma.device)
+        return Coefficients(1.0, -sigma, (sigma**2 + 1).rsqrt(), c_noise)
+
+
+class VEPrecond(Precond):
+    """The variance-exploding SDE (arXiv:2011.13456): ``F`` is the score times sigma."""
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        *,
+        sigma_min: float = 0.02,
+        sigma_max: float = 100.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(img_resolution, img_channels, sigma_min, sigma_max, **settings)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(1.0, sigma, 1.0, (sigma / 2).log())
+
+
+class IDDPMPrecond(Precond):
+    """Improved DDPM (arXiv:2102.09672) with its cosine schedule: ``F`` predicts the noise.
+
+    The network was trained at the ``M`` levels ``u``, whose labels are whole numbers, and predicts
+    variances as well, which are not used.  A published walk stays on these levels (see
+    :meth:`round_sigma`).  A learned one has to go anywhere, and its network time needs a gradient:
+    between two levels the label is a fraction, linear in ``ln alpha = -ln(1 + sigma^2) / 2`` as in
+    :class:`noise_schedules.DiscreteVP`; at a level it is the published one, and beyond both ends
+    that of the end.
+    """
+
+    outputs = 2
+    u: Tensor  #: (M + 1,) decreasing to 0
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        *,
+        C_1: float = 0.001,
+        C_2: float = 0.008,
+        M: int = 1000,
+        model_type: str = "DhariwalUNet",
+        **settings: Any,
+    ) -> None:
+        u = cosine_levels(C_1, C_2, M)
+        low, high = float(u[M - 1]), float(u[0])
+        super().__init__(img_resolution, img_channels, low, high, model_type=model_type, **settings)
+        self.register_buffer("u", u)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        c_noise = self._label(sigma)
+        return Coefficients(1.0, -sigma, (sigma**2 + 1).rsqrt(), c_noise)
+
+    def _label(self, sigma: Tensor) -> Tensor:
+        levels = torch.log1p(self.u[:-1].to(sigma.dtype).to(sigma.device).flip(0) ** 2)
+        value = torch.log1p(sigma**2).contiguous()
+        above = torch.searchsorted(levels, value.detach()).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        return (above - 1 + (value - low) / (high - low)).clamp(0, len(levels) - 1)
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """The nearest level of the table, as published; for grids that are to stay on it."""
+        u = self.u.to(sigma.dtype).to(sigma.device)
+        return u[(sigma[..., None] - u).abs().argmin(-1)]
+
+
+def cosine_levels(C_1: float, C_2: float, M: int) -> Tensor:
+    """Noise levels (M + 1,) of table 1's iDDPM column, by its recursion in float32, as published.
+
+    ``u_{j-1}^2 = (u_j^2 + 1) / max(abar_{j-1} / abar_j, C_1) - 1`` from ``u_M = 0``, with
+    ``abar_j = sin^2(pi/2 j / (M (C_2 + 1)))``.
+    """
+    abar = (torch.arange(M + 1, device="cpu") * (0.5 * math.pi) / M / (C_2 + 1)).sin() ** 2
+    ratio = (abar[:-1] / abar[1:]).clamp(min=C_1)
+    u = torch.zeros(M + 1, device="cpu")
+    for j in range(M, 0, -1):
+        u[j - 1] = ((u[j] ** 2 + 1) / ratio[j - 1] - 1).sqrt()
+    return u
+
+
+PRECONDITIONINGS: dict[str, type[Precond]] = {
+    "EDMPrecond": EDMPrecond,
+    "VPPrecond": VPPrecond,
+    "VEPrecond": VEPrecond,
+    "iDDPMPrecond": IDDPMPrecond,
+}
+
+
+def build(config: Mapping[str, Any], bottleneck: str | None = None) -> Precond:
+    """An untrained network from published constructor settings, ``class_name`` among them.
+
+    ``bottleneck`` names the module whose channel mean is returned; the default is the last encoder
+    block.  Raises ValueError, KeyError or TypeError for settings that make no network.
+    """
+    settings = dict(config)
+    name = settings.pop("class_name", None)
+    if name not in PRECONDITIONINGS:
+        raise ValueError(f"preconditioning '{name}' is not one of {', '.join(PRECONDITIONINGS)}")
+    return PRECONDITIONINGS[name](bottleneck=bottleneck, **settings)

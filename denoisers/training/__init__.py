@@ -1,0 +1,1 @@
+"""Training a denoiser: batches, augmentation, the loop and its report."""

@@ -1,0 +1,167 @@
+"""What a run of EDM training leaves behind: figures, pictures, the model and the state."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from denoisers.cards import Card
+from denoisers.families.edm import HIGHEST, LOWEST, EDMDenoiser, describe_edm
+from denoisers.training.batches import TrainingBatch
+from denoisers.training.trainer import Trainer
+from runtime.errors import UserError
+from runtime.files import atomic_write, write_json
+from runtime.images import image_grid, to_uint8
+from runtime.log import JsonLines, TextLog, read_json_lines, tensorboard
+from runtime.noise import SeedNoise
+from runtime.record import RunRecord
+from solvers.driver import integrate
+from solvers.grids import get_grid
+from solvers.registry import make_solver
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STATE, MODEL, ROWS = "state.pt", "model.safetensors", "stats.jsonl"
+GRID = 8  #: rows and columns of a sample grid
+
+
+def write_model(folder: Path, trainer: Trainer, about: dict[str, Any], record: RunRecord) -> None:
+    """``model.safetensors`` with the averaged weights in float16, and ``card.json``."""
+    file = folder / MODEL
+    metadata = {
+        "config": json.dumps(about["config"]),
+        "bottleneck_module": about["bottleneck"],
+        "images_seen": str(trainer.images + about["images_before"]),
+        "record": record.to_json(),
+    }
+    tensors = {k: v.contiguous().cpu() for k, v in trainer.ema.state_dict().items()}
+    tensors |= {k: v.half().contiguous().cpu() for k, v in trainer.ema.named_parameters()}
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary, metadata)
+    standard = {f.name: f.default for f in fields(Card)}
+    card = vars(describe_edm("", file))
+    entry = {k: v for k, v in card.items() if v not in (standard[k], {}) and k != "name"}
+    write_json(folder / "card.json", entry)
+
+
+@torch.no_grad()
+def sample_grid(trainer: Trainer) -> np.ndarray:
+    """GRID x GRID images of the averaged weights by Heun at 23 NFE, seeds 0, 1, ..."""
+    net, device = trainer.ema, trainer.world.device
+    count = GRID * GRID
+    ts = get_grid("polynomial", 12, max(net.sigma_min, LOWEST), min(net.sigma_max, HIGHEST), 7.0)
+    labels = None
+    if net.label_dim:
+        labels = F.one_hot(torch.arange(count) % net.label_dim, net.label_dim).to(device)
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    x = SeedNoise(range(count)).normal("latent", shape, device=device) * ts[0].float()
+    out = integrate(make_solver("heun"), EDMDenoiser(net, labels), x, ts).x[-1]
+    return image_grid(to_uint8(out), GRID)
+
+
+def loss_curve(rows: list[dict[str, Any]]) -> Figure:
+    """Loss of the training and of the averaged weights on held-out images, over images seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label in (("loss", "training"), ("valid", "held out, averaged weights")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), ".-", label=label)
+    axes.set_xlabel("images")
+    axes.set_ylabel("loss")
+    axes.legend()
+    return figure
+
+
+class Reporter:
+    """What a run leaves behind, at every tick: figures, pictures, the model and the state."""
+
+    def __init__(
+        self,
+        folder: Path,
+        trainer: Trainer,
+        about: dict[str, Any],
+        held_out: TrainingBatch | None,
+        record: RunRecord,
+    ) -> None:
+        main = trainer.world.is_main
+        self.folder, self.trainer, self.about = folder, trainer, about
+        self.held_out, self.record = held_out, record
+        if main:
+            record.write(folder / "run.json")
+        self.say = TextLog(folder / "log.txt", main)
+        self.rows = JsonLines(folder / ROWS, trainer.images, main)
+        self.board = tensorboard(folder, trainer.images, main)
+        self.clear()
+
+    def clear(self) -> None:
+        trainer = self.trainer
+        # the sum and the number of losses
+        self.losses = torch.zeros(2, dtype=trainer.recipe.wide, device=trainer.world.device)
+        trainer.nonfinite.zero_()
+        self.since, self.seen = time.monotonic(), trainer.images
+
+    def tick(self) -> None:
+        """Called on every rank, writes on rank 0.
+
+        The state comes last: a run killed before it was written does this tick once more.
+        """
+        trainer = self.trainer
+        total, count = trainer.world.sum_(self.losses).tolist()
+        row: dict[str, Any] = {
+            "step": trainer.images,
+            "loss": total / count,
+            "lr": trainer.recipe.learning_rate(trainer.images - trainer.recipe.batch),
+            "nonfinite": int(trainer.nonfinite),
+            "images_per_second": round(
+                (trainer.images - self.seen) / (time.monotonic() - self.since), 1
+            ),
+        }
+        if not math.isfinite(row["loss"]):
+            raise UserError(
+                f"the loss is {row['loss']} after {trainer.images} images; start again in another "
+                "folder with a lower --lr or a wider --dtype"
+            )
+        if trainer.world.is_main:
+            self.write(row)
+        trainer.world.barrier()
+        self.clear()
+
+    def write(self, row: dict[str, Any]) -> None:
+        trainer = self.trainer
+        if self.held_out is not None:
+            row["valid"] = trainer.validate(self.held_out)
+        self.rows.append(row)
+        self.say(
+            "  ".join(f"{k} {v if isinstance(v, int) else f'{v:.5g}'}" for k, v in row.items())
+        )
+        assert self.board is not None
+        for name in row.keys() - {"step"}:
+            self.board.add_scalar(name, row[name], trainer.images)
+        grid = sample_grid(trainer)
+        self.board.add_image("samples", grid, trainer.images, dataformats="HWC")
+        self.board.flush()
+        with atomic_write(self.folder / "loss.png") as temporary:
+            loss_curve(read_json_lines(self.folder / ROWS)).savefig(temporary, format="png")
+        write_model(self.folder, trainer, self.about, self.record)
+        trainer.save(self.folder / STATE, self.about)
+
+    def close(self) -> None:
+        """Close what is open, on every rank."""
+        self.rows.close()
+        if self.board is not None:
+            self.board.close()

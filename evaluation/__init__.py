@@ -1,0 +1,1 @@
+"""Passes of images and samples through detectors and scorers."""

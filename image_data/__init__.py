@@ -1,0 +1,1 @@
+"""Images and captions on disk: reading, decoding and drawing them."""

@@ -1,0 +1,1 @@
+"""The search for the best Restart plan of a budget."""

@@ -1,0 +1,1 @@
+"""Samplers as plans: walks down a time grid, jumps back up in noise."""

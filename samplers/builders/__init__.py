@@ -1,0 +1,1 @@
+"""From options to samplers, one file for each kind."""

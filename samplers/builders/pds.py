@@ -1,0 +1,85 @@
+"""From options to preconditioned predictor-corrector sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from denoisers.cards import Card
+from pds.chain import Chain, ve_levels
+from pds.masks import Mask, load_mask
+from pds.operators import Preconditioner
+from runtime.errors import UserError
+from samplers.options import SamplerOptions
+from samplers.sampler import Sampler
+
+#: Published for CIFAR-10 (arXiv:2011.13456, appendix G), for cards that say nothing of their own.
+PUBLISHED = {"N": 1000, "n_steps": 1, "snr": 0.16}
+ALPHA = 5.0  #: published
+
+
+def pds_sampler(options: SamplerOptions, card: Card, low: float, high: float) -> Sampler:
+    """The chain that ``options`` describe, on noise levels from ``high`` to ``low``.
+
+    Without any mask in the options it takes the bundled frequency mask.  Raises UserError or
+    ValueError, one sentence with the remedy.
+    """
+    if card.pfgmpp is not None:
+        raise UserError(
+            f"{card.name!r} adds noise by the kernels of PFGM++, and the chain of PDS is Gaussian: "
+            "take another --sampler"
+        )
+    known = {**PUBLISHED, **card.langevin}
+    snr = known["snr"] if options.snr is None else options.snr
+    n_steps = int(known["n_steps"] if options.n_steps is None else options.n_steps)
+    cost = card.cost(options.guidance_rate)
+    length = _length(options, int(known["N"]), cost * (n_steps + 1))
+    levels, network_sigma = ve_levels(length["iterations"], low, high)
+    masks = _masks(options, card)
+    alpha = ALPHA if options.alpha is None else options.alpha
+    freq, space = (None if mask is None else mask.values for mask in masks.values())
+    operators = Preconditioner.of(freq, space, alpha)
+    coupled = bool(options.batch_coupled)
+    chain = Chain(levels, network_sigma, operators, snr, n_steps, coupled)
+    kinds = [kind for kind, mask in masks.items() if mask]
+    settings: dict[str, Any] = {"sampler": "pds", **length, "n_steps": n_steps, "snr": snr}
+    settings |= {f"{kind}_mask": mask and mask.describe() for kind, mask in masks.items()}
+    settings |= {"alpha": alpha if kinds else None, "batch_coupled": coupled}
+    settings |= {"sigma_min": low, "sigma_max": high}
+    label = "-".join(["pds", *(kinds or ["plain"]), *(["coupled"] if coupled else [])])
+    return Sampler(label, (chain,), settings, cost, options.guidance_rate, coupled)
+
+
+def _masks(options: SamplerOptions, card: Card) -> dict[str, Mask | None]:
+    freq, space = options.freq_mask_path, options.space_mask_path
+    freq = freq or ("bundled" if space is None else "none")
+    specs = {"freq": freq, "space": space or "none"}
+    masks = {kind: load_mask(kind, spec, card.name, card.shape) for kind, spec in specs.items()}
+    if options.alpha is not None and not any(masks.values()):
+        raise UserError(f"--alpha {options.alpha:g} means nothing without a mask: leave it out")
+    return masks
+
+
+def _length(options: SamplerOptions, published: int, per_iteration: int) -> dict[str, int]:
+    """The number of iterations and what it comes from; ``per_iteration`` evaluations each."""
+    nfe, speed_up = options.nfe, options.speed_up or 1
+    if nfe is None:
+        num_steps = options.num_steps or published
+        if num_steps // speed_up < 2:
+            raise UserError(
+                f"--speed_up {speed_up} leaves {num_steps // speed_up} of {num_steps} iterations: "
+                f"give {num_steps // 2} or less"
+            )
+        return {"num_steps": num_steps, "speed_up": speed_up, "iterations": num_steps // speed_up}
+    if options.speed_up is not None:
+        raise UserError(
+            f"--speed_up {speed_up} and --nfe {nfe} both fix the length of the chain: "
+            "give one of them"
+        )
+    iterations, left = divmod(nfe, per_iteration)
+    if left or iterations < 2:
+        near = [n * per_iteration for n in (iterations, iterations + 1) if n >= 2]
+        raise UserError(
+            f"no chain of pds spends exactly {nfe} NFE: "
+            f"give {' or '.join(map(str, near or [2 * per_iteration]))}"
+        )
+    return {"num_steps": iterations, "speed_up": 1, "iterations": iterations}
