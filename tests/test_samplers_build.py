@@ -319,3 +319,19 @@ def test_a_snapshot_has_a_label_of_its_own() -> None:
         for name in ("00012-tiny", "00012-tiny/predictor-000100", "mine")
     ]
     assert labels == ["amed-00012", "amed-00012-predictor-000100", "amed-mine"]
+
+
+def test_descents_have_the_exponent_of_a_polynomial_main_walk() -> None:
+    """``--schedule_rho`` reaches them; on another schedule they have the usual 7."""
+    for asked, rho in (
+        ({"schedule_rho": 3.0}, 3.0),
+        ({}, 7.0),
+        ({"schedule_type": "time_uniform", "schedule_rho": 2.0}, 7.0),
+        ({"schedule_type": "logsnr"}, 7.0),
+    ):
+        plan = sampler("restart", restart_info='{"0": [5, 1, 0.5, 5]}', **asked).plan
+        (at,) = [i for i, segment in enumerate(plan) if isinstance(segment, Jump)]
+        descent = plan[at + 1]
+        assert isinstance(descent, Solve)
+        nodes = get_grid("polynomial", 5, float(descent.ts[-1]), 5.0, rho)
+        assert torch.allclose(descent.ts, nodes, rtol=1e-12, atol=0)
