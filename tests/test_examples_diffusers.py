@@ -295,7 +295,7 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
 
     command = [str(folder), "--predictor=1", "--prompt=a cat", "--guidance_rate=5"]
     done = CliRunner().invoke(stable_diffusion.main, command)
-    assert done.exception is None and "image.png: 3 calls" in done.output
+    assert done.exception is None and "image.png: 3 network calls" in done.output
     assert (tmp_path / "image.png").stat().st_size > 100
 
 

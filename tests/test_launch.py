@@ -364,8 +364,10 @@ def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
     assert not (elsewhere / ".venv").exists()
 
 
-PARALLEL = ("train", "sample", "fid", "clip-score", "compare", "solver-error", "visualize")
-PARALLEL += ("converged", "nfe-sweep", "plan-search", "train-denoiser", "train-detector")
+PARALLEL = [
+    *("train", "sample", "fid", "clip-score", "compare", "solver-error", "visualize", "converged"),
+    *("nfe-sweep", "plan-search", "train-denoiser", "train-detector"),
+]
 
 
 @pytest.mark.parametrize("name", PARALLEL)
