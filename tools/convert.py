@@ -1,6 +1,6 @@
-"""Turn any published checkpoint, predictors included, into safetensors with its settings.
+"""Convert a published checkpoint, of a network or of a predictor, to safetensors.
 
-What it does to predictors is here, the rest is :mod:`denoisers.convert`.
+Predictors are handled here, everything else by :mod:`denoisers.convert`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--name", help="a published model, or a name of your own  [default: the target's]")
+@click.option("--name", help="a published model, or a name of your own  [default: TARGET's stem]")
 def main(source: Path, target: Path, name: str | None) -> None:
-    """Turn the checkpoint SOURCE into TARGET.safetensors.
+    """Convert the checkpoint SOURCE to TARGET.safetensors.
 
-    A network, or plain weights, gets TARGET.card.json beside it.  A predictor of the AMED authors
-    becomes what train.py writes, so that --predictor_path takes it.  Pickles are read as data;
-    nothing in them is run.
+    For a network, or a bare state dict, also writes TARGET.card.json.  A predictor published by the
+    AMED authors becomes a file like those of train.py, which --predictor_path takes.  Pickles are
+    read as data; no code in them is run.
     """
     check_target(target)
     content = read(source)

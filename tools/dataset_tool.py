@@ -1,7 +1,8 @@
-"""Make a data set in EDM's layout of images as they are published.
+"""Convert a published image data set to EDM's layout.
 
-The result is a zip (or a folder) of RGB images of one square size, ``00000/img00000000.png`` and so
-on, and ``dataset.json`` with their classes, as the other tools here and EDM's training take it.
+The result is a zip (or a folder) of square RGB images of one size, named ``00000/img00000000.png``
+and so on, and a ``dataset.json`` with their classes: the layout that the other tools and EDM's own
+training code read.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from runtime.errors import UserError
 from runtime.images import Pixels
 from runtime.log import TextLog, progress
 
-EPOCH = (1980, 1, 1, 0, 0, 0)  #: of every file in the zip, so that equal images give equal bytes
+PATH = click.Path(path_type=Path)
+EPOCH = (1980, 1, 1, 0, 0, 0)  #: time stamp of every zip entry: equal images give an equal zip
 EXAMPLES = """\b
 Examples:
   python -m tools.dataset_tool --source cifar-10-python.tar.gz --dest data/cifar10-32x32-train.zip
@@ -44,15 +46,15 @@ Examples:
 
 
 def open_source(path: Path, split: str | None = None) -> AbstractContextManager[Source]:
-    """The images of ``path``, whatever kind of source it is; ``split`` (train, test) of CIFAR-10.
+    """Open the images of ``path``, of any supported kind; ``split`` is train or test of CIFAR-10.
 
-    Raises UserError for a path that is none, with what is wrong in it and what to do.
+    Raises UserError for a path that is not a supported source.
     """
     kind = _kind_of(path)
     if kind is image_arrays.open_cifar:
         return image_arrays.open_cifar(path, split or "train")
     if split is not None:
-        raise UserError(f"{path} has no splits, only the CIFAR-10 tarball has: leave out --split")
+        raise UserError(f"{path} has no splits, only the CIFAR-10 tarball has them: omit --split")
     return kind(path)
 
 
@@ -70,7 +72,8 @@ def _kind_of(path: Path) -> Callable[..., AbstractContextManager[Source]]:
     with damage_of(path):
         if tarfile.is_tarfile(path):
             return image_arrays.open_cifar
-    what = "the labels of an idx data set" if head == image_arrays.IDX_LABELS else "none of these"
+    kind_of = "the labels of an idx data set"
+    what = kind_of if head == image_arrays.IDX_LABELS else "not a supported source"
     raise UserError(
         f"{path} is {what}: --source takes a folder, a zip, cifar-10-python.tar.gz, or the images "
         "of an idx data set (such as train-images-idx3-ubyte.gz)"
@@ -79,15 +82,15 @@ def _kind_of(path: Path) -> Callable[..., AbstractContextManager[Source]]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What becomes of an image: all are made one square size."""
+    """How an image is brought to the square size that all images share."""
 
-    resolution: int | None = None  #: pixels a side; None leaves the size as it is
-    crop: bool = False  #: cut the middle of the longer side out first
+    resolution: int | None = None  #: pixels per side; None keeps the size
+    crop: bool = False  #: crop to the central square first
 
     def __call__(self, image: Image.Image) -> Pixels:
         """RGB image -> uint8 (H, H, 3): cropped as in EDM's tool, then resampled by Lanczos.
 
-        Raises ValueError for an image that is not square where nothing is cropped.
+        Raises ValueError for an image that is not square, unless ``crop`` is set.
         """
         width, height = image.size
         if self.crop:
@@ -99,28 +102,28 @@ class Shape:
         size = (self.resolution or image.width,) * 2
         if image.size != size:
             image = image.resize(size, Image.Resampling.LANCZOS)
-        # a bare array leaves behind what else the file held: profile, gamma, transparent colour
+        # a bare array drops the file's colour profile, gamma and transparent colour
         return np.array(image)
 
 
 @dataclass
 class Tally:
-    """What has been done so far."""
+    """Counts of what has been converted so far."""
 
-    labels: list[int | None] = field(default_factory=list)  #: of the images that were written
-    side: int = 0  #: pixels, of all of them
+    labels: list[int | None] = field(default_factory=list)  #: of the images written
+    side: int = 0  #: pixels per side of all of them
     skipped: int = 0
     enlarged: int = 0
     first_enlarged: str = ""
 
 
 def name_of(index: int) -> str:
-    """``00012/img00012345.png``: a thousand images in a folder."""
+    """``00012/img00012345.png``: a thousand images per folder."""
     return f"{index // 1000:05}/img{index:08}.png"
 
 
 def encode(pixels: Pixels) -> bytes:
-    """A PNG that is not compressed: it is read several times faster, and equal for any zlib."""
+    """An uncompressed PNG: several times faster to read, and independent of the zlib version."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
@@ -131,9 +134,10 @@ Write = Callable[[str, bytes], None]
 
 @contextmanager
 def destination(dest: Path) -> Iterator[Write]:
-    """A function that adds a file to the zip or folder ``dest``, which appears when all is well.
+    """Yield a function that adds a file to the zip or folder ``dest``.
 
-    Until then everything lies in a hidden folder beside it, which only a kill leaves behind.
+    ``dest`` appears only when everything has been written.  Until then the files are in a hidden
+    folder beside it, which is removed unless the process is killed.
     """
     if dest.exists():
         raise UserError(f"{dest} exists already: remove it, or give another --dest")
@@ -150,7 +154,7 @@ def destination(dest: Path) -> Iterator[Write]:
 
 def _entry(name: str) -> ZipInfo:
     entry = ZipInfo(name, EPOCH)
-    entry.create_system, entry.external_attr = 3, 0o644 << 16  # a plain file, on any system
+    entry.create_system, entry.external_attr = 3, 0o644 << 16  # a regular file, on any system
     return entry
 
 
@@ -162,10 +166,10 @@ def _write_file(path: Path, data: bytes) -> None:
 def convert(
     source: Source, write: Write, shape: Shape, most: int | None, skip_broken: bool
 ) -> Tally:
-    """Write the first ``most`` images of the source that can be read, and their classes.
+    """Write the first ``most`` readable images of the source, and their classes.
 
-    Raises UserError, with its name, for an image that is broken (if such are not to be skipped),
-    not square, or of another size than the first; and where no image is left.
+    Raises UserError, naming the image, for one that is broken (unless ``skip_broken``), not square,
+    or of another size than the first; and for a source without readable images.
     """
     tally, say = Tally(), TextLog()
     with progress(min(source.count, most or source.count), "images", "img") as bar:
@@ -178,7 +182,7 @@ def convert(
                 if not skip_broken:
                     raise UserError(
                         f"{name} cannot be read ({error}): replace it, or "
-                        "pass --skip-broken to leave out such images"
+                        "pass --skip-broken to omit such images"
                     ) from error
                 say(f"skipped {name}: {error}")
                 tally.skipped += 1
@@ -188,7 +192,7 @@ def convert(
             if len(tally.labels) == most:
                 break
     if not tally.labels:
-        raise UserError(f"none of the images in {source.path} can be read: fetch it again")
+        raise UserError(f"none of the images in {source.path} can be read: download it again")
     classes = None if None in tally.labels else tally.labels
     labels = None if classes is None else [[name_of(i), c] for i, c in enumerate(classes)]
     write(TABLE, json.dumps({"labels": labels}).encode())
@@ -204,7 +208,7 @@ def _shaped(image: Image.Image, name: str, shape: Shape, tally: Tally) -> Pixels
     if tally.side not in (0, side):
         raise UserError(
             f"{name} is {side}x{side}, the images before it are {tally.side}x{tally.side}: add "
-            "--resolution to make one size of them"
+            "--resolution to resize all of them"
         )
     tally.side = side
     if min(image.size) < side:
@@ -214,16 +218,16 @@ def _shaped(image: Image.Image, name: str, shape: Shape, tally: Tally) -> Pixels
 
 
 def report(dest: Path, source: Source, tally: Tally) -> None:
-    """Say what there is now, and all that a person may not have expected."""
+    """Print what was written, and what was skipped, enlarged or left out."""
     size = f"{tally.side}x{tally.side}"
     click.echo(f"wrote {dest}: {len(tally.labels)} images of {size}, {source.classes}")
     if tally.skipped:
-        click.echo(f"skipped, as they cannot be read: {tally.skipped}")
+        click.echo(f"skipped because they cannot be read: {tally.skipped}")
     if tally.enlarged:
         click.echo(f"enlarged to {size}: {tally.enlarged}, first {tally.first_enlarged}")
     if source.left_out:
         endings = ", ".join(sorted(EXTENSIONS))
-        click.echo(f"left out, as they do not end in {endings}: {source.left_out}")
+        click.echo(f"left out because they do not end in {endings}: {source.left_out}")
 
 
 def parse_resolution(_context: object, _option: object, text: str | None) -> int | None:
@@ -232,27 +236,31 @@ def parse_resolution(_context: object, _option: object, text: str | None) -> int
         return None
     found = re.fullmatch(r"([1-9]\d{0,4})(?:x\1)?", text)
     if not found:
-        raise click.BadParameter(f"'{text}' is no square size: give it as 64 or 64x64")
+        raise click.BadParameter(f"'{text}' is not a square size: give it as 64 or 64x64")
     return int(found[1])
 
 
 @click.command(context_settings={"show_default": True}, epilog=EXAMPLES)
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="see above")
-@click.option("--dest", type=click.Path(path_type=Path), required=True, help="NAME.zip or a folder")
-@click.option("--resolution", callback=parse_resolution, metavar="N", help="64 or 64x64  [kept]")
+@click.option(
+    "--source", type=PATH, required=True, help="folder, zip, CIFAR-10 tarball, or idx file"
+)
+@click.option("--dest", type=PATH, required=True, help="NAME.zip or a folder")
+@click.option(
+    "--resolution", callback=parse_resolution, metavar="N", help="64 or 64x64  [default: keep]"
+)
 @click.option("--transform", type=click.Choice(["none", "center-crop"]), default="none")
-@click.option("--max-images", type=click.IntRange(min=1), help="take the first of them  [all]")
-@click.option("--skip-broken", is_flag=True, help="leave out images that cannot be read")
-@click.option("--split", type=click.Choice(["train", "test"]), help="of CIFAR-10  [train]")
+@click.option("--max-images", type=click.IntRange(1), help="use the first N  [default: all]")
+@click.option("--skip-broken", is_flag=True, help="omit images that cannot be read")
+@click.option("--split", type=click.Choice(["train", "test"]), help="of CIFAR-10  [default: train]")
 def main(
     source: Path, dest: Path, resolution: int | None, transform: str, max_images: int | None,
     skip_broken: bool, split: str | None,
 ) -> None:  # fmt: skip
-    """Make a data set in EDM's layout of images as they are published.
+    """Convert a published image data set to EDM's layout.
 
     --source is a folder or a zip of images, cifar-10-python.tar.gz, or the images of an idx data
-    set (MNIST). Classes are those of its dataset.json, else its top sub-folders in sorted order.
-    --dest is there when it is complete, or not at all.
+    set such as MNIST.  Classes are taken from its dataset.json, or else from its top-level
+    sub-folders in sorted order.  --dest appears only when it is complete.
     """
     shape = Shape(resolution, crop=transform == "center-crop")
     with open_source(source, split) as images, destination(dest) as write:
