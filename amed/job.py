@@ -20,7 +20,8 @@ from amed.trainer import Data, Loop, Report
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
 from denoisers.prior import start
-from denoisers.registry import Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from restart.intervals import parse_restart_info
 from runtime.dist import World
 from runtime.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amed.settings import StudentSettings
 from checkpoints.snapshots import PublishedPredictor, read_predictor
-from denoisers.registry import cards
+from denoisers.cards import cards
 from runtime.errors import UserError
 from runtime.record import SCHEMA, RunRecord
 

@@ -13,7 +13,7 @@ from amed.job import TrainingJob, prepare, resumable
 from amed.settings import STUDENTS
 from amed.trainer import finished, train
 from denoisers.cards import cards
-from denoisers.registry import DTYPES
+from denoisers.precision import DTYPES
 from runtime import cli
 from runtime.dist import world
 from runtime.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from denoisers.conditions import Conditions
 from denoisers.prior import start
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from plans.plan import plan_times, visit_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from amed.experiments import PREDICTOR, find_run, load_predictor
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.registry import Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import sha256_file

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from denoisers.families.edm import EDMPrecond
-from denoisers.families.precond import build
+from denoisers.families.precond import EDMPrecond, build
 from denoisers.training.batches import PARTS, Batch
 from denoisers.training.trainer import Trainer
 from runtime.dist import World

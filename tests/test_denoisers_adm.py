@@ -16,9 +16,9 @@ from torch import Tensor
 from denoisers.cards import Card
 from denoisers.families.adm import ADMDenoiser, ADMModel, load_adm, read_openai, resolved
 from denoisers.families.cm import CMDenoiser, load_cm
-from denoisers.files import Files
 from denoisers.nets.openai import Classifier, UNet
 from denoisers.noise_schedules import LinearVP
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from denoisers.families.edm import describe_edm, is_edm, load_edm
 from denoisers.families.precond import build
-from denoisers.files import Files
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from tests import published

@@ -18,8 +18,8 @@ from torch import Tensor
 from denoisers.cards import Card, cards
 from denoisers.families.first_stage import Quantizer, VQDecoder
 from denoisers.families.ldm import LDMModel, load_ldm
-from denoisers.files import Files
 from denoisers.nets.openai import UNet, settings_from
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file
 

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from denoisers.cards import cards
 from denoisers.families import edm
-from denoisers.families.edm import EDMModel, build, load_edm
-from denoisers.files import Files
-from denoisers.registry import cards, load_model
+from denoisers.families.edm import EDMModel, load_edm
+from denoisers.families.precond import build
+from denoisers.protocol import Files
+from denoisers.registry import load_model
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.noise import SeedNoise

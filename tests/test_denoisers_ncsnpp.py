@@ -17,8 +17,8 @@ from denoisers.convert import convert
 from denoisers.families.edm import EDMModel
 from denoisers.families.ncsnpp import describe_ncsnpp, load_ncsnpp
 from denoisers.families.precond import build
-from denoisers.files import Files
 from denoisers.nets.ncsnpp import published, settings_from
+from denoisers.protocol import Files
 from denoisers.recognise import recognise
 from denoisers.registry import ModelSource, load_model
 from runtime.errors import UserError

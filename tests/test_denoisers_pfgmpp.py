@@ -17,8 +17,8 @@ from torch import Tensor
 from denoisers.cards import Card
 from denoisers.families.edm import describe_edm, load_edm
 from denoisers.families.precond import build
-from denoisers.files import Files
 from denoisers.prior import start, unit_noise
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from tests import published

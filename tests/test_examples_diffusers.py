@@ -305,7 +305,7 @@ def page_blocks(kind: str) -> list[str]:
 
 def own_network(path: Path) -> None:
     """A tiny network of the EDM family in a pickle, as its authors publish it."""
-    from denoisers.families.edm import build
+    from denoisers.families.precond import build
 
     config = {
         "class_name": "EDMPrecond",

@@ -24,7 +24,7 @@ from denoisers.families.diffusers.loading import (
     is_diffusers,
     load_diffusers,
 )
-from denoisers.files import Files
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from tests import tiny_pipeline
 

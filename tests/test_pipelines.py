@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 from denoisers.cards import Card
 from denoisers.families.diffusers.loading import inspect_diffusers, load_diffusers
-from denoisers.files import Files
 from denoisers.noise_schedules import BETAS, DiscreteVP
+from denoisers.protocol import Files
 from solvers.driver import integrate
 from solvers.registry import make_solver
 from tests import tiny_pipeline

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from denoisers.conditions import Conditions
 from denoisers.prior import start
-from denoisers.registry import Model, load_model
+from denoisers.protocol import Model
+from denoisers.registry import load_model
 from plans.plan import run_plan, with_kernel
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
@@ -244,7 +245,8 @@ def test_nonsense_is_refused_before_any_work(
 
 WORLD = """
 import sys, torch
-from denoisers.registry import Model, load_model
+from denoisers.protocol import Model
+from denoisers.registry import load_model
 from runtime.dist import world
 from samplers.builders.classic import build
 from samplers.generate import generate

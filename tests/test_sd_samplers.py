@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
 from denoisers.families.diffusers.loading import inspect_diffusers, load_diffusers
-from denoisers.files import Files
+from denoisers.protocol import Files
 from plans.plan import run_plan
 from samplers.builders.classic import build
 from samplers.generate import generate

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 
 from checkpoints.weights import fill, read_safetensors
 from denoisers.cards import cards
-from denoisers.families.edm import EDMPrecond, build, read_checkpoint
+from denoisers.families.edm import read_checkpoint
+from denoisers.families.precond import EDMPrecond, build
 from denoisers.training.augment import LABELS
 from denoisers.training.batches import Images, TrainingBatches, shares
 from denoisers.training.report import STATE, Reporter

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denoisers.precision import wide_dtype
+
 CHUNK = 1 << 20  #: elements in flight: temporaries stay in the cache and are not mapped anew
 
 
@@ -104,8 +106,7 @@ def _factor(vector: Tensor, part: slice) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """A fresh (B, H*W, C) copy in float32 or float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.permute(0, 2, 3, 1).to(dtype, copy=True).flatten(1, 2)
+    return x.permute(0, 2, 3, 1).to(wide_dtype(x.dtype), copy=True).flatten(1, 2)
 
 
 def _write(out: Tensor, rows: Tensor) -> None:

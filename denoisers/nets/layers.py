@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from denoisers.nets.fused import fused_norm
+from denoisers.precision import wide_dtype
 
 
 class Linear(nn.Module):
@@ -132,7 +133,7 @@ class Conv2d(nn.Module):
 
     def _doubled(self) -> Tensor:
         """The 4x4 kernel that does nearest-neighbour upsampling and the 3x3 convolution at once."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        wide = wide_dtype(self.weight.dtype)
         weight = self.weight.to(wide).flip(2, 3).transpose(0, 1)
         rows = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
         return (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))).to(self.weight.dtype)
@@ -256,7 +257,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def channel_mean(x: Tensor) -> Tensor:
     """Mean over channels, (B, C, h, w) -> (B, h, w), in float32 at least."""
-    return x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.mean(1, dtype=wide_dtype(x.dtype))
 
 
 def one_of(what: str, value: str, known: tuple[str, ...]) -> None:

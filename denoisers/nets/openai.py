@@ -28,6 +28,7 @@ from denoisers.nets.openai_blocks import (
     ResBlock,
     Upsample,
 )
+from denoisers.precision import wide_dtype
 from runtime.errors import UserError
 
 
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
     @property
     def wide(self) -> torch.dtype:
         """The dtype of everything around the torso: float32 at least."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return wide_dtype(self.dtype)
 
     def embed(self, times: Tensor, labels: Tensor | None) -> Tensor:
         """Embedding (B, 4 model_channels) of times (B,) and, with classes, labels (B,) int64."""

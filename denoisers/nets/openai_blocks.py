@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from denoisers.nets.layers import attention
+from denoisers.precision import wide_dtype
 from runtime.errors import UserError
 
 GROUPS = 32  #: of every normalisation
@@ -27,8 +28,7 @@ class Float32GroupNorm(nn.GroupNorm):
         super().__init__(GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return super().forward(wide).to(x.dtype)
+        return super().forward(x.to(wide_dtype(x.dtype))).to(x.dtype)
 
 
 class Downsample(nn.Module):

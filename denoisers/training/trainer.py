@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from denoisers.families.edm import EDMPrecond
-from denoisers.registry import DTYPES
+from denoisers.families.precond import EDMPrecond
+from denoisers.precision import DTYPES, wide_dtype
 from denoisers.training.augment import LABELS, Change
 from denoisers.training.batches import PARTS, TrainingBatch
 from runtime.dist import World
@@ -75,7 +75,7 @@ class Recipe:
     @property
     def wide(self) -> torch.dtype:
         """Of weights, images and noise: float32, or float64 for a network in float64."""
-        return torch.promote_types(DTYPES[self.dtype], torch.float32)
+        return wide_dtype(DTYPES[self.dtype])
 
     def learning_rate(self, images: int) -> float:
         """For the step after ``images`` images."""
