@@ -346,7 +346,7 @@ def test_what_the_card_does_not_say_is_refused(tiny: Files) -> None:
         UserError, match="'tiny' has no guidance, but the rate is 7.5; leave it out"
     ):
         model.bind(guidance_rate=7.5)
-    with pytest.raises(UserError, match="'tiny' is unconditional: leave --class 1 out"):
+    with pytest.raises(UserError, match="'tiny' has no classes: leave --class 1 out"):
         model.bind(torch.tensor([1]))
     with pytest.raises(UserError, match="'tiny' takes no text: leave the prompts out"):
         model.bind(prompts=["a bedroom"])

@@ -199,7 +199,7 @@ def test_labels_choose_the_class(tiny: Path) -> None:
 
 def test_nonsense_labels_are_refused(tiny: Path) -> None:
     model = load_tiny(tiny)
-    with pytest.raises(UserError, match=r"class 4 is not one of the 4 \(0\.\.3\)"):
+    with pytest.raises(UserError, match="class 4 is not one of the 4 classes"):
         model.bind(torch.tensor([0, 4]))
     with pytest.raises(UserError, match="class -1 is not"):
         model.bind(torch.tensor([-1, 2]))
@@ -207,7 +207,7 @@ def test_nonsense_labels_are_refused(tiny: Path) -> None:
         model.bind(torch.tensor([0, 1]))(torch.zeros(3, 3, 8, 8), torch.tensor(1.0))
     with pytest.raises(UserError, match="'tiny' has no guidance, but the rate is 7.5"):
         model.bind(guidance_rate=7.5)
-    with pytest.raises(UserError, match="'cifar10-small' is unconditional"):
+    with pytest.raises(UserError, match="'cifar10-small' has no classes"):
         load_model("cifar10-small", device="cpu").bind(torch.tensor([0]))
 
 

@@ -19,7 +19,8 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import sample, train
 from denoisers.conditions import Conditions
-from denoisers.families.diffusers.loading import from_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import load_diffusers
+from denoisers.families.diffusers.model import from_pipeline
 from denoisers.registry import ModelSource
 from examples import stable_diffusion
 from plans.plan import Solve

@@ -225,7 +225,7 @@ def test_classes_belong_to_seeds_or_are_given() -> None:
         (
             MixtureModel,
             {"conditions": Conditions(0)},
-            "'tiny' is unconditional: leave --class 0 out",
+            "'tiny' has no classes: leave --class 0 out",
         ),
         (
             ClassModel,
