@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import denoisers.families.diffusers.loading
 from denoisers.cards import Card
 from denoisers.families.diffusers.files import describe_diffusers, is_diffusers, sha256_pipeline
 from denoisers.families.diffusers.loading import fetch_pipeline, load_diffusers
@@ -269,6 +268,6 @@ def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
         "import sys, denoisers.families.diffusers.loading, samplers.in_diffusers\n"
         "print([m for m in ('diffusers', 'transformers', 'torchvision') if m in sys.modules])"
     )
-    root = Path(denoisers.families.diffusers.loading.__file__).parent.parent
+    root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

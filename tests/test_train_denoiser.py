@@ -359,7 +359,7 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
     "a slip": (
         [],
         lambda folder: (folder / "song.json").write_text(json.dumps({**SONG, "blocks": 1})),
-        "these are no settings of a network: SongUNet.__init__() got an unexpected keyword",
+        "{}/song.json has settings that make no network: SongSettings.__init__() got an unexp",
     ),
     "no weights": (["--init={}/nothing"], None, "{}/nothing: No such file or directory"),
     "not told": (

@@ -26,7 +26,7 @@ import click
 import torch
 from torch.utils.data import DataLoader
 
-from checkpoints.weights import fill, read_safetensors
+from checkpoints.weights import constructing, fill, read_safetensors
 from denoisers.cards import cards
 from denoisers.families.edm import read_checkpoint
 from denoisers.families.precond import EDMPrecond, build
@@ -69,10 +69,8 @@ def first_network(
         if recipe.augment:
             settings.setdefault("augment_dim", LABELS)
     torch.manual_seed(recipe.seed)
-    try:
+    with constructing(str(init or config or like), "settings"):
         net = build(settings, bottleneck)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"these are no settings of a network: {error}") from error
     if not isinstance(net, EDMPrecond) or net.D is not None:
         raise UserError(
             "the loss is that of networks with EDM's preconditioning and Gaussian noise, not of "

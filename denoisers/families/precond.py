@@ -44,8 +44,8 @@ class Precond(nn.Module):
 
     The network ``F`` has a dtype of its own (see :meth:`cast`).  The arithmetic around it runs on
     the device of ``x`` in its dtype, in float32 at least.  Derivatives in ``x`` and ``sigma`` are
-    exact.  ``sigma_min`` and ``sigma_max`` are the noise levels of training, and ``use_fp16`` says
-    that the network was published for half precision; none of them changes what is computed.
+    exact.  ``sigma_min`` and ``sigma_max`` are the noise levels of training; they do not change what
+    is computed.  ``use_fp16``, a published setting, is ignored.
 
     Raises ValueError for an unknown ``model_type`` and for invalid settings.
     """
@@ -74,7 +74,6 @@ class Precond(nn.Module):
         self.label_dim = label_dim
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-        self.use_fp16 = use_fp16
         self.dtype = torch.float32
         self.model = NETWORKS[model_type](
             img_resolution,
@@ -243,11 +242,10 @@ class IDDPMPrecond(Precond):
     """Improved DDPM (arXiv:2102.09672) with its cosine schedule: ``F`` predicts the noise.
 
     The network was trained at the ``M`` levels ``u``, whose labels are whole numbers, and predicts
-    variances as well, which are not used.  Published samplers stay on these levels (see
-    :meth:`round_sigma`).  Learned ones do not, and need the gradient of the label: between two
-    levels it is linear in ``ln alpha = -ln(1 + sigma^2) / 2``, as in
-    :class:`noise_schedules.DiscreteVP`; at a level it is the published label, and beyond either
-    end that of the end.
+    variances as well, which are not used.  Published samplers stay on these levels.  Learned ones
+    do not, and need the gradient of the label: between two levels it is linear in
+    ``ln alpha = -ln(1 + sigma^2) / 2``, as in :class:`noise_schedules.DiscreteVP`; at a level it is
+    the published label, and beyond either end that of the end.
     """
 
     outputs = 2
@@ -279,11 +277,6 @@ class IDDPMPrecond(Precond):
         above = torch.searchsorted(levels, value.detach()).clamp(1, len(levels) - 1)
         low, high = levels[above - 1], levels[above]
         return (above - 1 + (value - low) / (high - low)).clamp(0, len(levels) - 1)
-
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest level of the table, as published; for grids restricted to the table."""
-        u = self.u.to(sigma.dtype).to(sigma.device)
-        return u[(sigma[..., None] - u).abs().argmin(-1)]
 
 
 def cosine_levels(C_1: float, C_2: float, M: int) -> Tensor:
