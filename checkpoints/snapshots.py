@@ -198,7 +198,9 @@ def _constructor(record: Record, source: str) -> dict[str, Any]:
     args, kwargs = (record.state.get(f"_init_{kind}") for kind in ("args", "kwargs"))
     args, kwargs = args or (), kwargs or {}
     if type(args) not in (tuple, list) or type(kwargs) is not dict or len(args) > len(POSITIONAL):
-        raise UserError(f"{source} does not say how its {shown(record.name)} was made")
+        raise UserError(
+            f"{source} has no constructor arguments of its {shown(record.name)}; fetch it again"
+        )
     settings = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
     for name, value in settings.items():
         if type(name) is not str or not _is_plain(value):

@@ -99,7 +99,9 @@ def check_entries(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
             )
         derived = name.rpartition(".")[2] in DERIVED
         if derived and not torch.allclose(given.to(tensor), tensor, rtol=TOLERANCE):
-            raise UserError(f"{source} has other numbers in '{name}' than its settings say")
+            raise UserError(
+                f"{source} has other numbers in '{name}' than its settings imply; fetch it again"
+            )
     unknown = sorted(set(tensors) - set(own))
     if unknown:
         raise unknown_entry(source, unknown[0])

@@ -138,7 +138,10 @@ class ADMModel(LoadedModel):
             )
         tensors, config = read_weights(self.companion)
         if "out.2.c_proj.weight" not in tensors:
-            raise UserError(f"{self.companion} is no classifier of guided diffusion")
+            raise UserError(
+                f"{self.companion} is no classifier of guided diffusion; give another "
+                "--companion_path"
+            )
         # Only U-Nets were published with another order of attention.
         base = {**self.card.config, "attention": "legacy", "image_size": self.card.resolution}
         settings = settings_from(tensors, {**base, **config})
@@ -146,7 +149,8 @@ class ADMModel(LoadedModel):
         if (channels, classes) != (self.card.channels, self.card.label_dim):
             raise UserError(
                 f"{self.companion} tells {classes} classes of {channels}-channel images apart "
-                f"where '{self.card.name}' has {self.card.label_dim} and {self.card.channels}"
+                f"where '{self.card.name}' has {self.card.label_dim} and {self.card.channels}; "
+                "give another --companion_path"
             )
         return filled(lambda: Classifier(**settings), tensors, str(self.companion))
 

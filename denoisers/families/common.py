@@ -17,8 +17,8 @@ from solvers.types import Denoiser
 class LoadedModel:
     """A model of any family, as :class:`denoisers.protocol.Model`.
 
-    Which conditions it takes follows from its card; a family only says how its denoiser is built
-    from conditions that fit, in :meth:`_denoiser`.
+    The conditions that it takes are those of its card.  A subclass implements :meth:`_denoiser`,
+    which is only called with conditions that fit.
     """
 
     card: Card

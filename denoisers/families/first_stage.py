@@ -176,7 +176,7 @@ def settings_from(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     def size(name: str, axis: int = 0) -> int:
         if name not in tensors or tensors[name].ndim <= axis:
             raise UserError(
-                f"{source} has no '{name}' as a vector-quantised first stage has it; give the one "
+                f"{source} has no '{name}' as in a vector-quantised first stage; give the one "
                 "that the model was trained on"
             )
         return tensors[name].shape[axis]

@@ -156,7 +156,10 @@ def check_schedule(card: Card, tensors: Mapping[str, Tensor], source: str) -> Di
     """The card's schedule; UserError if the checkpoint was trained on another."""
     schedule = card.schedule
     if not isinstance(schedule, DiscreteVP):
-        raise UserError(f"the card of '{card.name}' lacks a noise_schedule of discrete steps")
+        raise UserError(
+            f"the card of '{card.name}' lacks a noise_schedule of discrete steps; add one of kind "
+            "discrete_vp"
+        )
     own, known = tensors.get("alphas_cumprod"), schedule.alphas_cumprod
     if own is not None and not (
         own.shape == known.shape and torch.allclose(own.to(known), known, rtol=1e-3, atol=0)

@@ -44,8 +44,8 @@ class Precond(nn.Module):
 
     The network ``F`` has a dtype of its own (see :meth:`cast`).  The arithmetic around it runs on
     the device of ``x`` in its dtype, in float32 at least.  Derivatives in ``x`` and ``sigma`` are
-    exact.  ``sigma_min`` and ``sigma_max`` are the noise levels of training; they do not change what
-    is computed.  ``use_fp16``, a published setting, is ignored.
+    exact.  ``sigma_min`` and ``sigma_max`` are the noise levels of training; the output does not
+    depend on them.  ``use_fp16``, a published setting, is ignored.
 
     Raises ValueError for an unknown ``model_type`` and for invalid settings.
     """

@@ -114,7 +114,10 @@ class Modules:
         """The length of an axis of a tensor, 1 or more; UserError if it does not exist."""
         tensor = self.tensors.get(index, {}).get(name)
         if tensor is None or tensor.ndim <= axis or not tensor.shape[axis]:
-            raise UserError(f"{self.source} has no 'all_modules.{index}.{name}' as NCSN++ has it")
+            raise UserError(
+                f"{self.source} has no 'all_modules.{index}.{name}' as in NCSN++; it holds the "
+                "weights of another network"
+            )
         return tensor.shape[axis]
 
     def levels(self) -> tuple[int, list[int]]:

@@ -218,11 +218,17 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
     """
     unknown = sorted(set(base) - set(inspect.signature(Encoder).parameters))
     if unknown:
-        raise UserError(f"'{unknown[0]}' is no setting of the U-Net of guided diffusion")
+        raise UserError(
+            f"'{unknown[0]}' is no setting of the U-Net of guided diffusion; remove it from its "
+            "config"
+        )
 
     def size(name: str, axis: int = 0) -> int:
         if name not in tensors or tensors[name].ndim <= axis:
-            raise UserError(f"the weights have no '{name}' as the U-Net of guided diffusion has it")
+            raise UserError(
+                f"the weights have no '{name}' as in the U-Net of guided diffusion; they are of "
+                "another network"
+            )
         return tensors[name].shape[axis]
 
     def count(pattern: str) -> int:
@@ -237,7 +243,10 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
     # the first convolution; then per level its blocks and, but for the last, a downsampling
     stages = count(r"input_blocks\.\d+\.0\.(in_layers\.2\.|op\.|)weight")
     if depth < 1 or stages % depth or stages // depth < 2:
-        raise UserError(f"{stages} input blocks cannot be {depth} levels of equally many blocks")
+        raise UserError(
+            f"{stages} input blocks cannot be {depth} levels with the same number of blocks; the "
+            "weights are of another network"
+        )
     stride = stages // depth
     first = [f"input_blocks.{1 + level * stride}" for level in range(depth)]
     model_channels = size("time_embed.0.weight", 1)

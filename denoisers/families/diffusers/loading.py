@@ -125,7 +125,10 @@ def _read(diffusers: Any, main: Path) -> Any:
     index = read_json(folder / INDEX)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline is None:
-        raise UserError(f"{main}: diffusers knows no pipeline {index.get('_class_name')!r}")
+        raise UserError(
+            f"{main}: diffusers knows no pipeline {index.get('_class_name')!r}; install a version "
+            "that does"
+        )
     left_out: dict[str, Any] = {name: None for name in UNWANTED if name in index}
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
