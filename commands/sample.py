@@ -10,10 +10,12 @@ from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from restart.tables import configurations
 from runtime import cli
-from runtime.dist import world
-from samplers.job import DEFAULT_DATASET, Setup, prepare, run
-from samplers.options import CLASSIC, LEARNED, SAMPLERS, SamplerOptions
+from runtime.job import execute
+from runtime.options import parse_options
+from samplers.job import DEFAULT_DATASET, SampleOptions, prepare
+from samplers.options import LEARNED, SAMPLERS
 from solvers.grids import SCHEDULES
+from solvers.registry import CLASSIC
 
 EXAMPLES = """\b
 Examples:
@@ -120,15 +122,10 @@ POSITIVE = click.FloatRange(0, min_open=True)
 )
 # Guidance
 @cli.guidance_options
-def main(dry_run: bool, device: str | None, predictor_path: str | None, **flags: Any) -> None:
+def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Sample images, one PNG per seed, with a record of how they were made.
 
-    A killed run goes on where it stopped; images depend neither on --batch nor on the number of
+    A killed run continues where it stopped; images depend neither on --batch nor on the number of
     processes.
     """
-    setup = Setup(**{name: flags.pop(name) for name in Setup.__dataclass_fields__})
-    with world(device) as here:
-        job = prepare(SamplerOptions(**flags), predictor_path, setup, here)
-        done = job.record(job.known_sha256(), here).to_json() if dry_run else run(job, here)
-        if here.is_main:
-            click.echo(str(done))
+    execute(prepare, parse_options(SampleOptions, flags), dry_run, device)

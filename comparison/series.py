@@ -18,7 +18,7 @@ from restart.intervals import read_configurations
 from restart.tables import configurations
 from runtime.dist import World
 from runtime.errors import UserError
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.builders.restart import interval_json
 from samplers.options import SamplerOptions
 

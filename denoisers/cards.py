@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
+from solvers.grids import TimeMaps
 
 HERE = Path(__file__).resolve().parent
 
@@ -59,10 +58,10 @@ class Card:
         return SCHEDULES[settings.pop("kind")](**settings)
 
     @property
-    def time_maps(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """``sigma`` and ``sigma_inv``, as the ``discrete`` grid takes them; none without a time."""
+    def time_maps(self) -> TimeMaps | None:
+        """The model's own time, as the ``discrete`` grid takes it; None without one."""
         own = self.schedule
-        return {} if own is None else {"sigma": own.sigma, "sigma_inv": own.sigma_inv}
+        return None if own is None else TimeMaps(own.sigma, own.sigma_inv)
 
     def cost(self, guidance_rate: float | None = None) -> int:
         """Network evaluations of one call: guidance without a classifier needs two."""

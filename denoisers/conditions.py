@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,35 @@ StreamName = tuple[str | int, ...]  #: goes before the names of a stream of draw
 
 
 @dataclass(frozen=True)
+class ConditionOptions:
+    """Class, prompts and guidance as they are asked for, under the names of the flags."""
+
+    label: int | None = None  #: ``--class`` of every image
+    prompt: str | None = None
+    prompt_path: str | None = None
+    guidance_type: str | None = None
+    guidance_rate: float | None = None
+
+    def at(self, guidance_rate: float | None) -> ConditionOptions:
+        """The same options with the guidance rate of a sampler."""
+        return replace(self, guidance_rate=guidance_rate)
+
+    def resolve(self, card: Card) -> Conditions:
+        """The conditions; UserError for what the model of ``card`` does not take."""
+        prompt, path = self.prompt, self.prompt_path
+        if not card.text and (prompt is not None or path is not None):
+            raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
+        if prompt is not None and path is not None:
+            raise UserError(
+                f"--prompt {prompt!r} and --prompt_path {path} both say what to show: give one"
+            )
+        prompts = read_prompts(path) if path else (prompt,) if prompt else ()
+        conditions = Conditions(self.label, prompts, self.guidance_rate, self.guidance_type)
+        conditions.check(card)
+        return conditions
+
+
+@dataclass(frozen=True)
 class Conditions:
     """Class, prompts and guidance.
 
@@ -32,29 +61,6 @@ class Conditions:
     prompts: tuple[str, ...] = ()
     guidance_rate: float | None = None
     guidance_type: str | None = None  #: only checked: a model has one kind at most
-
-    @classmethod
-    def of(
-        cls,
-        card: Card,
-        prompt: str | None,
-        prompt_path: str | None,
-        label: int | None = None,
-        guidance_rate: float | None = None,
-        guidance_type: str | None = None,
-    ) -> Conditions:
-        """From options; UserError for what the model of ``card`` does not take."""
-        if not card.text and (prompt is not None or prompt_path is not None):
-            raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
-        if prompt is not None and prompt_path is not None:
-            raise UserError(
-                f"--prompt {prompt!r} and --prompt_path {prompt_path} both say what to show: "
-                "give one of them"
-            )
-        prompts = read_prompts(prompt_path) if prompt_path else (prompt,) if prompt else ()
-        conditions = cls(label, prompts, guidance_rate, guidance_type)
-        conditions.check(card)
-        return conditions
 
     def check(self, card: Card, seeds: Sequence[int] = ()) -> None:
         """Raise UserError for a condition that the model of ``card`` does not take."""

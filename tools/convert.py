@@ -34,8 +34,8 @@ def main(source: Path, target: Path, name: str | None) -> None:
     check_target(target)
     content = read(source)
     if is_predictor(content):
-        predictor, _, record = load_predictor(str(source), source.parent)
-        save_predictor(target, predictor, record)
+        student = load_predictor(str(source), source.parent)
+        save_predictor(target, student.predictor, student.record)
         click.echo(f"wrote {target}")
         return
     written = convert(content, source, target, name)

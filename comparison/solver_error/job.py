@@ -29,7 +29,7 @@ from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.grids import get_grid
 

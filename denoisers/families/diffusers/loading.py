@@ -65,15 +65,21 @@ def load_diffusers(
     return from_pipeline(pipe, card, digest)
 
 
+def fetched_pipeline(repo: str, folder: Path) -> Path | None:
+    """Where an earlier `fetch_pipeline` put ``owner/name``, or None."""
+    whole = sorted(folder.glob(f"models--{repo.replace('/', '--')}/snapshots/*/{NOTE}"))
+    return whole[0].parent if whole else None
+
+
 def fetch_pipeline(repo: str, folder: Path) -> Path:
     """Fetch ``owner/name`` from the Hugging Face hub into ``folder`` once; its folder.
 
     The hash of the weights is noted beside them, for every later load to check.  A transfer that
     broke is carried on.  Raises UserError without a connection.  Call it on one rank only.
     """
-    whole = sorted(folder.glob(f"models--{repo.replace('/', '--')}/snapshots/*/{NOTE}"))
-    if whole:
-        return whole[0].parent
+    fetched = fetched_pipeline(repo, folder)
+    if fetched is not None:
+        return fetched
     download = require_diffusers().DiffusionPipeline.download
     try:
         with _quiet():
