@@ -28,7 +28,8 @@ from amed.step import Student
 from amed.trainer import Data, Loop, train
 from benchmarks.sampling import CLOCKS, Stopwatch, raw_forward
 from denoisers.families.edm import EDMModel
-from denoisers.registry import DTYPES, load_model
+from denoisers.precision import DTYPES
+from denoisers.registry import load_model
 from runtime import cli
 from runtime.dist import World
 from runtime.record import RunRecord

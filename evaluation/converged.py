@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from metrics.detectors import REFERENCES, Detector
 from metrics.statistics import Statistics, read_arrays
 from runtime.errors import UserError

@@ -21,7 +21,8 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import sample, train
 from denoisers.conditions import Conditions
-from denoisers.families.diffusers.loading import from_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import load_diffusers
+from denoisers.families.diffusers.model import from_pipeline
 from denoisers.registry import ModelSource
 from examples import stable_diffusion
 from plans.plan import Solve
@@ -308,7 +309,7 @@ def page_blocks(kind: str) -> list[str]:
 
 def own_network(path: Path) -> None:
     """A tiny network of the EDM family in a pickle, as its authors publish it."""
-    from denoisers.families.edm import build
+    from denoisers.families.precond import build
 
     config = {
         "class_name": "EDMPrecond",

@@ -18,8 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from denoisers.conditions import Conditions
+from denoisers.precision import DTYPES
 from denoisers.prior import start
-from denoisers.registry import DTYPES, Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from evaluation.converged import COMMAND, Converged
 from evaluation.images import open_detector
 from evaluation.passes import ImageStream, gathered

@@ -21,7 +21,9 @@ from comparison.rows import (
 )
 from comparison.solver_error.exact import Exact, Problem
 from comparison.solver_error.walks import level, times, walks
-from denoisers.registry import DTYPES, Model, ModelSource
+from denoisers.precision import DTYPES
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from metrics.detectors import Detector
 from runtime.dist import World
 from runtime.images import to_uint8
