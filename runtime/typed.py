@@ -1,7 +1,7 @@
 """Our own result files: frozen dataclasses as JSON, and back with every type checked.
 
-A field whose default is None is left out where it is None, so a file has such a key only where
-there is something to say; every other field is always written.  A type with the field
+Every field is written.  The exception is a field declared as ``field(default=None,
+metadata=OPTIONAL)``, which is left out where it is None.  A type with the field
 ``schema: int = SCHEMA`` carries its version, and a newer one is refused.
 """
 
@@ -21,6 +21,7 @@ from runtime.files import write_text
 
 T = TypeVar("T")
 SCHEMA = 1  #: of the files this version writes; raise it when a key changes its meaning
+OPTIONAL = {"optional": True}  #: metadata of a field whose key is left out where it is None
 REMEDY = "delete it and run again"
 _AT = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
@@ -39,7 +40,7 @@ def to_plain(value: object) -> Any:
     """``value`` as JSON values, as `to_json` writes them."""
     if is_dataclass(value) and not isinstance(value, type):
         values = {field: getattr(value, field.name) for field in fields(value)}
-        kept = {f: v for f, v in values.items() if not (v is None and f.default is None)}
+        kept = {f: v for f, v in values.items() if v is not None or not f.metadata.get("optional")}
         return {field.name: to_plain(part) for field, part in kept.items()}
     if isinstance(value, Mapping):
         return {key: to_plain(part) for key, part in value.items()}

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.errors import UserError
-from runtime.typed import SCHEMA, from_plain, read_result, to_json, write_result
+from runtime.typed import OPTIONAL, SCHEMA, from_plain, read_result, to_json, write_result
 
 
 @dataclass(frozen=True)
 class Point:
     nfe: int
     fid: float
-    detail: str | None = None
+    detail: str | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,14 @@ class Points:
     rounds: list[list[Point]]
     best: Point | None
     folder: Path
+    own: str | None = None
     levels: tuple[float, ...] = ()
-    extra: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
     schema: int = SCHEMA
 
 
 POINT = Point(5, 1.5)
-POINTS = Points("a", [[POINT, Point(3, math.inf, "b")], []], None, Path("x/y"), (0.1, 2.0))
+POINTS = Points("a", [[POINT, Point(3, math.inf, "b")], []], None, Path("x/y"), levels=(0.1, 2.0))
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -49,9 +50,9 @@ def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert list(file.parent.iterdir()) == [file]  # nothing temporary is left
 
 
-def test_fields_that_default_to_none_are_only_there_where_they_say_something() -> None:
+def test_only_optional_fields_are_left_out() -> None:
     content = plain()
-    assert content["best"] is None  # without a default it is always written
+    assert content["best"] is None and content["own"] is None
     assert "extra" not in content and "detail" not in content["rounds"][0][0]
     assert content["rounds"][0][1]["detail"] == "b" and content["folder"] == "x/y"
     assert to_json(POINT) == '{\n "nfe": 5,\n "fid": 1.5\n}'  # nothing is added
