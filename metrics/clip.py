@@ -86,10 +86,8 @@ def load_aesthetic(folder: Path, head: Path, device: torch.device, model: str) -
 
     @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        parts = F.normalize(embed(images)).split(CHUNK)
-        # always as many rows, like images: a matrix product rounds by its shape
-        rated = [rate(F.pad(part, (0, 0, 0, CHUNK - len(part)))) for part in parts]
-        return torch.cat(rated)[: len(images), 0].double().cpu()
+        rated: Tensor = rate(F.normalize(embed(images)))
+        return rated[:, 0].double().cpu()
 
     sha256 = f"{embed.sha256}, {files_sha256(head)}"
     return Scorer("aesthetic", f"{model}, {head.name}", sha256, score)
