@@ -19,7 +19,7 @@ from denoisers.cards import Card
 from restart.intervals import parse_restart_line
 from runtime.errors import UserError
 from runtime.record import RunRecord
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.builders.restart import interval_json, restart_info
 from samplers.options import SamplerOptions

@@ -28,7 +28,7 @@ from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.driver import Meter
 from solvers.registry import make_solver
@@ -261,7 +261,7 @@ def test_progress_counts_every_image_once(
     size: int, count: int, batch: int, tmp_path: Path
 ) -> None:
     """By what the main process sees of its own groups."""
-    record = RunRecord.make("errors", {}, {}, {})
+    record = RunRecord.make("solver_error", {}, {}, {})
     world = World(0, size, CPU)
     job = SolverErrorJob({}, [], None, list(range(count)), batch, tmp_path, world, record)
     assert sum(job.finished(place) for place, _ in job.mine) == count

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from samplers.options import SamplerOptions
+
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
@@ -19,7 +21,8 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import sample, train
 from denoisers.conditions import Conditions
-from denoisers.families.diffusers.loading import from_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import load_diffusers
+from denoisers.families.diffusers.model import from_pipeline
 from denoisers.registry import ModelSource
 from examples import stable_diffusion
 from plans.plan import Solve
@@ -40,12 +43,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "own-model.md"
 SHORTER = {
     "train.py": ["--device=cpu", "--total_kimg=0.004", "--batch=4", "--tick=0.004"],
     "sample.py": ["--device=cpu"],
-    "examples/stable_diffusion.py": [],
+    "examples.stable_diffusion": [],
 }
 SCRIPTS = {
     "train.py": train.main,
     "sample.py": sample.main,
-    "examples/stable_diffusion.py": stable_diffusion.main,
+    "examples.stable_diffusion": stable_diffusion.main,
 }
 
 
@@ -110,7 +113,7 @@ def run(pipe, scheduler, rate=5.0, prompts=PROMPTS, noise=None, **options):
 def test_a_predictor_gives_the_latents_of_our_own_sampler(pipe, model, name, afs, rate) -> None:
     walk = walk_of(model, name, predictor(), afs)
     scheduler = WalkScheduler.install(pipe, walk)
-    sampler = Sampler("x", (walk,), {}, cost=model.card.cost(rate), guidance_rate=rate)
+    sampler = Sampler("x", (walk,), SamplerOptions(guidance_rate=rate), model.card.cost(rate))
     conditions = Conditions(prompts=tuple(PROMPTS))
     (ours,) = generate(sampler, model, [0, 1], batch=2, device=CPU, conditions=conditions)
     theirs = run(pipe, scheduler, rate)
@@ -274,7 +277,8 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
     args += " --guidance_rate=5 --num_steps=3 --schedule_type=discrete --schedule_rho=1 --afs=True"
     args += " --scale_dir=0.01 --scale_time=0.2 --total_kimg=0.012 --batch=4 --tick=0.004"
     train.main(args.split(), standalone_mode=False)
-    guide, student, _ = load_predictor("1", "exps")
+    student_ = load_predictor("1", "exps")
+    guide, student = student_.predictor, student_.settings
     changed = AMEDPredictor(0.01, 0.2, seed=0)
     assert (
         float((guide.fc_r.weight - changed.fc_r.weight).detach().abs().max()) > 1e-3
@@ -283,7 +287,7 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
 
     pipe = open_pipeline(folder)
     scheduler = use_predictor(pipe, 1)
-    grid = student.grid(**model.card.time_maps)
+    grid = student.grid.resolve(model.card).nodes()
     assert (
         torch.allclose(scheduler.walk.ts, grid, rtol=1e-12) and scheduler.num_inference_steps == 3
     )
@@ -295,7 +299,7 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
 
     command = [str(folder), "--predictor=1", "--prompt=a cat", "--guidance_rate=5"]
     done = CliRunner().invoke(stable_diffusion.main, command)
-    assert done.exception is None and "image.png: 3 calls" in done.output
+    assert done.exception is None and "image.png: 3 network calls" in done.output
     assert (tmp_path / "image.png").stat().st_size > 100
 
 
@@ -305,7 +309,7 @@ def page_blocks(kind: str) -> list[str]:
 
 def own_network(path: Path) -> None:
     """A tiny network of the EDM family in a pickle, as its authors publish it."""
-    from denoisers.families.edm import build
+    from denoisers.families.precond import build
 
     config = {
         "class_name": "EDMPrecond",
@@ -330,7 +334,8 @@ def test_the_guides_commands_run(folder, tmp_path, monkeypatch) -> None:
     (tmp_path / "prompts.txt").write_text("a red apple\na pear\na cat\n")
     own_network(tmp_path / "network-snapshot.pkl")
     lines = "".join(page_blocks("bash")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    words = [shlex.split(line) for line in lines if line.startswith("python ")]
+    commands = [line[2:] if line[1] == "-m" else line[1:] for line in words]
     assert [command[0] for command in commands].count("train.py") == 2 and len(commands) == 5
     for script, *args in commands:
         SCRIPTS[script].main([*args, *SHORTER[script]], standalone_mode=False)
