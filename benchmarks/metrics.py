@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 
 from benchmarks.sampling import CLOCKS, Stopwatch
+from commands.options import device_option
 from evaluation.images import image_pass
 from image_data.sources import image_batches
 from metrics.detectors import CHUNK, Detector, load_detector
 from metrics.statistics import DetectorId
 from metrics.summary import Collector, Requirements
-from runtime import cli
 from runtime.dist import World, choose_device
 
 RATIO, GROWTH = 1.1, 32.0
@@ -61,7 +61,7 @@ def noise(folder: Path, count: int, size: int) -> Path:
 @click.option("--rounds", type=click.IntRange(1), default=5)
 @click.option("--threads", type=click.IntRange(1), help="of torch  [default: its own choice]")
 @click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall")
-@cli.device_option
+@device_option
 def throughput(
     images: Path | None, num: int, size: int, detector: str, path: Path | None, batch: int,
     rounds: int, threads: int | None, clock: str, device: str | None,

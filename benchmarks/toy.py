@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from commands.options import dry_run_option
 from runtime import cli
 from runtime.errors import UserError
 from toy.experiment import Settings, outline, plans, run
@@ -44,7 +45,7 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.option("--width", type=click.IntRange(4), default=USUAL.width, help="of the network")
 @click.option("--seed", type=click.IntRange(0), default=USUAL.seed, help="of the network")
 @click.option("--outdir", type=click.Path(path_type=Path), default=Path("exps/toy"))
-@cli.dry_run_option
+@dry_run_option
 def main(budgets: str, outdir: Path, dry_run: bool, **options: float) -> int:
     settings = Settings(budgets=numbers(budgets), **options)  # type: ignore[arg-type]
     if dry_run:

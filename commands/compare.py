@@ -6,10 +6,9 @@ from typing import Any
 
 import click
 
-from commands.options import harness_options, image_options
+from commands.options import harness_options, image_options, mask_options
 from comparison.job import EXTRA, prepare, run
 from evaluation.images import open_detector
-from runtime import cli
 from runtime.dist import world
 from solvers.grids import SCHEDULES
 
@@ -47,7 +46,7 @@ Examples:
     help="of --with learned-restart  [default: the model's]",
 )
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
-@cli.mask_options
+@mask_options
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )

@@ -6,12 +6,11 @@ from typing import Any
 
 import click
 
-from commands.options import work_options
+from commands.options import seeds_option, work_options
 from comparison.solver_error.job import prepare
 from comparison.solver_error.measure import run
 from evaluation.images import open_detector
 from metrics.detectors import DETECTORS
-from runtime import cli
 from runtime.dist import world
 from solvers.grids import SCHEDULES
 
@@ -29,7 +28,7 @@ NONE = "none"
     "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
 )
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma")
-@cli.seeds_option("0-31")
+@seeds_option("0-31")
 @click.option("--tol", type=click.FloatRange(0, min_open=True), default=1e-4, help="rtol = atol")
 @click.option(
     "--check", type=bool, default=False, help="also Heun with 200 nodes: is the solution exact?"

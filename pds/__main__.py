@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from commands.options import batch_option, dry_run_option
 from image_data.sources import count_images, image_batches
 from pds.masks import Masks, fit
 from runtime import cli
@@ -36,8 +37,8 @@ def main() -> None:
 @click.option("--num", type=click.IntRange(2), help="of that many images, drawn  [default: all]")
 @click.option("--seed", type=click.IntRange(0), default=0, help="of the draw")
 @click.option("--dest", type=PATH, required=True, help="folder for freq.npy and space.npy")
-@cli.batch_option(256)
-@cli.dry_run_option
+@batch_option(256)
+@dry_run_option
 def fit_command(dry_run: bool, **options: Any) -> None:
     """Write the frequency and the space mask of images, as published.
 

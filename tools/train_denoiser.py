@@ -27,6 +27,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints.weights import fill, read_safetensors
+from commands.options import device_option
 from denoisers.cards import cards
 from denoisers.families.edm import EDMPrecond, build, read_checkpoint
 from denoisers.training.augment import LABELS
@@ -165,7 +166,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]"
 )
-@cli.device_option
+@device_option
 @recipe_options
 def main(
     data: Path, valid: Path | None, outdir: Path, init: Path | None, config: Path | None,
