@@ -7,15 +7,15 @@ from typing import Any
 import click
 
 from commands.options import harness_options, image_options
-from comparison import job
-from comparison import series as sweep
-from comparison.series import CHURN
+from comparison import series
 from evaluation.images import open_detector
 from plan_search import job as search
 from restart.candidates import INTERVALS
 from restart.tables import configurations
 from runtime.dist import world
-from samplers.options import CLASSIC
+from runtime.job import execute
+from runtime.options import parse_options
+from solvers.registry import CLASSIC
 
 FIGURE = """\b
 Examples:
@@ -53,18 +53,18 @@ def main() -> None:
     multiple=True,
     default=["cifar10-vp"],
     metavar="SPEC",
-    help=f"of the SDE: {', '.join(CHURN)}, or S_churn,S_min,S_max,S_noise; repeat it",
+    help=f"of the SDE: {', '.join(series.CHURN)}, or S_churn,S_min,S_max,S_noise; repeat it",
 )
 @click.option("--main_solver", type=click.Choice(CLASSIC), help="of Restart  [default: heun]")
 @click.option("--restart_solver", type=click.Choice(CLASSIC), help="of Restart  [default: heun]")
 @image_options
 @harness_options("samples/sweep")
-def figure(**options: Any) -> None:
+def figure(dry_run: bool, device: str | None, **flags: Any) -> None:
     """FID against NFE of ODE, SDE and Restart, on the same seeds: table, figure and JSON.
 
-    A killed sweep goes on with the rows that are missing; rows can be added to a folder.
+    A killed sweep continues with the rows that are missing; rows can be added to a folder.
     """
-    _run(sweep.prepare, job.run, options)
+    execute(series.prepare, parse_options(series.NfeSweepOptions, flags), dry_run, device)
 
 
 @main.command("search", epilog=SEARCH, context_settings={"show_default": True})

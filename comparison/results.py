@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evaluation.harness import HarnessIdentity
 from metrics.paired import Gap
 from runtime.record import RunRecord
-from runtime.typed import SCHEMA
+from runtime.typed import OPTIONAL, SCHEMA
 
 #: What `samplers.sampler.Sampler.describe` gives; JSON values.
 SamplerDescription = Mapping[str, object]
@@ -36,7 +36,8 @@ class MeasuredRow:
     detail: str
     own_solver: str | None  #: method of the classic row that this one is compared with
     fid: float  #: to the data
-    fid_converged: float | None = None  #: to the model's own converged samples
+    #: to the model's own converged samples
+    fid_converged: float | None = field(default=None, metadata=OPTIONAL)
     fid_block_mean: float
     fid_block_spread: float  #: standard deviation over the blocks
     fid_blocks: tuple[float, ...]

@@ -115,9 +115,7 @@ def pds_rows(
 
 def ceiling_rows(card: Card, guidance_rate: float | None = None) -> list[Row]:
     """What many evaluations reach: EDM's deterministic Heun sampler, and Restart around it."""
-    asked = SamplerOptions(
-        sampler="edm", num_steps=CEILING_STEPS, guidance_rate=guidance_rate
-    )
+    asked = SamplerOptions(sampler="edm", num_steps=CEILING_STEPS, guidance_rate=guidance_rate)
     heun = build(asked, card)
     rows = [Row(f"Heun-{heun.nfe}", "ceiling", None, heun, f"{CEILING_STEPS} nodes and 0")]
     if card.restart_info:

@@ -19,9 +19,7 @@ from metrics.paired import Gap, enough, gap, holm, influences
 from metrics.summary import FeatureSummary
 
 
-def with_gaps(
-    rows: Sequence[MeasuredRow], harness: Harness, folder: Path
-) -> list[MeasuredRow]:
+def with_gaps(rows: Sequence[MeasuredRow], harness: Harness, folder: Path) -> list[MeasuredRow]:
     """The rows with ``to_best`` and ``to_own``: difference in FID, its standard error, and p.
 
     Either is None where there is nothing to compare with, and where a row has no influences.  The

@@ -1,4 +1,4 @@
-"""Write report.html anew from the results of a comparison.
+"""Write report.html again from the results of a comparison.
 
 Example:
 
@@ -18,7 +18,7 @@ from runtime import cli
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
-    """FOLDER is the --outdir of compare.py or errors.py."""
+    """FOLDER is the --outdir of compare.py or solver_error.py."""
     click.echo(write_page(folder))
 
 

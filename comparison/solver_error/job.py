@@ -182,9 +182,7 @@ def prepare(options: SolverErrorOptions) -> SolverErrorJob:
     solutions, skipped = lay_out(distinct(rows))
     if not solutions:
         raise UserError("no row is left that solves the ODE: add --budgets or --predictors")
-    return SolverErrorJob(
-        options, card, conditions, seeds, budgets, students, solutions, skipped
-    )
+    return SolverErrorJob(options, card, conditions, seeds, budgets, students, solutions, skipped)
 
 
 def lay_out(rows: Iterable[Row]) -> tuple[list[SharedSolutions], list[SkippedRow]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comparison.report.listing import budgets, markdown_table, short_name
-from comparison.report.plots import STYLES, against_nfe, colors, legend, plain_numbers, save
+from comparison.report.plots import STYLES, Color, against_nfe, colors, legend, plain_numbers, save
 from comparison.solver_error.results import (
     Point,
     ShownTrajectory,
@@ -158,9 +158,7 @@ def _trajectories(figure: Figure, shown: ShownTrajectory, rows: Rows) -> None:
     legend(figure)
 
 
-def _draw_paths(
-    axes: Axes, shown: ShownTrajectory, rows: Rows, each: dict[str, tuple[float, ...]]
-) -> None:
+def _draw_paths(axes: Axes, shown: ShownTrajectory, rows: Rows, each: dict[str, Color]) -> None:
     along, across = zip(*shown.exact, strict=True)
     axes.plot(along, across, "k-", lw=1.5, label="exact")
     for row in rows:

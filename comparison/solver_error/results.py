@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from comparison.results import SamplerDescription
 from runtime.record import RunRecord
-from runtime.typed import SCHEMA
+from runtime.typed import OPTIONAL, SCHEMA
 
 Point = tuple[float, float]  #: in the plane of a trajectory
 
@@ -31,7 +31,8 @@ class SolutionsIdentity:
     dtype: str  #: of the state
     tol: float  #: relative and absolute, of dopri5
     groups: tuple[tuple[int, ...], ...]  #: seeds that are solved together
-    conditions: ConditionsIdentity | None = None  #: None without class and prompts
+    #: None without class and prompts
+    conditions: ConditionsIdentity | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
