@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from amed.experiments import RECORD, create_run, find_run, list_runs
 from amed.predictor import AMEDPredictor
@@ -23,6 +21,7 @@ from denoisers.registry import Model, ModelSource
 from restart.intervals import Interval, chosen_intervals, interval_json
 from runtime.dist import World
 from runtime.errors import UserError
+from runtime.log import note
 from runtime.noise import SeedNoise
 from runtime.options import flat_options
 from runtime.record import RunRecord
@@ -90,19 +89,6 @@ class TrainingJob:
         return self.settings.run_name(self._cost) + (f"-{desc}" if desc else "")
 
     @property
-    def note(self) -> str | None:
-        """What a person should know before waiting for the result."""
-        teacher = self.teacher
-        if not isinstance(teacher, RestartTeacher) or not teacher.flow or teacher.changes_starts:
-            return None
-        return (
-            "note: with --restart_target=flow this Restart teacher gives the same targets as a "
-            "Heun teacher, since it restarts below every noise level that an interval starts "
-            f"from; let t_max of --restart_info exceed {float(self.student.ts[-2]):.3g}, or use "
-            "--restart_target=trajectory"
-        )
-
-    @property
     def _cost(self) -> int:
         return self.card.cost(self.settings.guidance_rate)
 
@@ -128,9 +114,8 @@ class TrainingJob:
         return RunRecord.make("train", resolved, model, plan)
 
     def outline(self) -> str:
-        """The record, and the note if there is one."""
-        record = self.record(self.options.model.known_sha256).to_json()
-        return record if self.note is None else f"{record}\n{self.note}"
+        """The record, for a dry run."""
+        return self.record(self.options.model.known_sha256).to_json()
 
     def run(self, here: World) -> Path:
         """Train, or go on with an earlier run; the run's folder."""
@@ -141,12 +126,11 @@ class TrainingJob:
                 f"give --batch {here.size} or more"
             )
         torch.backends.cudnn.benchmark = options.bench
-        _say(self.note, here)
         model = options.model.load(here)
         record, loop = self.record(model.sha256), _loop(options, here)
         folder = Path(here.broadcast_object(str(self._folder(record)) if here.is_main else ""))
         if finished(folder, loop):
-            _say(f"already trained: {folder}", here)
+            note(f"already trained: {folder}")
             return folder
         data = Data(
             bind=lambda noise, stream: self.conditions.bind(model, noise, here.device, stream),
@@ -221,7 +205,19 @@ def prepare(options: TrainOptions) -> TrainingJob:
         histories=settings.solver().max_order > 1,
     )
     student = Student(settings.solver(), grid.nodes(), settings.afs)
+    _note_on(teacher, student)
     return TrainingJob(options, card, conditions, settings, student, teacher, intervals)
+
+
+def _note_on(teacher: Teacher, student: Student) -> None:
+    """Say before the work begins that a Restart teacher teaches nothing that Heun does not."""
+    if isinstance(teacher, RestartTeacher) and teacher.flow and not teacher.changes_starts:
+        note(
+            "note: with --restart_target=flow this Restart teacher gives the same targets as a "
+            "Heun teacher, since it restarts below every noise level that an interval starts "
+            f"from; let t_max of --restart_info exceed {float(student.ts[-2]):.3g}, or use "
+            "--restart_target=trajectory"
+        )
 
 
 def resumable(root: str | Path, record: RunRecord) -> Path | None:
@@ -258,8 +254,3 @@ def _loop(options: TrainOptions, here: World) -> Loop:
         snap=options.snap,
         lr=options.lr,
     )
-
-
-def _say(text: str | None, here: World) -> None:
-    if text and here.is_main:
-        tqdm.write(text, file=sys.stderr)

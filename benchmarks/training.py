@@ -87,8 +87,9 @@ def trainer(
         scale_dir=0.01,
         scale_time=0.2,
     )
-    teacher = build_teacher(tea, settings.teacher_solver(), *settings.teacher_grid())
-    student = Student(settings.solver(), settings.grid(), settings.afs)
+    refined = settings.grid.refined(settings.M)
+    teacher = build_teacher(tea, *refined, solver=settings.teacher_solver())
+    student = Student(settings.solver(), settings.grid.nodes(), settings.afs)
     record = RunRecord.make("train", settings.to_options(), {}, {})
     loop = Loop(total=batch, batch=batch, micro=batch, tick=batch, snap=0, lr=5e-3)
 

@@ -93,21 +93,15 @@ def check_interval(i: int, interval: Interval) -> None:
         )
 
 
-def parse_restart_info(text: str, n_main: int | None = None) -> tuple[Interval, ...]:
+def parse_restart_info(text: str) -> tuple[Interval, ...]:
     """Intervals from JSON, from a published ``N {json}`` line, or from a file of such.
 
     JSON is ``{"0": [N_restart, K, t_min, t_max], "1": ...}``, taken in the order of its numbers.
-    A file that holds several configurations wants the number of a line: ``FILE:LINE``.  Where
-    ``n_main`` is given, an ``N`` in the text has to agree with it.  Raises UserError (one
-    sentence, naming the interval, and the file and line where there is one) for anything else.
+    Of a file that holds several configurations one is chosen by its line: ``FILE:LINE``.  Raises
+    UserError (one sentence, naming the interval, and the file and line where there is one) for
+    anything else.
     """
-    stated, intervals = parse_restart_line(text)
-    if None not in (n_main, stated) and n_main != stated:
-        raise UserError(
-            f"restart_info states {stated} main nodes, but {n_main} were asked for; "
-            "drop the number or make them equal"
-        )
-    return intervals
+    return parse_restart_line(text)[1]
 
 
 def parse_restart_line(text: str) -> Line:

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import click
 
-from runtime.dist import World, environment, world
+from runtime.dist import World, choose_device, environment, world
 from runtime.errors import UserError
 
 Options = TypeVar("Options")
@@ -38,6 +38,7 @@ def execute(
 ) -> None:
     """Run a command's job, or print its outline, which needs neither files nor a network."""
     if dry_run:
+        choose_device(device)  # an unknown one is an error here too
         if environment()[0] == 0:
             click.echo(prepare(options).outline())
         return

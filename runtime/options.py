@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+#: What JSON holds.
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 
 def parse_options(kind: type[T], flags: Mapping[str, object]) -> T:
@@ -24,7 +24,7 @@ def parse_options(kind: type[T], flags: Mapping[str, object]) -> T:
     return _read(kind, flags)
 
 
-def flag_names(kind: type) -> list[str]:
+def flag_names(kind: type[Any]) -> list[str]:
     """The names of all flags that ``parse_options(kind, ...)`` takes."""
     names: dict[str, None] = {}
     for name, nested in _parts(kind).items():
@@ -57,8 +57,7 @@ def _read(kind: type[T], flags: Mapping[str, object]) -> T:
     return kind(**values)
 
 
-@cache
-def _parts(kind: type) -> Mapping[str, type | None]:
+def _parts(kind: Any) -> Mapping[str, Any]:
     """The fields of a dataclass, with the type of those that are dataclasses themselves."""
     hints = get_type_hints(kind)
     if not is_dataclass(kind):

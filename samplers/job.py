@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from amed.experiments import load_predictor
 from denoisers.cards import Card
@@ -16,7 +14,7 @@ from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.registry import Model, ModelSource
 from runtime.dist import World, environment
 from runtime.errors import UserError
-from runtime.log import progress, watch_batch
+from runtime.log import note, progress, watch_batch
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
@@ -84,9 +82,8 @@ class SamplingJob:
     def open_model(self, here: World) -> Model:
         """The loaded model; says so where the predictor was trained on another."""
         model, student = self.source.load(here), self.sampler.student
-        note = None if student is None else student.note_on(model.sha256)
-        if note and here.is_main:
-            tqdm.write(note, file=sys.stderr)
+        if student is not None:
+            note(student.note_on(model.sha256))
         return model
 
     def run(self, here: World, model: Model | None = None) -> SamplingResult:

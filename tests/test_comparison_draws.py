@@ -22,7 +22,7 @@ from denoisers.conditions import Conditions
 from runtime.errors import UserError
 from runtime.noise import Name, SeedNoise
 from runtime.seeds import SELECTION_START, selection_seeds
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SAMPLERS, SamplerOptions
 from tests.sampler_models import trained
@@ -87,7 +87,8 @@ def test_no_key_of_training_is_one_of_sampling(
     assert words >= {"latent", "class", "restart", "churn", "ddpm"} and not words & set(STREAMS)
     assert not sampling & training
 
-    predictor, settings, record = load_predictor(str(next(out.iterdir())), out)
+    student = load_predictor(str(next(out.iterdir())), out)
+    predictor, settings, record = student.predictor, student.settings, student.record
     student = TrainedStudent("00000", predictor, settings, record)
     section = seeds_section(range(12), selection_seeds(4), [student])
     assert section["training"] == {"00000": {"seed": 0, "numbers": "0-11"}}
@@ -104,7 +105,8 @@ def test_the_same_number_gives_other_noise_in_every_use() -> None:
 
 
 def test_the_section_tells_seeds_apart() -> None:
-    predictor, settings, record = trained("cifar10-small", "amed", 4, True)
+    student = trained("cifar10-small", "amed", 4, True)
+    predictor, settings, record = student.predictor, student.settings, student.record
     known = replace(record, options={**record.options, "seed": 3, "batch": 64, "total_kimg": 0.1})
     section = seeds_section(
         range(20),

@@ -26,7 +26,7 @@ from metrics.summary import FeatureSummary
 from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.record import RunRecord
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import GaussianModel

@@ -28,7 +28,7 @@ from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, parse_seeds
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.types import Denoiser
 from tests.sampler_models import SHAPE, Counted, GaussianModel

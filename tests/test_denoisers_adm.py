@@ -43,10 +43,9 @@ def largest(a: Tensor, b: Any) -> float:
     return float((a.detach() - torch.as_tensor(b)).abs().max())
 
 
-def recorded(name: str, golden: Golden, folder: Path) -> Path:
+def recorded(name: str, golden_weights: Golden, folder: Path) -> Path:
     """Recorded weights in a file as published: a state dict of PyTorch."""
-    arrays = golden(f"net_{name}_weights")
-    torch.save({key: torch.tensor(arrays[key]) for key in arrays.files}, folder / f"{name}.pt")
+    torch.save(golden_weights(name), folder / f"{name}.pt")
     return folder / f"{name}.pt"
 
 
@@ -80,10 +79,11 @@ def states(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(2))
 
 
-def test_adm_matches_its_records(golden: Golden, tmp_path: Path) -> None:
+def test_adm_matches_its_records(golden: Golden, golden_weights: Golden, tmp_path: Path) -> None:
     """In inference mode, as samplers call it; the tolerance is that of eps where sigma > 1."""
     io = golden("net_adm_io")
-    files = Files(recorded("adm", golden, tmp_path), recorded("adm_classifier", golden, tmp_path))
+    names = ("adm", "adm_classifier")
+    files = Files(*(recorded(name, golden_weights, tmp_path) for name in names))
     model = load_adm(ADM, files, CPU, torch.float32)
     assert model.sha256 == sha256_file(files.main)
     with torch.inference_mode():
@@ -104,9 +104,9 @@ def test_adm_matches_its_records(golden: Golden, tmp_path: Path) -> None:
                     assert largest(rate * pull, io[f"cond_grad_rate{rate}_{i}"]) < 1e-6
 
 
-def test_cm_matches_its_records(golden: Golden, tmp_path: Path) -> None:
+def test_cm_matches_its_records(golden: Golden, golden_weights: Golden, tmp_path: Path) -> None:
     io = golden("net_cm_io")
-    model = load_cm(CM, Files(recorded("cm", golden, tmp_path)), CPU, torch.float32)
+    model = load_cm(CM, Files(recorded("cm", golden_weights, tmp_path)), CPU, torch.float32)
     denoise = model.bind()
     for i, sigma in enumerate(io["sigmas"]):
         out = denoise(torch.tensor(io[f"x_{i}"]), torch.tensor(sigma))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from denoisers.cards import Card, cards
-from denoisers.conditions import Conditions
+from denoisers.conditions import ConditionOptions, Conditions
 from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
@@ -97,12 +97,14 @@ def test_what_a_model_takes() -> None:
 def test_options_become_conditions(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(ROWS) + "\n", encoding="utf-8")
-    assert Conditions.of(TEXT, None, str(file), guidance_rate=2.0) == Conditions(None, ROWS, 2.0)
-    assert Conditions.of(TEXT, "a cat", None).prompts == ("a cat",)
+    assert ConditionOptions(prompt_path=str(file), guidance_rate=2.0).resolve(TEXT) == Conditions(
+        None, ROWS, 2.0
+    )
+    assert ConditionOptions(prompt="a cat").resolve(TEXT).prompts == ("a cat",)
     with pytest.raises(UserError, match=r"--prompt 'a' and --prompt_path .* both say"):
-        Conditions.of(TEXT, "a", str(file))
+        ConditionOptions(prompt="a", prompt_path=str(file)).resolve(TEXT)
     with pytest.raises(UserError, match="takes no text"):
-        Conditions.of(PLAIN, None, str(tmp_path / "never-read"))
+        ConditionOptions(prompt_path=str(tmp_path / "never-read")).resolve(PLAIN)
     hashes = [Conditions(prompts=p).describe() for p in (ROWS, ROWS[::-1], ("a cattwo dogs",))]
     assert len({str(h) for h in hashes}) == 3 and Conditions().describe() is None
 

@@ -45,11 +45,6 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> EDMModel:
     return load_ncsnpp(describe_ncsnpp("mine", path), Files(path), CPU, dtype)
 
 
-def recorded(golden: Golden) -> dict[str, Tensor]:
-    file = golden("net_ncsnpp_weights")
-    return {name: torch.tensor(file[name]) for name in file.files}
-
-
 def translated(meta: dict[str, Any]) -> dict[str, Any]:
     """Published settings in our words."""
     config = meta["config"]
@@ -79,9 +74,11 @@ def test_names_order_and_shapes_are_the_published_ones(name: str, golden_json: G
     assert settings_from(shapes, {}, "it") == translated(meta)
 
 
-def test_score_matches_the_recorded_network(golden: Golden, tmp_path: Path) -> None:
+def test_score_matches_the_recorded_network(
+    golden: Golden, golden_weights: Golden, tmp_path: Path
+) -> None:
     """The published file holds the average as a list, and something else under its names."""
-    io, path = golden("net_ncsnpp_io"), checkpoint(tmp_path / "c.pth", recorded(golden))
+    io, path = golden("net_ncsnpp_io"), checkpoint(tmp_path / "c.pth", golden_weights("ncsnpp"))
     model = load(path)
     assert (model.card.sigma_min, model.card.sigma_max) == RANGE
     for i, sigma in enumerate(io["sigmas"]):
@@ -94,11 +91,11 @@ def test_score_matches_the_recorded_network(golden: Golden, tmp_path: Path) -> N
 
 
 def test_the_second_implementation_is_the_recorded_network(
-    golden: Golden, golden_json: Golden
+    golden: Golden, golden_json: Golden, golden_weights: Golden
 ) -> None:
     """So it may judge networks that were not recorded."""
     config = translated(golden_json("net_ncsnpp_meta")["ncsnpp_cifar"])
-    io, reference = golden("net_ncsnpp_io"), Reference(recorded(golden), config)
+    io, reference = golden("net_ncsnpp_io"), Reference(golden_weights("ncsnpp"), config)
     for i, sigma in enumerate(io["sigmas"]):
         score, _ = reference(torch.tensor(io[f"x_{i}"]), float(sigma))
         assert largest(score, io[f"score_{i}"]) < 1e-5 * float(score.abs().max())

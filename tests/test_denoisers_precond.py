@@ -192,7 +192,9 @@ def test_noise_levels_are_the_published_ones(name: str, golden_json: Callable[[s
     entry = golden_json("net_configs")[name]
     config = {"class_name": entry["class"], "img_resolution": 32, "img_channels": 3}
     net = build(config | entry["kwargs"])
-    assert (net.sigma_min, net.sigma_max) == (entry["sigma_min"], float(entry["sigma_max"]))
+    recorded = (entry["sigma_min"], float(entry["sigma_max"]))
+    # iDDPM's come from 1000 steps in float32, whose last digit depends on the machine
+    assert (net.sigma_min, net.sigma_max) == pytest.approx(recorded, rel=1e-6)
     assert type(net).__name__.lower() == entry["class"].lower()
 
 

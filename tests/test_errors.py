@@ -28,7 +28,7 @@ from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.driver import Meter
 from solvers.registry import make_solver

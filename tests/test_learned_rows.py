@@ -22,7 +22,8 @@ WORDS = ["AMED-Solver main", "AMED-Solver descents", "AMED-Solver"]
 
 
 def student(name: str, kind: str = "amed", nodes: int = 4) -> TrainedStudent:
-    predictor, settings, record = trained("cifar10-small", kind, nodes, True)
+    student = trained("cifar10-small", kind, nodes, True)
+    predictor, settings, record = student.predictor, student.settings, student.record
     options = {**record.options, "total_kimg": 0.5}
     return TrainedStudent(name, predictor, settings, replace(record, options=options))
 

@@ -16,7 +16,7 @@ from denoisers.conditions import Conditions
 from denoisers.families.diffusers.loading import inspect_diffusers, load_diffusers
 from denoisers.files import Files
 from plans.plan import run_plan
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler

@@ -124,7 +124,7 @@ def test_a_run_leaves_a_model_its_card_and_its_figures(run, monkeypatch) -> None
         assert line.get_xydata().tolist() == [[row["step"], row[name]] for row in found]
     assert Image.open(folder / "loss.png").size == (600, 350)
     source = ModelSource("mine", model_path=str(folder / "model.safetensors"))
-    model = source.load(None, World(0, 1, torch.device("cpu")))
+    model = source.load(World(0, 1, torch.device("cpu")))
     averaged = state(folder)["ema"]
     for name, parameter in model.net.named_parameters():
         assert torch.equal(parameter, averaged[name].half().float())

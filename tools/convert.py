@@ -37,7 +37,8 @@ def main(source: Path, target: Path, name: str | None) -> None:
     if not is_predictor(content):
         report(convert(source, target, name, content))
         return
-    predictor, _, record = load_predictor(str(source), source.parent)
+    student = load_predictor(str(source), source.parent)
+    predictor, record = student.predictor, student.record
     save_predictor(target, predictor, record)
     click.echo(f"wrote {target}")
 

@@ -63,7 +63,7 @@ def _restart(
     what = f"--learned {which}, where the predictor brings its own"
     check_taken(options, LEARNED_RESTART_TAKES[which], what, "use --learned restart")
     check_length(options)
-    descent = replace(walk, afs=False)
+    options, descent = replace(options, learned=None), replace(walk, afs=False)
     if which == "restart":
         sampler = restart_sampler(options, card, descent=descent)
         label = f"restart-{walk.name}"
