@@ -19,7 +19,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -28,7 +27,7 @@ from PIL import Image
 
 from benchmarks.sampling import CLOCKS, Stopwatch
 from commands.options import device_option
-from evaluation.images import image_pass
+from evaluation.images import ImagePassOptions, image_pass
 from image_data.sources import image_batches
 from metrics.detectors import CHUNK, Detector, load_detector
 from metrics.statistics import DetectorId
@@ -74,7 +73,7 @@ def throughput(
     network = load_detector(detector, path=path, device=here.device)
     with tempfile.TemporaryDirectory() as folder:
         source = images or noise(Path(folder), num, size)
-        options: dict[str, Any] = {"num": num, "seed": 0, "batch": batch, "cache_dir": folder}
+        options = ImagePassOptions(num, batch=batch, cache_dir=folder)
         ready = list(image_batches(source, batch, num=num))
 
         def forward() -> None:
