@@ -12,8 +12,16 @@ import torch
 from click.testing import CliRunner
 
 from commands import sample, sweep
-from comparison.job import ComparisonJob, make_record, run
-from comparison.series import CHURN, churned, configurations_of, restart_rows, series
+from comparison.job import ComparisonJob
+from comparison.series import (
+    CHURN,
+    NfeSweepOptions,
+    Noise,
+    churned,
+    configurations_of,
+    restart_rows,
+    series,
+)
 from evaluation.harness import Harness
 from plan_search import job as search
 from plan_search import objectives as choose
@@ -27,7 +35,14 @@ from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 from solvers.driver import Meter
 from solvers.oracle import dopri5
-from tests.comparison_problems import CARD, MixtureModel, make_harness
+from tests.comparison_problems import (
+    CARD,
+    HERE,
+    OPTIONS,
+    MixtureModel,
+    forbid_loading,
+    make_harness,
+)
 
 INFO = '{"0": [3, 2, 0.06, 0.3]}'
 PLAIN = SamplerOptions(sampler="restart")
@@ -39,21 +54,21 @@ def harness() -> Harness:
 
 
 def test_what_a_restart_is_asked_for_by(tmp_path):
-    assert configurations_of("imagenet64-39") == {
-        "imagenet64-39": {"restart_config": "imagenet64-39"}
+    assert configurations_of("imagenet64-39", PLAIN) == {
+        "imagenet64-39": SamplerOptions(sampler="restart", restart_config="imagenet64-39")
     }
-    whole = configurations_of("imagenet64")
+    whole = configurations_of("imagenet64", PLAIN)
     assert list(whole) == [n for n, row in configurations().items() if row.model == "imagenet64"]
     assert len(whole) == 8
     file = tmp_path / "params.txt"
     file.write_text(f"18 {INFO}\n\n6 {INFO}\n")
-    lines = configurations_of(str(file))
+    lines = configurations_of(str(file), PLAIN)
     assert [build.nfe for build in _samplers(str(file))] == [43, 19]
-    assert all(options["restart_info"] == line for line, options in lines.items())
+    assert all(options.restart_info == line for line, options in lines.items())
     assert [build.nfe for build in _samplers(f"{file}:3")] == [19]
     assert [build.nfe for build in _samplers(f"5 {INFO}")] == [17]
     with pytest.raises(UserError, match="'cifar10-vp-44' is neither a file nor a published"):
-        configurations_of("cifar10-vp-44")
+        configurations_of("cifar10-vp-44", PLAIN)
     with pytest.raises(UserError, match="not valid JSON"):
         _samplers("18 {0: 1}")
 
@@ -72,13 +87,13 @@ def test_series_spend_what_was_asked_for():
     assert [r.sampler.nfe for r in ode] == [5, 35] and not any(
         isinstance(part, Jump) for r in ode for part in r.sampler.plan
     )
-    for spec, values in {**CHURN, "20,0.1,2,1": (20.0, 0.1, 2.0, 1.0)}.items():
+    for spec, churn in {**CHURN, "20,0.1,2,1": Noise(20.0, 0.1, 2.0, 1.0)}.items():
         (sde,) = series("SDE", "sde", churned(spec), [35], CARD)
         jumps = [part for part in sde.sampler.plan if isinstance(part, Jump)]
-        churn, low, high, noise = values
         assert sde.sampler.nfe == 35 and jumps
-        assert all(low <= jump.t_from <= high and jump.scale == noise for jump in jumps)
-        gamma = min(churn / 18, math.sqrt(2) - 1)
+        assert all(churn.S_min <= jump.t_from <= churn.S_max for jump in jumps)
+        assert {jump.scale for jump in jumps} == {churn.S_noise}
+        gamma = min(churn.S_churn / 18, math.sqrt(2) - 1)
         assert all(math.isclose(jump.t_to, (1 + gamma) * jump.t_from) for jump in jumps)
     for spec in ("cifar10", "1,2,3", "1,2,3,x"):
         with pytest.raises(UserError, match="nor four numbers"):
@@ -93,8 +108,10 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     twins = ['2 {"0": [2, 1, 0.06, 0.3]}', '2 {"0": [2, 1, 0.06, 0.5]}']
     rows += restart_rows(twins, PLAIN, CARD)
     assert len({row.key for row in rows}) == 5  # two plans of one NFE keep two files
-    record = make_record("sweep figure", {"num": 12}, harness, {})
-    job = ComparisonJob(harness, {}, rows, [], [], tmp_path, record)
+    options = NfeSweepOptions(OPTIONS, num=12, blocks=2, outdir=tmp_path)
+    job = ComparisonJob(
+        "sweep figure", options, OPTIONS, CARD, range(12), 2, tmp_path, {}, rows, [], [], {}
+    )
     original = Harness.fid
     made: list[str] = []
     most = 3
@@ -107,11 +124,10 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
 
     monkeypatch.setattr(Harness, "fid", fid)
     with pytest.raises(KeyboardInterrupt):
-        run(job, harness.world)
+        job.run(HERE, harness)
     assert not (tmp_path / "table.md").exists()
     most = 9
-    said_last = run(job, harness.world).splitlines()[-1]
-    assert said_last == f"{tmp_path / 'report.html'}: all of it in one page, for a browser"
+    assert job.run(HERE, harness).splitlines()[-1].startswith(str(tmp_path / "report.html"))
     assert len(made) == 5  # each row once
     points = json.loads((tmp_path / "fid-nfe.json").read_text())
     results = json.loads((tmp_path / "results.json").read_text())["rows"]
@@ -123,7 +139,7 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     assert {r["detail"] for r in results} >= set(twins)
     assert (tmp_path / "fid-nfe.png").stat().st_size > 10_000
     page = (tmp_path / "report.html").read_text()
-    assert "python sweep.py figure --num=12" in page
+    assert "python sweep.py figure --dataset_name=cifar10-small" in page and "--num=12" in page
     assert all(f"<td>{r['method']}<small>" in page for r in results)
 
 
@@ -186,7 +202,8 @@ def _invoke(*flags: str):
     return CliRunner().invoke(sweep.main, [*flags, "--device=cpu"])
 
 
-def test_dry_runs_touch_nothing(tmp_path):
+def test_dry_runs_load_nothing(tmp_path, monkeypatch):
+    forbid_loading(monkeypatch)
     out = f"--outdir={tmp_path / 'out'}"
     done = _invoke("figure", "-n", out, "--restart", f"18 {INFO}", "--sde=35", "--ode=none")
     assert done.exit_code == 0, done.output
