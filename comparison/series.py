@@ -45,7 +45,7 @@ CHURN = {
 
 @dataclass(frozen=True)
 class NfeSweepOptions:
-    """What ``sweep.py figure`` is asked for, under the names of its flags."""
+    """What ``tools.nfe_sweep`` is asked for, under the names of its flags."""
 
     harness: HarnessOptions
     restart: tuple[str, ...] = ()  #: each as `configurations_of` reads it
@@ -81,7 +81,7 @@ def prepare(options: NfeSweepOptions) -> ComparisonJob:
         raise UserError("nothing is left to sweep: give --restart, --ode or --sde")
     facts: dict[str, Json] = {"rows": [row.sampler.label for row in rows]}
     return ComparisonJob(
-        "sweep figure", options, options.harness, card, seeds, options.blocks, options.outdir,
+        "nfe_sweep", options, options.harness, card, seeds, options.blocks, options.outdir,
         {}, rows, [], [], facts,
     )  # fmt: skip
 

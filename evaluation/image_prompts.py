@@ -9,7 +9,8 @@ from pathlib import Path
 from denoisers.conditions import Conditions
 from evaluation.images import ImagePassOptions
 from image_data.prompts import read_prompts
-from image_data.sources import ImageSource, choose
+from image_data.sources import ImageSource
+from metrics.draws import choose
 from runtime.errors import UserError
 from runtime.record import RunRecord
 from samplers.folder import RECORD

@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.passes import ImageStream, gather_features
-from image_data.sources import ImageSource, choose, image_batches
+from image_data.sources import ImageSource, image_batches
 from metrics.detectors import Detector
+from metrics.draws import choose
 from metrics.summary import FeatureSummary, Requirements
 from runtime.dist import World
 from runtime.files import cache_folder

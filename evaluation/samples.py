@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from evaluation.detectors import open_detectors
 from evaluation.metric_report import (
     MeasuredSet,

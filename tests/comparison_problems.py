@@ -14,7 +14,8 @@ from comparison.results import MeasuredRow, RowIdentity
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import Card, cards
 from denoisers.conditions import ConditionOptions, Conditions
-from denoisers.registry import Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from evaluation import detectors, harness
 from evaluation.detectors import DetectorOptions
 from evaluation.harness import Harness, HarnessIdentity, HarnessOptions

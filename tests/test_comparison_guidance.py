@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from commands import compare, solver_error, sweep
+from commands import compare, solver_error
 from comparison.job import CompareOptions, ComparisonJob
 from comparison.job import prepare as prepare_comparison
 from comparison.measure import measure
@@ -34,6 +34,7 @@ from tests.comparison_problems import (
     small_student,
 )
 from tests.sampler_models import Counted
+from tools import nfe_sweep
 
 
 @dataclass(eq=False)
@@ -150,7 +151,7 @@ def test_solver_errors_are_those_of_guided_walks(model: GuidedModel, tmp_path: P
 
 def test_a_sweep_is_guided_at_the_rate_that_was_asked_for(model: GuidedModel) -> None:
     flags = ["-n", "--guidance_rate=2", "--sde=none", "--ode=30"]
-    done = CliRunner().invoke(sweep.main, ["figure", *flags], catch_exceptions=False)
+    done = CliRunner().invoke(nfe_sweep.main, flags, catch_exceptions=False)
     assert "30 NFE: ODE (Heun), 8 nodes and 0" in done.output
     assert "86 NFE: Restart, cifar10-vp-43" in done.output
 

@@ -14,12 +14,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from commands import compare, solver_error, sweep
+from commands import compare, solver_error
 from comparison.baselines import completed, excess, ordered, own_solver_row
 from comparison.job import CompareOptions
 from comparison.report.html import command, write_page
@@ -43,6 +44,7 @@ from runtime.options import flat_options, parse_options
 from runtime.record import RunRecord
 from runtime.typed import to_plain, write_result
 from tests.comparison_problems import IDENTITY, measured_row
+from tools import nfe_sweep
 from tools import report as tool
 
 HOSTILE = '<script src="http://bad">alert(\'1\')</script> & "co"'
@@ -201,25 +203,24 @@ def test_a_hostile_name_is_only_shown(folder: Path) -> None:
 
 
 def test_the_command_gives_the_options_of_the_record() -> None:
-    figure = sweep.main.commands["figure"]
-    mains = {
-        "compare": (compare.main, CompareOptions),
-        "solver_error": (solver_error.main, SolverErrorOptions),
-        "sweep figure": (figure, NfeSweepOptions),
+    programs: dict[str, tuple[str, click.Command, type]] = {
+        "compare": ("compare.py", compare.main, CompareOptions),
+        "solver_error": ("solver_error.py", solver_error.main, SolverErrorOptions),
+        "nfe_sweep": ("-m tools.nfe_sweep", nfe_sweep.main, NfeSweepOptions),
+        "errors": ("solver_error.py", solver_error.main, SolverErrorOptions),  # in older records
+        "sweep figure": ("-m tools.nfe_sweep", nfe_sweep.main, NfeSweepOptions),
     }
-    for name, (main, kind) in mains.items():
-        given = ["--outdir=a b", "--device=cpu", "--dataset_name=it's"]
-        flags = main.make_context(name, given).params
-        flags.pop("dry_run"), flags.pop("device")
-        options = parse_options(kind, flags)
-        words = shlex.split(command(record(command=name, **flat_options(options))))
-        script, *subcommand = name.split()
-        start = ["python", f"{script}.py", *subcommand]
-        assert words[: len(start)] == start
-        again = main.make_context(name, words[len(start) :]).params
-        again.pop("dry_run"), again.pop("device")
-        assert parse_options(kind, again) == options
-    assert command(record(command="errors")) == "python solver_error.py"  # its earlier name
+    for name, (start, main, kind) in programs.items():
+
+        def parsed(arguments: list[str], main: click.Command = main, kind: type = kind) -> Any:
+            flags = main.make_context("it", arguments).params
+            flags.pop("dry_run"), flags.pop("device")
+            return parse_options(kind, flags)
+
+        given = parsed(["--outdir=a b", "--device=cpu", "--dataset_name=it's"])
+        words = shlex.split(command(record(command=name, **flat_options(given))))
+        first = ["python", *start.split()]
+        assert words[: len(first)] == first and parsed(words[len(first) :]) == given
 
 
 def solver_errors(sha256: str) -> SolverErrorResults:

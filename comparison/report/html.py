@@ -26,7 +26,14 @@ ERRORS = errors_report.FILE
 STYLE = Path(__file__).with_name("report.css")
 #: Options whose flag is not their name.
 FLAGS = {"detector_path": "detector-path", "extra": "with", "label": "class"}
-RENAMED = {"errors": "solver_error"}  #: commands of older records
+#: How the command of a record is run, where it is not a script of its own name; the last two are
+#: the names in older records.
+PROGRAMS = {
+    "nfe_sweep": "-m tools.nfe_sweep",
+    "plan_search": "-m tools.plan_search",
+    "sweep figure": "-m tools.nfe_sweep",
+    "errors": "solver_error.py",
+}
 PICTURES = {
     "fid-nfe.png": "FID at each number of network evaluations; bars: the spread over seed blocks",
     "grid.png": "The same seeds down the columns, a sampler per row",
@@ -165,9 +172,9 @@ def _run(record: RunRecord, rows: Sequence[ReportedRow]) -> str:
 
 
 def command(record: RunRecord) -> str:
-    """The command line that gives the options of a record."""
-    script, *subcommand = RENAMED.get(record.command, record.command).split()
-    words = ["python", f"{script}.py", *subcommand]
+    """The command line, from the root of a clone, that gives the options of a record."""
+    name = record.command
+    words = ["python", *PROGRAMS.get(name, f"{name}.py").split()]
     for key, value in record.options.items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:

@@ -88,7 +88,7 @@ def _of_converged(rows: Rows) -> str:
     if second is None or not _has_converged(rows):
         return (
             "There is no FID to the model's own converged samples: no statistics of those were "
-            "given or are bundled (tools/converged.py makes them)."
+            "given or are bundled (tools.converged makes them)."
         )
     return (
         f"FID to converged: against {second.n} samples of the model itself by {second.solver} "

@@ -16,7 +16,7 @@ from torch import Tensor
 from comparison.solver_error.results import ConditionsIdentity, SolutionsIdentity
 from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from runtime.files import atomic_write
 from solvers.driver import Meter
 from solvers.oracle import dopri5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from metrics.detectors import Detector
 from runtime.dist import World
 from runtime.images import to_uint8

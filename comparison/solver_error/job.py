@@ -18,7 +18,8 @@ from comparison.solver_error.walks import level, times, walks
 from comparison.students import learned_rows, load_students, table_rate
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
-from denoisers.registry import Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from evaluation.detectors import DetectorOptions, open_detector
 from metrics.detectors import Detector
 from runtime.dist import World

@@ -24,7 +24,7 @@ from comparison.solver_error.results import (
     SolverErrorRow,
 )
 from comparison.solver_error.walks import WalkErrors, level, measure_errors, times, walk, walks
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from metrics.statistics import Statistics
 from runtime.errors import UserError
 from runtime.typed import read_result, write_result
