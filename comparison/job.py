@@ -78,13 +78,14 @@ class ComparisonJob:
 
     def record(self, harness: Harness | None = None) -> RunRecord:
         """The record of this run; without a harness, in a dry run, what is known before it."""
-        model: dict[str, Json] = {"name": self.card.name, "sha256": self.harness.model.known_sha256}
-        plan = dict(self.facts)
+        sha256 = self.harness.model.known_sha256
+        plan = self.harness.describe(self.seeds, self.blocks)
+        processes: dict[str, Json] = {}
         if harness is not None:
-            here = harness.here
-            model["sha256"] = harness.model.sha256
-            processes: dict[str, Json] = {"world_size": here.size, "device": str(here.device)}
-            plan = {**to_plain(harness.identity), **plan, **processes}
+            sha256, plan = harness.model.sha256, to_plain(harness.identity)
+            processes = {"world_size": harness.here.size, "device": str(harness.here.device)}
+        model: dict[str, Json] = {"name": self.card.name, "sha256": sha256}
+        plan = {**plan, **self.facts, **processes}
         return RunRecord.make(self.command, flat_options(self.options), model, plan)
 
     def outline(self) -> str:
@@ -200,20 +201,14 @@ def with_rate(options: HarnessOptions, guidance_rate: float | None) -> HarnessOp
 def check_conditions(
     options: ConditionOptions, card: Card, seeds: Sequence[int], selection: Sequence[int] = ()
 ) -> None:
-    """Raise UserError for conditions that the model does not take, or that seeds do not have."""
-    conditions = options.resolve(card)
-    prompts = len(conditions.prompts)
-    if prompts > 1 and len(seeds) > prompts:
-        raise UserError(
-            f"--num {len(seeds)} is more images than --prompt_path has prompts: give --num "
-            f"{prompts} or less"
-        )
-    if prompts > 1 and selection:
-        raise UserError(
-            f"Restart's plans are chosen on seeds from {selection[0]}, and the {prompts} prompts "
-            "of --prompt_path are for the first seeds only: give a single --prompt, or --budgets "
-            "none"
-        )
+    """Raise UserError for conditions that the model does not take, or too few prompts."""
+    prompts = len(options.resolve(card).prompts)
+    for flag, images in (("--num", len(seeds)), ("--select", len(selection))):
+        if 1 < prompts < images:
+            raise UserError(
+                f"{flag} {images} is more images than --prompt_path has prompts: give {flag} "
+                f"{prompts} or less"
+            )
 
 
 def _extra_rows(

@@ -106,7 +106,7 @@ def learned_restart_rows(
     info: str | None = None,
     guidance_rate: float | None = None,
 ) -> list[Row]:
-    """Restart with each student on the main walk, in the descents and on both, beside Heun.
+    """Restart with each student on the main walk, in the descents and on both; and with Heun.
 
     A row with Heun has the same nodes, jumps and free first step, so the same NFE; the student's
     row is compared with it.  ``info`` gives the intervals, by default the model's own; a main walk

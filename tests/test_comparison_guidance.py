@@ -165,7 +165,7 @@ def test_conditions_that_cannot_be_are_one_sentence(
     for card, flags, sentence in (
         (CARD, ["--guidance_rate=2"], "has no guidance: leave --guidance_rate 2 out"),
         (CARD, ["--prompt=cat"], "takes no text"),
-        (CARD, ["--class=3"], "is unconditional"),
+        (CARD, ["--class=3"], "leave --class 3 out"),
         (text, [f"--prompt_path={prompts}", "--num=4", "--blocks=2"], "give --num 3 or less"),
     ):
         monkeypatch.setattr(model, "card", card)
@@ -174,9 +174,8 @@ def test_conditions_that_cannot_be_are_one_sentence(
         if "--num=4" not in flags:
             done = CliRunner().invoke(solver_error.main, ["-n", *flags])
             assert sentence in str(done.exception), done.output
-    monkeypatch.setattr(model, "card", text)
     prompts.write_text("a\nb\nc\nd\n")
-    flags = ["-n", f"--prompt_path={prompts}", "--num=4", "--blocks=2"]
-    done = CliRunner().invoke(compare.main, flags)
-    assert "Restart's plans are chosen on seeds from 10000000" in str(done.exception)
-    assert CliRunner().invoke(compare.main, [*flags, "--budgets=none"]).exit_code == 0
+    few = ["-n", f"--prompt_path={prompts}", "--num=4", "--blocks=2"]
+    done = CliRunner().invoke(compare.main, [*few, "--select=2,5"])
+    assert "give --select 4 or less" in str(done.exception)
+    assert CliRunner().invoke(compare.main, [*few, "--select=2,4"]).exit_code == 0

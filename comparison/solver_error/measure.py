@@ -38,7 +38,7 @@ Tick = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Solved:
-    """The exact solutions of one problem, found."""
+    """The exact solutions of one problem, summarised."""
 
     exact: SolutionsSummary
     plane: PlaneSummary

@@ -81,7 +81,7 @@ class SkippedRow:
 
 @dataclass(frozen=True)
 class SolutionsSummary:
-    """The exact solutions, how they were found and what they cost."""
+    """The exact solutions: how they were computed and what they cost."""
 
     model: str
     model_sha256: str
