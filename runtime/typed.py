@@ -95,7 +95,9 @@ def write_result(path: str | Path, value: object) -> None:
 
 
 def _decode(kind: type, value: object) -> object:
-    """Types that JSON does not know."""
+    """Types that JSON does not know; ``object`` is any JSON value."""
+    if kind is object:
+        return value
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise TypeError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")

@@ -29,7 +29,7 @@ class Points:
     folder: Path
     own: str | None = None
     levels: tuple[float, ...] = ()
-    extra: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)
+    extra: dict[str, object] | None = field(default=None, metadata=OPTIONAL)
     schema: int = SCHEMA
 
 
