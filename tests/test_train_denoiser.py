@@ -222,7 +222,7 @@ def test_a_longer_run_continues_a_finished_one(run) -> None:
     assert part == again
 
 
-class Killed(BaseException):
+class KilledTraining(BaseException):
     """Ends the process at once, as a kill would."""
 
 
@@ -237,13 +237,13 @@ def test_a_killed_run_continues_bit_equal(run, monkeypatch) -> None:
 
         def stop(*given: Any, real: Any = real, left: Any = left) -> Any:
             if next(left, None) is None:
-                raise Killed
+                raise KilledTraining
             return real(*given)
 
         out = f"{place}-{after}"
         with monkeypatch.context() as patch:
             patch.setattr(owner, place, stop)
-            with pytest.raises(Killed):
+            with pytest.raises(KilledTraining):
                 run(*arguments, out=out)
         torch.rand(1)
         assert_bit_equal(run(*arguments, out=out), whole)

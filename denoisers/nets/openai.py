@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints.weights import axis_size
 from denoisers.nets.layers import channel_mean, one_of
 from denoisers.nets.openai_blocks import (
     ATTENTIONS,
@@ -224,12 +225,7 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
         )
 
     def size(name: str, axis: int = 0) -> int:
-        if name not in tensors or tensors[name].ndim <= axis:
-            raise UserError(
-                f"the weights have no '{name}' as in the U-Net of guided diffusion; they are of "
-                "another network"
-            )
-        return tensors[name].shape[axis]
+        return axis_size(tensors, name, axis, "the file", "the U-Net of guided diffusion")
 
     def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in tensors)
