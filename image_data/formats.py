@@ -17,7 +17,7 @@ from runtime.errors import UserError
 
 #: Files that are images of a data set.
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
-#: Files that tools/dataset_tool.py makes a data set of.
+#: Files that tools.dataset_tool converts.
 CONVERTIBLE = EXTENSIONS | {".bmp", ".gif", ".tif", ".tiff"}
 #: The decoders that Pillow may try, whatever the name of a file: some others start programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")

@@ -219,7 +219,7 @@ def test_a_folder_of_classes_and_a_zip_of_it(
     made = [tool(s, tmp_path / f"{s.stem}-out.zip") for s in (whole, folder)]
     said = capsys.readouterr().out
     assert "3 classes by sub-folder: 0 n01, 1 n02, 2 n10" in said
-    assert "left out, as they do not end in .bmp, .gif, " in said and ".webp: 1\n" in said
+    assert "left out because they do not end in .bmp, .gif, " in said and ".webp: 1\n" in said
     order = ["n01/3.tiff", "n01/x/1.bmp", "n01/x/2.png", "n02/b.JPEG", "n10/a.webp"]
     assert np.array_equal(contents(made[0]), [pixels_of(at[name]) for name in order])
     assert labels(made[0]) == [0, 0, 0, 1, 2]

@@ -178,7 +178,8 @@ def test_broken_images(
     made = tool(source, tmp_path / "out.zip", "--skip-broken")
     said = capsys.readouterr().out
     assert (
-        f"skipped x/1.png in {source}: " in said and "skipped, as they cannot be read: 1\n" in said
+        f"skipped x/1.png in {source}: " in said
+        and "skipped because they cannot be read: 1\n" in said
     )
     with ImageSource(made) as out:
         assert out.labels().tolist() == [0, 1, 1]

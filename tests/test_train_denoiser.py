@@ -1,4 +1,4 @@
-"""tools/train_denoiser.py as people use it: whole runs, killed ones, two processes, nonsense."""
+"""tools.train_denoiser as people use it: whole runs, killed ones, two processes, nonsense."""
 
 from __future__ import annotations
 

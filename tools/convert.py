@@ -1,4 +1,7 @@
-"""Convert any published checkpoint, including predictors, into safetensors with its settings."""
+"""Convert a published checkpoint, of a network or of a predictor, to safetensors.
+
+Predictors are handled here, everything else by :mod:`denoisers.convert`.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--name", help="a published model, or a name of your own  [default: the target's]")
+@click.option("--name", help="a published model, or a name of your own  [default: TARGET's stem]")
 def main(source: Path, target: Path, name: str | None) -> None:
-    """Convert the checkpoint SOURCE into TARGET.safetensors.
+    """Convert the checkpoint SOURCE to TARGET.safetensors.
 
-    A network, or plain weights, gets TARGET.card.json beside it.  A predictor of the AMED authors
-    is stored as by train.py, for --predictor_path.  Pickles are read as data; nothing in them is
-    run.
+    For a network, or a bare state dict, also writes TARGET.card.json.  A predictor published by the
+    AMED authors becomes a file like those of train.py, which --predictor_path takes.  Pickles are
+    read as data; no code in them is run.
     """
     check_target(target)
     content = read(source)

@@ -1,4 +1,4 @@
-"""Make a data set in EDM's layout of images as they are published.
+"""Convert a published image data set to EDM's layout.
 
 The result is a zip (or a folder) of RGB images of one square size, ``00000/img00000000.png`` and so
 on, and ``dataset.json`` with their classes, as read by the other tools here and by EDM's training.
@@ -17,6 +17,7 @@ from image_data.raw.opening import open_raw
 from image_data.writer import SquareShape, WrittenImages, destination, write_dataset
 from runtime import cli
 
+PATH = click.Path(path_type=Path)
 EXAMPLES = """\b
 Examples:
   python -m tools.dataset_tool --source cifar-10-python.tar.gz --dest data/cifar10-32x32-train.zip
@@ -53,18 +54,22 @@ def parse_resolution(_context: object, _option: object, text: str | None) -> int
 
 
 @click.command(context_settings={"show_default": True}, epilog=EXAMPLES)
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="see above")
-@click.option("--dest", type=click.Path(path_type=Path), required=True, help="NAME.zip or a folder")
-@click.option("--resolution", callback=parse_resolution, metavar="N", help="64 or 64x64  [kept]")
+@click.option(
+    "--source", type=PATH, required=True, help="folder, zip, CIFAR-10 tarball, or idx file"
+)
+@click.option("--dest", type=PATH, required=True, help="NAME.zip or a folder")
+@click.option(
+    "--resolution", callback=parse_resolution, metavar="N", help="64 or 64x64  [default: keep]"
+)
 @click.option("--transform", type=click.Choice(["none", "center-crop"]), default="none")
-@click.option("--max-images", type=click.IntRange(min=1), help="take the first of them  [all]")
-@click.option("--skip-broken", is_flag=True, help="leave out images that cannot be read")
-@click.option("--split", type=click.Choice(["train", "test"]), help="of CIFAR-10  [train]")
+@click.option("--max-images", type=click.IntRange(1), help="use the first N  [default: all]")
+@click.option("--skip-broken", is_flag=True, help="omit images that cannot be read")
+@click.option("--split", type=click.Choice(["train", "test"]), help="of CIFAR-10  [default: train]")
 def main(
     source: Path, dest: Path, resolution: int | None, transform: str, max_images: int | None,
     skip_broken: bool, split: str | None,
 ) -> None:  # fmt: skip
-    """Make a data set in EDM's layout of images as they are published.
+    """Convert a published image data set to EDM's layout.
 
     --source is a folder or a zip of images, cifar-10-python.tar.gz, or the images of an idx data
     set (MNIST). Classes are those of its dataset.json, else its top sub-folders in sorted order.

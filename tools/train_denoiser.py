@@ -1,16 +1,8 @@
-"""Train a denoiser of the EDM family on a zip or a folder of images (Karras et al. 2022).
+"""Train a denoiser of the EDM family on images (Karras et al. 2022, arXiv:2206.00364).
 
-Progress, TensorBoard with sample grids, and a state that a killed run continues from lie in
---outdir; from the first report on it holds model.safetensors and card.json, which
-`sample.py --model_path` and `denoisers/cards.json` take.
-
-Examples:
-
-    python -m tools.train_denoiser --data cifar10-32x32-train.zip --valid cifar10-32x32-test.zip \\
-        --outdir exps/denoiser --like cifar10-small --kimg 1000 --batch 64 --dtype bfloat16
-
-    torchrun --standalone --nproc_per_node=8 -m tools.train_denoiser --data ffhq-64x64.zip \\
-        --outdir exps/ffhq --config ffhq.json --kimg 200000 --dtype bfloat16 --compile
+--outdir holds the log, TensorBoard events with sample grids, and the state from which an
+interrupted run continues.  From the first report on it also holds model.safetensors and card.json,
+which `sample.py --model_path` and `denoisers/cards.json` take.
 """
 
 from __future__ import annotations
@@ -42,7 +34,15 @@ from runtime.files import sha256_file
 from runtime.log import progress
 from runtime.record import RunRecord
 
-HELD_OUT = 1024  #: images of --valid that the loss is measured on
+PATH = click.Path(path_type=Path)
+HELD_OUT = 1024  #: images of --valid on which the loss is measured
+EXAMPLES = """\b
+Examples:
+  python -m tools.train_denoiser --data cifar10-32x32-train.zip --valid cifar10-32x32-test.zip \\
+      --outdir exps/denoiser --like cifar10-small --kimg 1000 --batch 64 --dtype bfloat16
+  torchrun --standalone --nproc_per_node=8 -m tools.train_denoiser --data ffhq-64x64.zip \\
+      --outdir exps/ffhq --config ffhq.json --kimg 200000 --dtype bfloat16 --compile
+"""
 
 
 def first_network(
@@ -53,7 +53,7 @@ def first_network(
     Raises UserError unless exactly one option says what to train, and for invalid settings.
     """
     if sum(x is not None for x in (init, config, like)) != 1:
-        raise UserError("say what to train by one of --init, --config and --like")
+        raise UserError("choose the network to train: give one of --init, --config and --like")
     tensors = None
     seen = 0
     if init is not None:
@@ -73,8 +73,8 @@ def first_network(
         net = build(settings, bottleneck)
     if not isinstance(net, EDMPrecond) or net.D is not None:
         raise UserError(
-            "the loss is that of networks with EDM's preconditioning and Gaussian noise, not of "
-            f"{settings['class_name']}{' with D, PFGM++' if net.D else ''}; train an EDMPrecond"
+            "the loss is for networks with EDM's preconditioning and Gaussian noise, not for "
+            f"{settings['class_name']}{' with D, PFGM++' if net.D else ''}: train an EDMPrecond"
         )
     if tensors is not None:
         fill(net, tensors, str(init))
@@ -92,7 +92,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def settings_like(name: str) -> tuple[dict[str, Any], str | None]:
-    """Those of a card of the EDM family."""
+    """Constructor settings and bottleneck of the EDM-family card ``name``."""
     known = {key: card for key, card in cards().items() if card.family == "edm"}
     if name not in known:
         raise UserError(f"--like {name} is unknown; known: {', '.join(known)}")
@@ -102,7 +102,7 @@ def settings_like(name: str) -> tuple[dict[str, Any], str | None]:
 def fit(
     trainer: Trainer, stream: TrainingBatches, reporter: Reporter, workers: int, tick: int
 ) -> None:
-    """Train to the end of the recipe."""
+    """Train until the recipe's number of images has been seen; report every ``tick`` images."""
     batch, world = trainer.recipe.batch, trainer.world
     goal = round(1e3 * trainer.recipe.kimg)
     loader = DataLoader(
@@ -137,7 +137,7 @@ def prepare_folder(folder: Path, trainer: Trainer, network: TrainedNetwork) -> N
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One option for every field of Recipe, with its default."""
+    """Add one option for every field of Recipe, with its default."""
     types = get_type_hints(Recipe)
     for field in reversed(fields(Recipe)):
         name = field.name
@@ -148,19 +148,17 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="EDM zip or folder")
-@click.option("--valid", type=click.Path(path_type=Path), help="held-out images, for the loss")
-@click.option("--outdir", type=click.Path(path_type=Path), required=True, help="of this run alone")
-@click.option("--init", type=click.Path(path_type=Path), help="continue from these weights")
-@click.option("--config", type=click.Path(path_type=Path), help="JSON of constructor settings")
-@click.option("--like", metavar="NAME", help="settings of the card of this name")
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--data", type=PATH, required=True, help="zip or folder in EDM's layout")
+@click.option("--valid", type=PATH, help="held-out images for the loss")
+@click.option("--outdir", type=PATH, required=True, help="folder of the run")
+@click.option("--init", type=PATH, help="start from these weights")
+@click.option("--config", type=PATH, help="JSON file of constructor settings")
+@click.option("--like", metavar="NAME", help="use the settings of this model's card")
 @click.option("--tick", type=click.IntRange(min=1), default=20_000, help="images between reports")
-@click.option("--workers", type=click.IntRange(min=0), default=1, help="processes that read images")
+@click.option("--workers", type=click.IntRange(min=0), default=1, help="image-loading processes")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]"
-)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
 @cli.device_option
 @recipe_options
 def main(
@@ -168,7 +166,10 @@ def main(
     like: str | None, tick: int, workers: int, compiled: bool, threads: int | None,
     device: str | None, **settings: Any,
 ) -> None:  # fmt: skip
-    """Train a denoiser; run the same command again to continue."""
+    """Train a denoiser of the EDM family on images (Karras et al. 2022, arXiv:2206.00364).
+
+    Run the same command again to continue after an interruption.
+    """
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(**settings)
@@ -186,7 +187,7 @@ def main(
         prepare_folder(outdir, trainer, network)
         if trainer.done:
             if here.is_main:
-                click.echo(f"already trained: {outdir}; give a larger --kimg to go on", err=True)
+                click.echo(f"already trained: {outdir}; give a larger --kimg to continue", err=True)
             return
         options = {
             k: str(v) if isinstance(v, Path) else v

@@ -125,7 +125,7 @@ def prepare(options: Mapping[str, Any], world: World, detector: Detector | None)
             images = model.decode(torch.zeros(1, *card.shape, dtype=dtype, device=world.device))
             detector(torch.zeros(images.shape, dtype=torch.uint8))
     record = RunRecord.make(
-        "errors",
+        "solver_error",
         {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
         {"name": card.name, "sha256": model.sha256},
         {
