@@ -24,7 +24,7 @@ from runtime.errors import UserError
 from runtime.files import sha256_file
 from solvers.types import Denoised
 
-LAST_STEP = 999  #: network time of the end of the process, which begins at 0
+LAST_STEP = 999  #: network time at the end of the process, t = 1
 
 
 @dataclass(eq=False)
