@@ -133,7 +133,7 @@ REFUSED = [
     (
         ["--sampler_stu=dpmpp", "--thresholding=True", "--predict_x0=False"],
         1,
-        "error: dynamic thresholding acts on data predictions",
+        "predict_x0=True",
     ),
     (["--num_steps=2", "--afs=True"], 1, "error: --afs spends the first of 1 interval(s)"),
     (["--guidance_type=cfg"], 1, "error: 'cifar10-small' has no guidance, not 'cfg'"),
