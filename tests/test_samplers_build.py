@@ -20,6 +20,7 @@ from samplers.builders.learned import build_learned
 from samplers.options import CLASSIC, SAMPLERS, SamplerOptions
 from samplers.sampler import Sampler
 from solvers.dpmpp import DPMpp
+from solvers.grids import get_grid
 from solvers.rules import FixedRatio
 from tests.sampler_models import RESTART, make_card, trained
 
