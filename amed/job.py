@@ -18,7 +18,7 @@ from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.registry import Model, ModelSource
-from restart.intervals import Interval, chosen_intervals, interval_json
+from restart.intervals import Interval, interval_json, resolve_intervals
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import note
@@ -195,7 +195,7 @@ def prepare(options: TrainOptions) -> TrainingJob:
     settings = _settings(options, card)
     grid = settings.grid.resolve(card)
     fine, stride = grid.refined(settings.M)
-    _, intervals = chosen_intervals(options.restart_info, card) if restart else (None, ())
+    _, intervals = resolve_intervals(options.restart_info, card) if restart else (None, ())
     teacher = build_teacher(
         settings.sampler_tea,
         fine,
