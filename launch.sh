@@ -73,7 +73,7 @@ small_report() { # NAME BUDGETS FLAG...: the comparison of the students in $pred
     set -- --dataset_name=cifar10-small --predictors="$predictors" --budgets="$2" \
         --dtype="$DTYPE" --outdir="$folder" "${@:3}"
     run compare.py "$@"
-    run errors.py "${@:1:5}" --seeds=0-15
+    run solver_error.py "${@:1:5}" --seeds=0-15
     note "the report: $folder/report.html; its table: $folder/table.md"
 }
 
@@ -159,7 +159,7 @@ recipe_sd_restart() { # a row for each sampler and guidance rate; a guided call 
         low='{\"0\":[3,1,0.1,3]}' high='{\"0\":[3,1,0.1,2]}'
     fi
     captions
-    call "$VENV_PYTHON" tools/draw_prompts.py "$CAPTIONS" "data/coco-$number.csv" --number=$number
+    call "$VENV_PYTHON" -m tools.draw_prompts "$CAPTIONS" "data/coco-$number.csv" --number=$number
     set --
     for rate in 2 3 5 8; do
         walk="--schedule_type=discrete --nfe=$nfe --guidance_rate=$rate"
@@ -190,7 +190,7 @@ statistics() { # BATCH FLAG...: images of the predictor in $folder, and what an 
     run fid.py ref --detector=inception --data="$images" --dest="$images-inception.npz"
 }
 
-recipe_toy() { call "$VENV_PYTHON" benchmarks/toy.py --outdir=exps/toy; }
+recipe_toy() { call "$VENV_PYTHON" -m tools.restart_toy --outdir=exps/toy; }
 
 recipe_test() {
     local workers=$CORES
@@ -252,7 +252,7 @@ call() { # show the command, then run it unless this is a dry run
     fi
 }
 
-run() { # SCRIPT FLAG...: in one process, or in one per GPU
+run() { # SCRIPT FLAG..., or -m MODULE FLAG...: in one process, or in one per GPU
     case "$1 $MODEL_PATH" in
         "train.py "?* | "sample.py "?* | "visualize.py "?*) set -- "$@" "--model_path=$MODEL_PATH" ;;
     esac

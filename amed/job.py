@@ -17,7 +17,8 @@ from amed.trainer import Data, Loop, Report, finished, train
 from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
-from denoisers.registry import Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from restart.intervals import Interval, interval_json, resolve_intervals
 from runtime.dist import World
 from runtime.errors import UserError

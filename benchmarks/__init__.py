@@ -1,1 +1,1 @@
-"""Measurements of speed and memory, run as ``python -m benchmarks.NAME``."""
+"""Measurements of speed, memory and sensitivity, run as ``python -m benchmarks.NAME``."""

@@ -1,9 +1,4 @@
-"""What a detector's FID sees: test images, made noisier or more blurred, against the reference.
-
-    python -m benchmarks.detector --data cifar10-32x32-test.zip
-
-Exit code 1 unless the figure grows with every step of noise and of blur.
-"""
+"""The sensitivity of a detector's FID: test images with noise or blur, against the reference."""
 
 from __future__ import annotations
 
@@ -21,25 +16,36 @@ from metrics.detectors import load_detector, load_reference
 from metrics.fid import gather
 from runtime import cli
 
-NOISE = (0, 1, 2, 4, 8, 16)  #: standard deviation in grey levels
-BLUR = (0.4, 0.5, 0.7, 1.0, 1.5)  #: that of a Gaussian, in pixels
+EXAMPLES = """\b
+Example:
+  python -m benchmarks.detector --data cifar10-32x32-test.zip
+"""
+NOISE = (0, 1, 2, 4, 8, 16)  #: standard deviations, in grey levels
+BLUR = (0.4, 0.5, 0.7, 1.0, 1.5)  #: standard deviations of a Gaussian filter, in pixels
 
 
 def noisy(images: np.ndarray, level: float) -> np.ndarray:
+    """Images (N, 3, H, W) plus Gaussian noise of standard deviation ``level``."""
     return images + level * np.random.default_rng(0).standard_normal(images.shape)
 
 
 def blurred(images: np.ndarray, level: float) -> np.ndarray:
+    """Images (N, 3, H, W) after a Gaussian filter of standard deviation ``level``."""
     return gaussian_filter(images, (0, 0, level, level), mode="reflect")
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="images")
-@click.option("--num", type=click.IntRange(min=2), default=2000, help="use N images")
-@click.option("--detector", default="cifar10-small")
-@click.option("--ref", default="cifar10-small")
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="folder or zip of images"
+)
+@click.option("--num", type=click.IntRange(min=2), default=2000, help="number of images")
+@click.option("--detector", default="cifar10-small", help="name of a detector")
+@click.option("--ref", default="cifar10-small", help="reference statistics")
 def main(data: Path, num: int, detector: str, ref: str) -> None:
-    """FID of images that were made worse step by step."""
+    """Measure the FID of images that are degraded step by step, by noise and by blur.
+
+    The exit code is 1 unless the FID grows with every step.
+    """
     device = torch.device("cpu")
     features = load_detector(detector, device=device)
     reference = load_reference(ref, features)

@@ -1,11 +1,8 @@
-"""Frechet distance at 2048 features against ``scipy.linalg.sqrtm``, in one run.
+"""The Frechet distance at 2048 features against an implementation by ``scipy.linalg.sqrtm``.
 
-Covariances of 4,096 random features with a decaying spectrum, as real features have. Prints the
-median time of both, their ratio (at least 5) and the relative difference (at most 1e-6). Both
-run on one thread unless OPENBLAS_NUM_THREADS says otherwise: the threads of a BLAS wait for each
-other, so on a busy machine they would time the neighbours.
-
-    python -m benchmarks.frechet
+The covariances are those of 4,096 random features with a decaying spectrum, like real features.
+Both run on one thread unless OPENBLAS_NUM_THREADS is set: BLAS threads wait for each other, so on a
+busy machine several threads would measure the other processes.
 """
 
 from __future__ import annotations
@@ -15,32 +12,34 @@ import statistics
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # is read when numpy and scipy load
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when numpy and scipy are imported
 
 import click
 import numpy as np
 from scipy import linalg
 
 from metrics.frechet import frechet_distance
+from runtime import cli
 
 Moments = tuple[np.ndarray, np.ndarray]
 
 
 def random_moments(dim: int, rng: np.random.Generator) -> Moments:
-    """Mean and covariance of 2 dim random features whose spread falls as 1 / index."""
+    """Mean and covariance of 2 ``dim`` random features, with a spread that falls as 1 / index."""
     mix = rng.standard_normal((dim, dim)) / np.sqrt(np.arange(1, dim + 1))[:, None]
     x = rng.standard_normal((2 * dim, dim)) @ mix + rng.standard_normal(dim)
     return x.mean(0), np.cov(x, rowvar=False)
 
 
 def by_sqrtm(first: Moments, second: Moments) -> float:
-    """The usual implementation: the root of the unsymmetric product."""
+    """The usual implementation: the matrix square root of the covariances' product."""
     root = linalg.sqrtm(first[1] @ second[1])
     trace = np.trace(first[1]) + np.trace(second[1]) - 2 * np.trace(np.real(root))
     return float(np.sum((first[0] - second[0]) ** 2) + trace)
 
 
 def timed(function: Callable[[], float]) -> tuple[float, float]:
+    """Seconds that the call takes, and its value."""
     start = time.perf_counter()
     value = function()
     return time.perf_counter() - start, value
@@ -48,9 +47,13 @@ def timed(function: Callable[[], float]) -> tuple[float, float]:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--dim", type=click.IntRange(min=2), default=2048, help="number of features")
-@click.option("--repeats", type=click.IntRange(min=1), default=3)
+@click.option("--repeats", type=click.IntRange(min=1), default=3, help="calls of each")
 def main(dim: int, repeats: int) -> None:
-    """Time both on the same covariances, in turn."""
+    """Time the Frechet distance against scipy.linalg.sqrtm on the same covariances.
+
+    Prints the median time of both, their ratio (should be at least 5) and the relative difference
+    of the results (should be at most 1e-6).
+    """
     rng = np.random.default_rng(0)
     first, second = random_moments(dim, rng), random_moments(dim, rng)
     ours, theirs = [], []
@@ -67,4 +70,4 @@ def main(dim: int, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,16 +1,4 @@
-"""What a pass over images costs beside its detector's own forward, and how much memory it takes.
-
-    python -m benchmarks.metrics throughput                            PNGs of noise, the worst case
-    python -m benchmarks.metrics throughput --threads 1 --clock cpu    on a machine that others use
-    python -m benchmarks.metrics throughput --images x.zip --detector inception-pt --path FILE
-    python -m benchmarks.metrics memory                                50,000 x 2048 features
-
-`throughput` times `fid.py`'s whole pass (reading and decoding in threads, the detector, the
-statistics) against the forward on images that are ready in memory, in turn, and gives the median
-ratio. By the CPU's clock the threads' work counts as if it were in line: an upper bound of what
-idle cores would see. `memory` gives the peak after a fifth of the images and after all, the
-covariance included. Exit code 1 above a limit: a ratio of 1.1, or 32 MiB more for four fifths more.
-"""
+"""The time of a pass over images relative to its detector, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -35,38 +23,55 @@ from metrics.summary import Collector, Requirements
 from runtime import cli
 from runtime.dist import World, choose_device
 
-RATIO, GROWTH = 1.1, 32.0
+THROUGHPUT = """\b
+Examples:
+  python -m benchmarks.metrics throughput                            (PNGs of noise, the worst case)
+  python -m benchmarks.metrics throughput --threads 1 --clock cpu    (on a machine in use)
+  python -m benchmarks.metrics throughput --images x.zip --detector inception-pt --path FILE
+"""
+RATIO, GROWTH = 1.1, 32.0  #: limits
 MIB = 2**20
 
 
 @click.group(context_settings={"show_default": True})
 def main() -> None:
-    """Throughput and memory of the statistics of images."""
+    """Measure throughput and memory of the statistics of images."""
 
 
 def noise(folder: Path, count: int, size: int) -> Path:
+    """Write ``count`` PNGs of noise with ``size`` pixels per side; returns the folder."""
     for i in range(count):
         pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:06}.png")
     return folder
 
 
-@main.command()
-@click.option("--images", type=click.Path(path_type=Path), help="[default: PNGs of noise]")
-@click.option("--num", type=click.IntRange(2), default=2048, help="images")
-@click.option("--size", type=click.IntRange(1), default=32, help="of the noise")
-@click.option("--detector", default="cifar10-small")
-@click.option("--path", type=click.Path(path_type=Path), help="its file")
-@click.option("--batch", type=click.IntRange(1), default=256)
-@click.option("--rounds", type=click.IntRange(1), default=5)
-@click.option("--threads", type=click.IntRange(1), help="of torch  [default: its own choice]")
-@click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall")
+@main.command(epilog=THROUGHPUT)
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="folder or zip  [default: PNGs of noise]"
+)
+@click.option("--num", type=click.IntRange(2), default=2048, help="number of images")
+@click.option("--size", type=click.IntRange(1), default=32, help="pixels per side of the noise")
+@click.option("--detector", default="cifar10-small", help="name of a detector")
+@click.option("--path", type=click.Path(path_type=Path), help="file of the detector")
+@click.option("--batch", type=click.IntRange(1), default=256, help="images per batch")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="measurements")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
+@click.option(
+    "--clock", type=click.Choice(sorted(CLOCKS)), default="wall", help="wall time, or CPU time"
+)
 @cli.device_option
 def throughput(
     images: Path | None, num: int, size: int, detector: str, path: Path | None, batch: int,
     rounds: int, threads: int | None, clock: str, device: str | None,
 ) -> None:  # fmt: skip
-    """The pass over the forward."""
+    """Time a whole pass of fid.py over its detector's forward alone.
+
+    A pass reads and decodes in threads, runs the detector and updates the statistics.  The forward
+    is measured in turn with it, on images in memory; the result is the median ratio.  By the CPU
+    clock the work of all threads is added up, which bounds the ratio on idle cores from above.  The
+    exit code is 1 for a ratio above 1.1.
+    """
     if threads:
         torch.set_num_threads(threads)
     here = World(0, 1, choose_device(device))
@@ -100,18 +105,26 @@ def throughput(
 
 
 def peak() -> float:
-    """MiB that this process has taken at most so far."""
+    """Peak memory of this process so far, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 
 @main.command()
-@click.option("--num", type=click.IntRange(10), default=50_000, help="images")
-@click.option("--dim", type=click.IntRange(1), default=2048, help="features of each")
-@click.option("--features", type=click.IntRange(0), default=10_000, help="kept for kid, pr and dc")
-@click.option("--limit", type=float, default=GROWTH, help="MiB from a fifth of the images to all")
+@click.option("--num", type=click.IntRange(10), default=50_000, help="number of images")
+@click.option("--dim", type=click.IntRange(1), default=2048, help="number of features")
+@click.option(
+    "--features", type=click.IntRange(0), default=10_000, help="features kept for kid, pr and dc"
+)
+@click.option(
+    "--limit", type=float, default=GROWTH, help="MiB allowed from a fifth of the images to all"
+)
 def memory(num: int, dim: int, features: int, limit: float) -> None:
-    """Peak memory of the statistics of normal features."""
+    """Measure the peak memory of the statistics of normal features.
+
+    Prints the peak after a fifth of the images and after all of them, covariance included.  The
+    exit code is 1 if it grows by more than --limit.
+    """
     draw = torch.Generator().manual_seed(0)
     network = Detector(
         DetectorId("normal", "0" * 64, dim),
@@ -120,7 +133,7 @@ def memory(num: int, dim: int, features: int, limit: float) -> None:
     begin = peak()
 
     def gather(count: int) -> float:
-        """The peak once ``count`` images are in; also checks that they are."""
+        """The peak after ``count`` images; also checks their statistics."""
         collector = Collector(network, Requirements(features), max(count, features))
         for start in range(0, count, CHUNK):
             positions = range(start, min(start + CHUNK, count))
@@ -139,4 +152,4 @@ def memory(num: int, dim: int, features: int, limit: float) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

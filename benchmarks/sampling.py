@@ -1,13 +1,8 @@
-"""Sampling time over NFE times one raw network forward: what the solver algebra costs.
+"""The cost of the solvers' own arithmetic: sampling time over NFE times one network forward.
 
-The raw forward is the bare U-Net on inputs that are ready in its dtype; sampling is `integrate`
-through the denoiser, preconditioning and casts included.  Every round times forward, sampling,
-forward, so a change of the machine's speed meets both sides; a row gives medians over the rounds.
-
-    python -m benchmarks.sampling                            batch 64 and 256 in bfloat16
-    python -m benchmarks.sampling --threads 1 --clock cpu    on a machine that others use too
-
-Exit code 1 if a ratio is above the limit (1.05).
+The forward is that of the bare U-Net on inputs that already have its dtype; sampling is `integrate`
+through the denoiser, including preconditioning and casts.  Each round times forward, sampling,
+forward, so that changes in the machine's speed affect both; a row gives medians over the rounds.
 """
 
 from __future__ import annotations
@@ -23,13 +18,20 @@ import torch
 from torch import Tensor
 
 from denoisers.families.edm import EDMModel
-from denoisers.registry import DTYPES, load_model
+from denoisers.precision import DTYPES
+from denoisers.registry import load_model
+from runtime import cli
 from solvers.driver import integrate, planned_nfe
 from solvers.grids import get_grid
 from solvers.registry import make_solver
 
-LIMIT = 1.05
-#: Solver and number of nodes: five or six evaluations each.
+EXAMPLES = """\b
+Examples:
+  python -m benchmarks.sampling                            (batches of 64 and 256 in bfloat16)
+  python -m benchmarks.sampling --threads 1 --clock cpu    (on a machine in use)
+"""
+LIMIT = 1.05  #: of the ratio
+#: Solver and number of nodes, for five or six evaluations each.
 ROWS = (("euler", 6), ("ipndm", 6), ("dpmpp", 6), ("heun", 4))
 
 
@@ -38,7 +40,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Seconds of an action by the chosen clock, the device's queue included."""
+    """Seconds that an action takes by the chosen clock, including queued work of the device."""
 
     clock: Callable[[], float]
     device: torch.device
@@ -56,7 +58,7 @@ class Stopwatch:
 
 
 def raw_forward(model: EDMModel, batch: int, device: torch.device) -> Callable[[], object]:
-    """The bare U-Net on inputs that are ready: no preconditioning, no casts."""
+    """A call of the bare U-Net on ready inputs, without preconditioning or casts."""
     network, size = model.net.model, model.card.resolution
     images = torch.randn(batch, model.card.channels, size, size).to(device, model.net.dtype)
     levels = torch.zeros(1, device=device)
@@ -90,16 +92,31 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
         yield name, nfe, median(forwards), median(samples), median(ratios)
 
 
-@click.command(help=__doc__)
-@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(64, 256))
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: torch's own choice.")
-@click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall", show_default=True)
-@click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(64, 256),
+    help="may be repeated",
+)
+@click.option("--rounds", type=click.IntRange(1), default=7, help="measurements")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
+@click.option(
+    "--clock", type=click.Choice(sorted(CLOCKS)), default="wall", help="wall time, or CPU time"
+)
+@click.option(
+    "--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", help="dtype of the network"
+)
+@click.option("--device", default="cpu", help="cuda, mps or cpu")
 def main(
     batches: tuple[int, ...], rounds: int, threads: int | None, clock: str, dtype: str, device: str
 ) -> None:
+    """Time sampling over NFE times one forward of the bare network.
+
+    The exit code is 1 if a ratio is above 1.05.
+    """
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -119,4 +136,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

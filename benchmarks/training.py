@@ -1,15 +1,10 @@
-"""Time of the trainer over the time of the network calls it makes.
+"""The cost of the trainer: its time over the time of the network calls that it makes.
 
-One update of `amed.trainer.train`, from drawing the noise to the saved state, against the bare
-U-Net called as often on inputs that are ready in its dtype: forward alone for the teacher and for
-the nodes of the student's grid, forward and backward to the input for the inserted nodes.  Every
-round times raw calls, the trainer, raw calls, so a change of the machine's speed meets both sides;
-a row gives medians over the rounds.
-
-    python -m benchmarks.training                            batch 64 in bfloat16
-    python -m benchmarks.training --threads 1 --clock cpu    on a machine that others use too
-
-Exit code 1 if a ratio is above the limit (1.15).
+One update of `amed.trainer.train`, from drawing the noise to saving the state, is compared with as
+many calls of the bare U-Net on inputs that already have its dtype: forward alone for the teacher
+and for the nodes of the student's grid, forward and backward to the input for the inserted nodes.
+Each round times network calls, the trainer, network calls, so that changes in the machine's speed
+affect both; a row gives medians over the rounds.
 """
 
 from __future__ import annotations
@@ -33,20 +28,27 @@ from amed.step import Student
 from amed.trainer import Data, Loop, train
 from benchmarks.sampling import CLOCKS, Stopwatch, raw_forward
 from denoisers.families.edm import EDMModel
-from denoisers.registry import DTYPES, load_model
+from denoisers.precision import DTYPES
+from denoisers.registry import load_model
+from runtime import cli
 from runtime.dist import World
 from runtime.record import RunRecord
 from solvers.types import Denoised, Denoiser
 from teachers.build import build_teacher
 
-LIMIT = 1.15
-#: Student, teacher and M: five evaluations a sample, as published.
+EXAMPLES = """\b
+Examples:
+  python -m benchmarks.training                            (a batch of 64 in bfloat16)
+  python -m benchmarks.training --threads 1 --clock cpu    (on a machine in use)
+"""
+LIMIT = 1.15  #: of the ratio
+#: Student, teacher and M, at five evaluations per sample, as published.
 ROWS = (("amed", "heun", 1), ("ipndm", "ipndm", 2))
 
 
 @dataclass(eq=False)
 class Counter:
-    """Counts the calls of a denoiser by whether a gradient flows back to their input."""
+    """Counts the calls of a denoiser, apart for those with a gradient to their input."""
 
     inner: Denoiser
     cost: int = 1
@@ -62,7 +64,7 @@ class Counter:
 
 
 def raw_backward(model: EDMModel, batch: int, device: torch.device) -> Callable[[], object]:
-    """The bare U-Net, forward and back to images and noise levels."""
+    """A call of the bare U-Net and its gradient with respect to images and noise levels."""
     network, size = model.net.model, model.card.resolution
     images = torch.randn(batch, model.card.channels, size, size).to(device, model.net.dtype)
     levels = torch.zeros(batch, device=device)
@@ -78,7 +80,7 @@ def raw_backward(model: EDMModel, batch: int, device: torch.device) -> Callable[
 def trainer(
     model: EDMModel, row: tuple[str, str, int], batch: int, device: torch.device
 ) -> Callable[[Denoiser], None]:
-    """One update of a new run in a folder of its own, through the given denoiser."""
+    """A function that does one update of a new run, in a folder of its own, with a denoiser."""
     name, tea, inserted = row
     card = model.card
     settings = StudentSettings(
@@ -108,7 +110,11 @@ Row = tuple[str, str, int, int, float, float, float, float]
 
 
 def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Iterator[Row]:
-    """Student, teacher, calls without and with backward, their seconds, the trainer's, ratio."""
+    """Measure every row of `ROWS`.
+
+    Yields student, teacher, calls without and with backward, seconds of both, seconds of an update,
+    and the ratio.
+    """
     forward, backward = (raw(model, batch, watch.device) for raw in (raw_forward, raw_backward))
 
     def raw() -> tuple[float, float]:
@@ -134,14 +140,22 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
         yield row[0], row[1], f, b, one, both, median(updates), median(ratios)
 
 
-@click.command(help=__doc__)
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: torch's own choice.")
-@click.option("--clock", type=click.Choice(sorted(CLOCKS)), default="wall", show_default=True)
-@click.option("--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--batch", type=click.IntRange(1), default=64, help="trajectories per update")
+@click.option("--rounds", type=click.IntRange(1), default=7, help="measurements")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
+@click.option(
+    "--clock", type=click.Choice(sorted(CLOCKS)), default="wall", help="wall time, or CPU time"
+)
+@click.option(
+    "--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", help="dtype of the network"
+)
+@click.option("--device", default="cpu", help="cuda, mps or cpu")
 def main(batch: int, rounds: int, threads: int | None, clock: str, dtype: str, device: str) -> None:
+    """Time one update of the trainer over the network calls that it makes.
+
+    The exit code is 1 if a ratio is above 1.15.
+    """
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -159,4 +173,4 @@ def main(batch: int, rounds: int, threads: int | None, clock: str, dtype: str, d
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

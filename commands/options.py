@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from denoisers.cards import cards
-from denoisers.registry import DTYPES
+from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
 from runtime import cli

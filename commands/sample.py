@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from denoisers.cards import cards
-from denoisers.registry import DTYPES
+from denoisers.precision import DTYPES
 from restart.tables import configurations
 from runtime import cli
 from runtime.job import execute

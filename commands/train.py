@@ -9,7 +9,7 @@ import click
 from amed.job import TrainOptions, prepare
 from amed.settings import STUDENTS
 from denoisers.cards import cards
-from denoisers.registry import DTYPES
+from denoisers.precision import DTYPES
 from runtime import cli
 from runtime.job import execute
 from runtime.options import parse_options

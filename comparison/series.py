@@ -53,7 +53,7 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> Compar
     if not rows:
         raise UserError("nothing is left to sweep: give --restart, --ode or --sde")
     more = {"rows": [row.sampler.label for row in rows]}
-    record = make_record("sweep figure", options, harness, more)
+    record = make_record("nfe_sweep", options, harness, more)
     return ComparisonJob(harness, {}, rows, [], [], options["outdir"], record)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from denoisers.cards import Card
 from denoisers.conditions import Conditions, StreamName
 from denoisers.prior import start
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from plans.process import ForwardProcess
 from runtime.noise import Name, SeedNoise
 from solvers.driver import Meter

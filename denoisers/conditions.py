@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from denoisers.cards import Card
+from denoisers.protocol import Model
 from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from solvers.types import Denoiser
-
-if TYPE_CHECKING:
-    from denoisers.registry import Model
 
 StreamName = tuple[str | int, ...]  #: goes before the names of a stream of draws
 
@@ -130,21 +127,9 @@ def check_class(card: Card, label: int | None) -> None:
     if label is None:
         return
     if not card.label_dim:
-        raise UserError(f"{card.name!r} is unconditional: leave --class {label} out")
+        raise UserError(f"{card.name!r} has no classes: leave --class {label} out")
     if not 0 <= label < card.label_dim:
         raise UserError(
             f"--class {label} is not one of the {card.label_dim} classes of {card.name!r}: "
             f"give 0 to {card.label_dim - 1}"
         )
-
-
-def check_batch(labels: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless there is a label for every sample."""
-    if labels is not None and len(labels) != len(x):
-        raise ValueError(f"{len(labels)} labels are bound but the batch has {len(x)}")
-
-
-def refuse_guidance(card: Card, rate: float | None) -> None:
-    """Raise UserError for a rate that asks for guidance, of a model without it."""
-    if rate not in (None, 0.0, 1.0):
-        raise UserError(f"'{card.name}' has no guidance, but the rate is {rate}; leave it out")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from denoisers.cards import Card, cards
 from denoisers.families.adm import load_adm
@@ -18,48 +16,13 @@ from denoisers.families.diffusers.loading import fetch_pipeline, fetched_pipelin
 from denoisers.families.edm import load_edm
 from denoisers.families.ldm import load_ldm
 from denoisers.families.ncsnpp import load_ncsnpp
-from denoisers.files import Files
+from denoisers.precision import DTYPES
+from denoisers.protocol import Files, Model
 from denoisers.recognise import describe
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder, download, sha256_file
 from runtime.job import NotFetched
-from solvers.types import Denoiser
-
-__all__ = ["Card", "Model", "ModelSource", "cards", "load_model"]
-
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-class Model(Protocol):
-    """A loaded model, before condition and guidance are chosen."""
-
-    @property
-    def card(self) -> Card: ...
-
-    @property
-    def sha256(self) -> str:
-        """Of the weights that were actually loaded."""
-        ...
-
-    def bind(
-        self,
-        labels: Tensor | None = None,
-        guidance_rate: float | None = None,
-        prompts: Sequence[str] | None = None,
-    ) -> Denoiser:
-        """Fix classes, (B,) int64 or None, guidance and prompts; UserError if they do not fit."""
-        ...
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Final states (B, *card.shape) -> images (B, 3, H, W) in [-1, 1]."""
-        ...
-
 
 Loader = Callable[[Card, Files, torch.device, torch.dtype], Model]
 FAMILIES: dict[str, Loader] = {

@@ -1,7 +1,7 @@
 """A model's own converged samples as a second reference: the error of the model set aside.
 
 A FID to the data is what solver *and* model get wrong.  Held against samples of the same model
-without a solver's error (`tools/converged.py`), on seeds that no table reports on, only the
+without a solver's error (`python -m tools.converged`), on seeds that no table reports on, only the
 solver's part is left, and the bias of a small N.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from metrics.detectors import REFERENCES, Detector
 from metrics.statistics import Statistics, read_arrays
 from runtime.errors import UserError
@@ -62,7 +62,7 @@ class Converged:
         if record is None or record.command != COMMAND:
             raise UserError(
                 f"statistics {path} do not say which model made their images, and how: a reference "
-                "of converged samples is made by tools/converged.py --dest"
+                "of converged samples is made by python -m tools.converged --dest"
             )
         return cls(statistics, record)
 
@@ -99,7 +99,7 @@ def open_converged(
     if not path.is_file():
         raise UserError(
             f"--ref_model {text} is no file of statistics ({path} does not exist): make it with "
-            "tools/converged.py --dest, or give --ref_model none"
+            "python -m tools.converged --dest, or give --ref_model none"
         )
     asked = Converged.load(path)
     why = asked.misfit(model, detector, seeds)
@@ -107,6 +107,6 @@ def open_converged(
         raise UserError(
             f"the samples of --ref_model {text} {why}, which does not fit this run (model "
             f"{model.card.name}, SHA-256 {model.sha256[:12]}; detector {detector.id}): make "
-            "others with tools/converged.py --dest, or give --ref_model none"
+            "others with python -m tools.converged --dest, or give --ref_model none"
         )
     return asked

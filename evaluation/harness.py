@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from comparison.rows import Row
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from evaluation.converged import Converged
 from metrics.detectors import Detector
 from metrics.fid import BlockFid, block_fid

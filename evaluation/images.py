@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.passes import ImageStream, gathered
-from image_data.sources import ImageSource, choose, image_batches
+from image_data.sources import ImageSource, image_batches
 from metrics.detectors import (
     REPOSITORY_FILES,
     Detector,
@@ -20,6 +20,7 @@ from metrics.detectors import (
     load_detector,
     parse_detectors,
 )
+from metrics.draws import choose
 from metrics.measures import figures, lines, require
 from metrics.summary import FeatureSummary, Requirements
 from runtime.dist import World

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from evaluation.images import destinations, keep, open_detectors, open_references, report
 from evaluation.passes import ImageStream, gathered
 from metrics.detectors import Detector, parse_detectors

@@ -15,7 +15,7 @@ from denoisers.conditions import Conditions
 from evaluation.images import from_hub
 from evaluation.passes import ImageStream, resumed
 from image_data.prompts import read_prompts
-from image_data.sources import ImageSource, choose, image_batches
+from image_data.sources import ImageSource, image_batches
 from metrics.clip import (
     TEXT,
     ScoreCollector,
@@ -24,6 +24,7 @@ from metrics.clip import (
     load_clip_score,
     summarise,
 )
+from metrics.draws import choose
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder, download, write_json

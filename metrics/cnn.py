@@ -138,13 +138,13 @@ def load_cnn(path: Path) -> tuple[SmallCNN, dict[str, object]]:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as err:
         raise ValueError(
-            f"{path} is not a detector file of tools/train_detector.py ({err}): "
+            f"{path} is not a detector file of tools.train_detector ({err}): "
             "pass a file that it wrote."
         ) from err
     lost = [k for k in missing if not k.endswith("num_batches_tracked")] + unexpected
     if lost:
         raise ValueError(
             f"detector file {path} does not fit its own record (tensor {lost[0]}): train it anew "
-            "with tools/train_detector.py."
+            "with tools.train_detector."
         )
     return model.eval().requires_grad_(False), record

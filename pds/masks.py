@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 BUNDLED = dict.fromkeys(("cifar10-small", "cifar10", "cifar10-vp", "cifar10-ncsnpp"), "cifar10")
 #: A frequency mask of real images is even; more than this of its maximum is no rounding.
 UNEVEN = 1e-3
-REMEDY = "fit one with python -m pds fit, or give 'none'"
+REMEDY = "fit one with python -m tools.fit_masks, or give 'none'"
 
 
 class Masks(NamedTuple):

@@ -59,7 +59,7 @@ def prepare(options: dict[str, Any], world: World, detector: Detector) -> PlanSe
     fields = {budget: space.field(budget, harness.model.card) for budget in budgets}
     counts = {str(budget): len(field) for budget, field in fields.items()}
     more = {"budgets": budgets, "rounds": rounds, "candidates": counts}
-    record = make_record("sweep search", options, harness, more)
+    record = make_record("plan_search", options, harness, more)
     return PlanSearchJob(harness, fields, kind, rounds, options["outdir"], record)
 
 

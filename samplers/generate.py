@@ -11,7 +11,7 @@ from torch import Tensor
 
 from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from plans.plan import plan_times, visit_plan
 from runtime.errors import UserError
 from samplers.sampler import Sampler

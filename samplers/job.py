@@ -11,7 +11,8 @@ import torch
 from amed.experiments import load_predictor
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
-from denoisers.registry import Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from runtime.dist import World, environment
 from runtime.errors import UserError
 from runtime.log import note, progress, watch_batch

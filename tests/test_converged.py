@@ -1,4 +1,4 @@
-"""tools/converged.py: the ODE's own images, and statistics of them."""
+"""tools.converged: the ODE's own images, and statistics of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from commands import compare, sweep
+from commands import compare
 from denoisers.registry import ModelSource
 from evaluation import passes
 from evaluation.converged import Converged
@@ -27,6 +27,7 @@ from runtime.seeds import CONVERGED_START, SELECTION_START
 from tests.sampler_models import MEAN, SHAPE, VAR, GaussianModel
 from tests.scripts import Script
 from tools import converged as tool
+from tools import nfe_sweep
 from tools.converged import converged
 
 CPU = torch.device("cpu")
@@ -193,7 +194,7 @@ def test_two_processes_make_the_statistics_of_one(tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (("--seeds=0-3",), "nothing to make: give --dest FILE.npz, --outdir FOLDER"),
-        ((*STATISTICS, "--seeds=0-3"), "--seeds 0 and others below 20000000 are those of tables"),
+        ((*STATISTICS, "--seeds=0-3"), "--seeds 0 and others below 20000000 are used by tables"),
         ((*STATISTICS, f"--seeds={CONVERGED_START - 1},{CONVERGED_START}"), "--seeds 19999999 and"),
         ((*STATISTICS, f"--seeds={SELECTION_START}-{CONVERGED_START}"), "more than 10000000 seeds"),
         ((*STATISTICS, f"--seeds={CONVERGED_START}"), "at least 2 images: give more --seeds"),
@@ -220,7 +221,7 @@ def test_tables_are_held_against_what_the_command_wrote(command: Any) -> None:
     fixed = ["--ref=data.npz", "--detector=pixels", "--num=8", "--blocks=2", "--device=cpu",
              "--dtype=float64"]  # fmt: skip
     compared = [compare.main, "--budgets=none"]
-    swept = [sweep.main, "figure", "--sde=none", "--ode=35", '--restart=2 {"0": [2, 1, 1, 2]}']
+    swept = [nfe_sweep.main, "--sde=none", "--ode=35", '--restart=2 {"0": [2, 1, 1, 2]}']
     for out, (main, *flags) in {"compared": compared, "swept": swept, "plain": swept}.items():
         given = "none" if out == "plain" else "own.npz"
         flags += [*fixed, f"--outdir={out}", f"--ref_model={given}"]

@@ -252,7 +252,9 @@ def test_what_was_asked_for_and_does_not_fit_is_one_sentence(own: Path, tmp_path
     for text, changes, sentence in trials:
         with pytest.raises(UserError) as caught:
             opened(text, **changes)
-        assert sentence in str(caught.value) and "tools/converged.py --dest" in str(caught.value)
+        assert sentence in str(caught.value) and "python -m tools.converged --dest" in str(
+            caught.value
+        )
         assert "\n" not in str(caught.value)
 
 

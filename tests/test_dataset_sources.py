@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_data.files import decode
+from image_data.formats import decode
 from image_data.sources import ImageSource
 from runtime.errors import UserError
 from tests.deep_images import png16
@@ -219,7 +219,7 @@ def test_a_folder_of_classes_and_a_zip_of_it(
     made = [tool(s, tmp_path / f"{s.stem}-out.zip") for s in (whole, folder)]
     said = capsys.readouterr().out
     assert "3 classes by sub-folder: 0 n01, 1 n02, 2 n10" in said
-    assert "left out, as they do not end in .bmp, .gif, " in said and ".webp: 1\n" in said
+    assert "left out because they do not end in .bmp, .gif, " in said and ".webp: 1\n" in said
     order = ["n01/3.tiff", "n01/x/1.bmp", "n01/x/2.png", "n02/b.JPEG", "n10/a.webp"]
     assert np.array_equal(contents(made[0]), [pixels_of(at[name]) for name in order])
     assert labels(made[0]) == [0, 0, 0, 1, 2]
@@ -320,7 +320,7 @@ def test_alpha_is_over_white() -> None:
 def test_more_than_8_bits_are_refused_by_name(tmp_path: Path, name: str, data: bytes) -> None:
     """Not skipped either: they are not broken."""
     source = fill(tmp_path / "in", {name: data})
-    with pytest.raises(UserError, match=f"^{name} in .* has more than 8 bits per channel: make"):
+    with pytest.raises(UserError, match=f"^{name} in .* has more than 8 bits per channel: convert"):
         tool(source, tmp_path / "out.zip", "--skip-broken")
 
 

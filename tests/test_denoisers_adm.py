@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
-from denoisers.families.adm import ADMDenoiser, ADMModel, load_adm, read_openai, resolved
+from denoisers.families.adm import ADMDenoiser, ADMModel, load_adm, resolved
 from denoisers.families.cm import CMDenoiser, load_cm
-from denoisers.files import Files
 from denoisers.nets.openai import Classifier, UNet
 from denoisers.noise_schedules import LinearVP
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file
 
@@ -269,7 +270,7 @@ def test_a_network_without_classes_is_guided_by_its_classifier(tmp_path: Path) -
     assert largest(one, plain) > 1e-3 < largest(one, other)
     with pytest.raises(UserError, match="at rate 5 steers towards a class"):
         model.bind(None, 5.0)
-    with pytest.raises(UserError, match="'tiny' is unconditional"):
+    with pytest.raises(UserError, match="'tiny' has no classes"):
         load_small(saved(tmp_path, num_classes=None), guidance=None, label_dim=0).bind(LABELS)
 
 
@@ -289,7 +290,7 @@ def test_conditions_of_consistency_models(tmp_path: Path) -> None:
 def test_ones_own_network_needs_no_settings(tmp_path: Path) -> None:
     """What shapes tell is read off; what they cannot tell may come with a safetensors file."""
     files = saved(tmp_path)
-    card = resolved(replace(ADM, resolution=8), *read_openai(files.main))
+    card = resolved(replace(ADM, resolution=8), *read_weights(files.main))
     assert (card.shape, card.label_dim) == ((3, 8, 8), 5)
     assert card.config == {
         **SMALL, "channel_mult": [1.0, 1.0], "out_channels": 6, "num_classes": 5
@@ -298,7 +299,7 @@ def test_ones_own_network_needs_no_settings(tmp_path: Path) -> None:
     net = UNet(**{**SMALL, "num_head_channels": 8, "out_channels": 3, "attention": "new"})
     config = {"image_size": 8, "num_head_channels": 8, "attention": "new"}
     save_file(net.state_dict(), path, {"config": json.dumps(config)})
-    card = resolved(CM, *read_openai(path))
+    card = resolved(CM, *read_weights(path))
     model = load_cm(card, Files(path), CPU, torch.float64)
     net.cast(torch.float64)
     x, times = states(), torch.tensor([1.0, 500.0], dtype=torch.float64)
@@ -310,7 +311,7 @@ def test_metadata_that_is_no_dict_is_refused(config: str, tmp_path: Path) -> Non
     path = tmp_path / "own.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"config": config})
     with pytest.raises(UserError, match=r"config in the metadata of .*own\.safetensors is '[{[]"):
-        read_openai(path)
+        read_weights(path)
 
 
 def test_files_of_other_models_are_refused(tmp_path: Path) -> None:

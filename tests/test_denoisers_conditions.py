@@ -72,7 +72,7 @@ def test_prompts_are_rows_of_seeds_when_sampling_and_drawn_when_training() -> No
 @pytest.mark.parametrize(
     ("card", "conditions", "seeds", "sentence"),
     [
-        (PLAIN, Conditions(label=0), [], "'cifar10-small' is unconditional: leave --class 0 out"),
+        (PLAIN, Conditions(label=0), [], "'cifar10-small' has no classes: leave --class 0 out"),
         (CLASSES, Conditions(label=5), [], "--class 5 is not one of the 5 classes"),
         (PLAIN, Conditions(prompts=("x",)), [], "'cifar10-small' takes no text"),
         (TEXT, Conditions(prompts=ROWS), [0, 4], "seed 4 has no prompt: --prompt_path has 4 rows"),

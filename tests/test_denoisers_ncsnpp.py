@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.pickles.files import read
 from denoisers.cards import Card, cards
 from denoisers.convert import convert
 from denoisers.families.edm import EDMModel
 from denoisers.families.ncsnpp import describe_ncsnpp, load_ncsnpp
 from denoisers.families.precond import build
-from denoisers.files import Files
 from denoisers.nets.ncsnpp import published, settings_from
+from denoisers.protocol import Files
 from denoisers.recognise import recognise
 from denoisers.registry import ModelSource, load_model
 from runtime.errors import UserError
@@ -203,7 +204,7 @@ def test_converted_files_are_the_same_network(tmp_path: Path) -> None:
     config = settings(channel_mult=[1, 1], img_resolution=32)
     path = checkpoint(tmp_path / "c.pth", weights(config))
     target = tmp_path / "own.safetensors"
-    assert convert(path, target) == [target, tmp_path / "own.card.json"]
+    assert convert(read(path), path, target) == [target, tmp_path / "own.card.json"]
     assert recognise(target) == "ncsnpp"
     entry = json.loads((tmp_path / "own.card.json").read_text())["own"]
     assert Card(name="own", **entry) == describe_ncsnpp("own", target)
@@ -214,7 +215,7 @@ def test_converted_files_are_the_same_network(tmp_path: Path) -> None:
         ("cifar10-ncsnpp", "model_"),
     ):
         with pytest.raises(UserError, match=f"is another model: {path} has .*{has}.* where"):
-            convert(path, tmp_path / "b.safetensors", published_name)
+            convert(read(path), path, tmp_path / "b.safetensors", published_name)
     assert not (tmp_path / "b.safetensors").exists()
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoisers.families.precond import EDMPrecond, build
-from denoisers.nets import SongUNet
 from denoisers.nets.layers import Conv2d, UNetBlock
+from denoisers.nets.song import SongUNet
 
 Golden = Callable[[str], Any]
 TINY: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""tools/draw_prompts.py: a draw that is the same everywhere, and whole rows of the source."""
+"""tools.draw_prompts: a draw that is the same everywhere, and whole rows of the source."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ def test_what_cannot_be_drawn_or_written_says_so(source: Path, tmp_path: Path, r
     assert sorted(tmp_path.iterdir()) == before
     whole = source.read_bytes()
     code, err = run(source, source, "--number=4")
-    assert code == 1 and "holds something else: remove it, or give another name" in err
+    assert code == 1 and "exists with other content: remove it, or give another name" in err
     assert source.read_bytes() == whole

@@ -261,7 +261,7 @@ def test_progress_counts_every_image_once(
     size: int, count: int, batch: int, tmp_path: Path
 ) -> None:
     """By what the main process sees of its own groups."""
-    record = RunRecord.make("errors", {}, {}, {})
+    record = RunRecord.make("solver_error", {}, {}, {})
     world = World(0, size, CPU)
     job = SolverErrorJob({}, [], None, list(range(count)), batch, tmp_path, world, record)
     assert sum(job.finished(place) for place, _ in job.mine) == count

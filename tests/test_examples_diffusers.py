@@ -21,7 +21,8 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import sample, train
 from denoisers.conditions import Conditions
-from denoisers.families.diffusers.loading import from_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import load_diffusers
+from denoisers.families.diffusers.model import from_pipeline
 from denoisers.registry import ModelSource
 from examples import stable_diffusion
 from plans.plan import Solve
@@ -42,12 +43,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "own-model.md"
 SHORTER = {
     "train.py": ["--device=cpu", "--total_kimg=0.004", "--batch=4", "--tick=0.004"],
     "sample.py": ["--device=cpu"],
-    "examples/stable_diffusion.py": [],
+    "examples.stable_diffusion": [],
 }
 SCRIPTS = {
     "train.py": train.main,
     "sample.py": sample.main,
-    "examples/stable_diffusion.py": stable_diffusion.main,
+    "examples.stable_diffusion": stable_diffusion.main,
 }
 
 
@@ -298,7 +299,7 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
 
     command = [str(folder), "--predictor=1", "--prompt=a cat", "--guidance_rate=5"]
     done = CliRunner().invoke(stable_diffusion.main, command)
-    assert done.exception is None and "image.png: 3 calls" in done.output
+    assert done.exception is None and "image.png: 3 network calls" in done.output
     assert (tmp_path / "image.png").stat().st_size > 100
 
 
@@ -308,7 +309,7 @@ def page_blocks(kind: str) -> list[str]:
 
 def own_network(path: Path) -> None:
     """A tiny network of the EDM family in a pickle, as its authors publish it."""
-    from denoisers.families.edm import build
+    from denoisers.families.precond import build
 
     config = {
         "class_name": "EDMPrecond",
@@ -333,7 +334,8 @@ def test_the_guides_commands_run(folder, tmp_path, monkeypatch) -> None:
     (tmp_path / "prompts.txt").write_text("a red apple\na pear\na cat\n")
     own_network(tmp_path / "network-snapshot.pkl")
     lines = "".join(page_blocks("bash")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    words = [shlex.split(line) for line in lines if line.startswith("python ")]
+    commands = [line[2:] if line[1] == "-m" else line[1:] for line in words]
     assert [command[0] for command in commands].count("train.py") == 2 and len(commands) == 5
     for script, *args in commands:
         SCRIPTS[script].main([*args, *SHORTER[script]], standalone_mode=False)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from commands import sample, train
 from denoisers.cards import cards
-from denoisers.families.edm import build
+from denoisers.families.precond import build
 from denoisers.nets.openai import Classifier
 from runtime import cli
 from runtime.record import RunRecord

@@ -11,20 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from denoisers.noise_schedules import (
-    DiscreteVP,
-    LinearVP,
-    NoiseSchedule,
-    latent_diffusion,
-    stable_diffusion,
-)
+from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
 from solvers.grids import SCHEDULES, Grid, TimeMaps, get_grid
 
 F32 = float(np.finfo(np.float32).eps)
 MODELS: dict[str, NoiseSchedule] = {
     "cg": LinearVP(beta_d=19.9, beta_min=0.1),
-    "cfg_sd": stable_diffusion(),
-    "uncond_ldm": latent_diffusion(),
+    "cfg_sd": DiscreteVP.from_betas(0.00085, 0.012),
+    "uncond_ldm": DiscreteVP.from_betas(0.0015, 0.0195),
 }
 TIMES = [0.001, 0.01, 0.1, 0.5, 0.9, 1]
 SIGMAS = [0.03, 0.1, 0.5, 1, 3, 10]

@@ -15,7 +15,7 @@ import click
 import pytest
 from torch.distributed.run import get_args_parser
 
-from commands import visualize
+from commands import app, visualize
 from denoisers.cards import cards
 from restart.tables import configuration
 from samplers.build import build
@@ -48,11 +48,12 @@ def commands(*arguments: str) -> list[list[str]]:
 
 
 def scripts(*arguments: str) -> Iterator[tuple[str, list[str]]]:
-    """(script, its arguments) of every command that starts one of ours."""
+    """(script or module, its arguments) of every command that starts one of ours."""
     for command in commands(*arguments):
         place = [i for i, word in enumerate(command) if word.endswith(".py")]
-        if place:
-            yield command[place[0]], command[place[0] + 1 :]
+        place += [i + 1 for i, word in enumerate(command[:-1]) if word == "-m"]
+        if place and command[max(place)] != "torch.distributed.run":
+            yield command[max(place)], command[max(place) + 1 :]
 
 
 def flags(arguments: list[str]) -> dict[str, str]:
@@ -64,12 +65,10 @@ def test_syntax() -> None:
     assert os.access(ROOT / "launch.sh", os.X_OK) and os.access(ROOT / ".ci/run", os.X_OK)
 
 
-@pytest.mark.parametrize("recipe", [*TRAINING, "sd_restart"])
+@pytest.mark.parametrize("recipe", [*TRAINING, "sd_restart", "toy"])
 def test_every_flag_of_every_recipe_exists_and_takes_its_value(recipe: str) -> None:
     for script, arguments in scripts(recipe):
-        if not (ROOT / script).exists():
-            pytest.skip(f"{script} is not here yet")
-        command = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
+        command = importlib.import_module(script.removesuffix(".py")).main
         if isinstance(command, click.Group):
             command = command.commands[arguments[0]]
         options = {name: option for option in command.params for name in option.opts}
@@ -183,7 +182,7 @@ def test_main_job_trains_both_students_under_each_teacher_and_compares(
         ]
     }
     assert {k["--dataset_name"] for k in kinds} == {"cifar10-small"}
-    assert (compared, judged) == ("compare.py", "errors.py")
+    assert (compared, judged) == ("compare.py", "solver_error.py")
     given, same = flags(arguments), {"--predictors", "--budgets", "--dtype", "--outdir"}
     assert {given[name] == flags(exactly)[name] for name in same} == {True}
     assert given["--predictors"].split(",") == ["exps/<run>"] * len(trained)
@@ -196,7 +195,7 @@ def test_the_guidance_sweep_spends_one_budget_on_every_row(
 ) -> None:
     commands = scripts("sd_restart", *tries, "--model_path=/my sd")
     (tool, drawn), (script, arguments), *scored = commands
-    assert (tool, drawn[-1]) == ("tools/draw_prompts.py", f"--number={number}")
+    assert (tool, drawn[-1]) == ("tools.draw_prompts", f"--number={number}")
     given = flags(arguments)
     assert script == "visualize.py" and given["--model_path"] == "/my sd"
     assert given["--prompt_path"] == drawn[1] and given["--seeds"] == f"0-{number - 1}"
@@ -365,13 +364,18 @@ def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
     assert not (elsewhere / ".venv").exists()
 
 
-def test_every_option_can_be_given_through_torchrun() -> None:
+PARALLEL = [
+    *("train", "sample", "fid", "clip-score", "compare", "solver-error", "visualize", "converged"),
+    *("nfe-sweep", "plan-search", "train-denoiser", "train-detector"),
+]
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_every_option_can_be_given_through_torchrun(name: str) -> None:
     """torchrun refuses what abbreviates two options of its own, even behind a script's name."""
     theirs = [o for action in get_args_parser()._actions for o in action.option_strings]
-    scripts = ("train", "sample", "fid", "clip_score", "compare", "errors", "sweep", "visualize")
-    mains = [importlib.import_module(script).main for script in scripts]
-    for main in mains:
-        for command in main.commands.values() if isinstance(main, click.Group) else [main]:
-            for option in command.params:
-                passes = [o for o in option.opts if not any(t.startswith(o) for t in theirs)]
-                assert passes, f"{command.name}: {option.opts}"
+    main = app.load(name)
+    for command in main.commands.values() if isinstance(main, click.Group) else [main]:
+        for option in command.params:
+            passes = [o for o in option.opts if not any(t.startswith(o) for t in theirs)]
+            assert passes, f"{command.name}: {option.opts}"

@@ -1,4 +1,4 @@
-"""tools/train_detector.py: it learns, it resumes bit-equal, its augmentation is what it says."""
+"""tools.train_detector: it learns, it resumes bit-equal, its augmentation is what it says."""
 
 from __future__ import annotations
 

@@ -1,19 +1,16 @@
 """Convergence orders by measured slopes, and the published table that they write.
 
-The problem is Gaussian, so the ODE has a closed form; see ``tools/order_table.py`` for the
+The problem is Gaussian, so the ODE has a closed form; see ``tools/docs_tables/orders.py`` for the
 grids, the start-up history and the definition of the slope.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from tools import order_table
-from tools.order_table import CASES, GRIDS, INTERVALS, Case, MeasuredOrder
-
-REWRITE = "REWRITE_ORDER_TABLE"  # set this variable to let the test write the table
+from tools.docs_tables import orders, pages
+from tools.docs_tables.__main__ import ROOT, TABLES
+from tools.docs_tables.orders import CASES, GRIDS, INTERVALS, Case, MeasuredOrder
 
 
 def case_id(case: Case) -> str:
@@ -22,7 +19,7 @@ def case_id(case: Case) -> str:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, MeasuredOrder]:
-    return {case_id(case): order_table.measure(case) for case in CASES}
+    return {case_id(case): orders.measure(case) for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -34,7 +31,7 @@ def test_the_problem_tells_the_orders_apart():
     """Where Euler is as good as a fourth-order method, no slope means anything."""
     chosen = [case for case in CASES if case.grid == "uniform" and case.exact_start]
     assert [case.order for case in chosen] == [1, 2, 3, 4]
-    errors = [order_table.walk(case, 2 * INTERVALS)[0] for case in chosen]
+    errors = [orders.walk(case, 2 * INTERVALS)[0] for case in chosen]
     assert all(better < worse / 50 for worse, better in zip(errors, errors[1:], strict=False))
     assert errors[0] > 1e-4  # far from the rounding that would flatten a slope
     assert errors[-1] > 1e-12
@@ -52,22 +49,10 @@ def test_corrected_third_order_holds_on_every_smooth_grid():
     row = next(case for case in CASES if case.order == 3 and case.name == "dpmpp3c")
     for grid in GRIDS:
         other = Case(row.title, row.name, 3, grid, row.source, row.options)
-        assert order_table.measure(other).order == pytest.approx(3, abs=0.1)
+        assert orders.measure(other).order == pytest.approx(3, abs=0.1)
 
 
 def test_the_published_table_is_what_was_measured(measured):
-    new = order_table.table([measured[case_id(case)] for case in CASES])
-    if os.environ.get(REWRITE):
-        order_table.write(new)
-    assert order_table.current() == new, f"run the test with {REWRITE}=1 to rewrite the table"
-
-
-def test_a_file_without_markers_is_refused(tmp_path):
-    target = tmp_path / "README.md"
-    target.write_text("no table here")
-    with pytest.raises(ValueError, match="holds no table; put <!-- orders:begin -->"):
-        order_table.write("| a |", target)
-    target.write_text(f"before\n{order_table.BEGIN}\nold\n{order_table.END}\nafter\n")
-    order_table.write("| new |", target)
-    assert order_table.current(target) == "| new |"
-    assert target.read_text().startswith("before\n") and target.read_text().endswith("\nafter\n")
+    published = pages.current(ROOT / TABLES["orders"].page, "orders")
+    new = orders.published([measured[case_id(case)] for case in CASES])
+    assert published == new, "run python -m tools.docs_tables orders"

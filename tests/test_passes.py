@@ -139,9 +139,8 @@ def test_a_short_pass_writes_nothing(tmp_path: Path) -> None:
 # --- fid.py, and several processes
 
 #: fid.py that dies after so many batches on every rank, and keeps what it has after each.
-DYING = f"""
+DYING = """
 import sys
-sys.path.insert(0, {str(ROOT)!r})
 from commands import fid
 from evaluation import passes
 from metrics.summary import Collector
@@ -185,7 +184,7 @@ def test_one_process_two_processes_and_one_finish_a_pass_together(
         command = [sys.executable, *launcher, tmp_path / "dying.py", 2, "ref", *both]
         done = subprocess.run(
             [*map(str, command)], capture_output=True, text=True, timeout=500,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 1 and "error: killed" in done.stderr, done.stderr
         assert said is None or said in done.stderr

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from image_data.sources import image_batches
-from pds.__main__ import main
 from pds.masks import BUNDLED, fit, load_mask
 from pds.operators import mirrored
 from runtime import cli
 from runtime.errors import UserError
 from runtime.record import RunRecord
+from tools.fit_masks import main
 
 SHAPE = (3, 4, 6)
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["pds", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["fit_masks", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
         cli.run(main)
     return left.value.code if isinstance(left.value.code, int) else 0
@@ -81,7 +81,7 @@ def test_what_is_fitted_loads_and_is_recorded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     dest = tmp_path / "masks"
-    command = ("fit", "--data", folder, "--dest", dest, "--batch", 2)
+    command = ("--data", folder, "--dest", dest, "--batch", 2)
     assert run(monkeypatch, *command, "-n") == 0
     assert not dest.exists() and json.loads(capsys.readouterr().out)["plan"] == {"images": 7}
     assert run(monkeypatch, *command) == 0
@@ -104,7 +104,7 @@ def test_a_part_of_the_images_is_drawn_by_the_seed(
 ) -> None:
     for seed in (0, 2):
         dest = tmp_path / str(seed)
-        assert run(monkeypatch, "fit", "--data", folder, "--dest", dest, "--num", 3,
+        assert run(monkeypatch, "--data", folder, "--dest", dest, "--num", 3,
                    "--seed", seed) == 0  # fmt: skip
     wanted = fit(image_batches(folder, 7, num=3, seed=2)).space.float().numpy()
     found = np.load(tmp_path / "2" / "space.npy", allow_pickle=False)[0]
@@ -129,7 +129,7 @@ def test_what_cannot_be_fitted_leaves_nothing(
     torn.mkdir()
     for name in ("0.png", "1.png"):
         (torn / name).write_bytes((folder / name).read_bytes()[:60])
-    assert run(monkeypatch, "fit", *arguments, "--dest", "out") == 1
+    assert run(monkeypatch, *arguments, "--dest", "out") == 1
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
@@ -161,7 +161,7 @@ def test_a_file_that_holds_no_such_mask_is_refused(
         load_mask(kind, str(path), "mine", SHAPE)
     message = str(caught.value)
     assert sentence in message and f"--{kind}_mask_path" in message and "\n" not in message
-    assert "python -m pds fit" in message
+    assert "python -m tools.fit_masks" in message
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from amed.experiments import load_predictor
 from denoisers.cards import cards
-from denoisers.families.edm import build
 from denoisers.families.first_stage import VQDecoder
+from denoisers.families.precond import build
 from denoisers.nets.openai import UNet
 from metrics.statistics import Statistics
 from runtime.record import RunRecord

@@ -18,13 +18,14 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from commands import compare, sweep
+from commands import compare
 from commands import solver_error as errors
 from comparison.report.html import command, write_page
 from comparison.report.table import columns, excess, ordered
 from runtime.errors import UserError
 from runtime.images import save_png
 from runtime.record import RunRecord
+from tools import nfe_sweep
 from tools import report as tool
 
 HOSTILE = '<script src="http://bad">alert(\'1\')</script> & "co"'
@@ -173,10 +174,14 @@ def test_a_hostile_name_is_only_shown(folder: Path) -> None:
 
 
 def test_the_command_gives_the_options_of_the_record() -> None:
-    figure = sweep.main.commands["figure"]
-    mains = {"compare.py": compare.main, "errors.py": errors.main, "sweep.py figure": figure}
-    for start, main in mains.items():
-        name = start.replace(".py", "")
+    programs = {
+        "compare": ("compare.py", compare.main),
+        "solver_error": ("solver_error.py", errors.main),
+        "nfe_sweep": ("-m tools.nfe_sweep", nfe_sweep.main),
+        "errors": ("solver_error.py", errors.main),  # names in older records
+        "sweep figure": ("-m tools.nfe_sweep", nfe_sweep.main),
+    }
+    for name, (start, main) in programs.items():
         given = ["--outdir=a b", "--device=cpu", "--dataset_name=it's"]
         options = main.make_context(name, given).params
         options.pop("dry_run"), options.pop("device")
@@ -199,7 +204,7 @@ def solver_errors(sha256: str) -> dict[str, Any]:
     plane = dict.fromkeys(("one_mean", "both_mean", "both_least", "rest_mean", "off_most"), 0.5)
     made = record()
     made["model"]["sha256"] = sha256
-    return {"record": {**made, "command": "errors"}, "exact": exact, "rows": [one],
+    return {"record": {**made, "command": "solver_error"}, "exact": exact, "rows": [one],
             "plane": {"points": 33, **plane},
             "skipped": [{"method": "<Restart>", "why": "noise"}]}  # fmt: skip
 

@@ -251,7 +251,7 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "restart", "nfe": 5, "restart_info": '{"0": [2, 1, 90, 95]}'},
          "lies outside the grid"),
         ({"sampler": "restart", "main_solver": "amed"}, "no solver 'amed' walks a restart grid"),
-        ({"sampler": "pds"}, "'tiny' has no bundled masks: fit one with python -m pds fit"),
+        ({"sampler": "pds"}, "'tiny' has no bundled masks: fit one with python -m tools.fit_masks"),
         ({"sampler": "pds", "freq_mask_path": "none", "alpha": 4.0}, "--alpha 4 needs a mask"),
         ({"sampler": "pds", "speed_up": 600}, "leaves 1 of 1000 iterations: give 500 or less"),
         ({"sampler": "pds", "speed_up": 2, "nfe": 50}, "both fix the length of the chain"),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from denoisers.conditions import Conditions
 from denoisers.prior import start
-from denoisers.registry import Model, load_model
+from denoisers.protocol import Model
+from denoisers.registry import load_model
 from plans.plan import Jump, run_plan
 from plans.process import ForwardProcess
 from runtime.errors import UserError
@@ -225,7 +226,7 @@ def test_classes_belong_to_seeds_or_are_given() -> None:
         (
             MixtureModel,
             {"conditions": Conditions(0)},
-            "'tiny' is unconditional: leave --class 0 out",
+            "'tiny' has no classes: leave --class 0 out",
         ),
         (
             ClassModel,
@@ -245,7 +246,8 @@ def test_nonsense_is_refused_before_any_work(
 
 WORLD = """
 import sys, torch
-from denoisers.registry import Model, load_model
+from denoisers.protocol import Model
+from denoisers.registry import load_model
 from runtime.dist import world
 from samplers.build import build
 from samplers.generate import generate

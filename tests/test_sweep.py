@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from commands import sample, sweep
+from commands import sample
 from comparison.job import ComparisonJob, make_record, run
 from comparison.series import CHURN, churned, configurations_of, restart_rows, series
 from evaluation.harness import Harness
@@ -28,6 +28,7 @@ from samplers.sampler import Sampler
 from solvers.driver import Meter
 from solvers.oracle import dopri5
 from tests.comparison_problems import CARD, MixtureModel, make_harness
+from tools import nfe_sweep, plan_search
 
 INFO = '{"0": [3, 2, 0.06, 0.3]}'
 PLAIN = SamplerOptions(sampler="restart")
@@ -93,7 +94,7 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     twins = ['2 {"0": [2, 1, 0.06, 0.3]}', '2 {"0": [2, 1, 0.06, 0.5]}']
     rows += restart_rows(twins, PLAIN, CARD)
     assert len({row.key for row in rows}) == 5  # two plans of one NFE keep two files
-    record = make_record("sweep figure", {"num": 12}, harness, {})
+    record = make_record("nfe_sweep", {"num": 12}, harness, {})
     job = ComparisonJob(harness, {}, rows, [], [], tmp_path, record)
     original = Harness.fid
     made: list[str] = []
@@ -123,14 +124,14 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     assert {r["detail"] for r in results} >= set(twins)
     assert (tmp_path / "fid-nfe.png").stat().st_size > 10_000
     page = (tmp_path / "report.html").read_text()
-    assert "python sweep.py figure --num=12" in page
+    assert "python -m tools.nfe_sweep --num=12" in page
     assert all(f"<td>{r['method']}<small>" in page for r in results)
 
 
 @pytest.mark.parametrize(("kind", "rounds"), [("fid", [4, 8]), ("dopri5", [2, 4])])
 def test_the_plan_that_a_search_finds_can_be_sampled(harness, tmp_path, monkeypatch, kind, rounds):
     fields = {3: Space().field(3, CARD)}
-    record = RunRecord.make("search", {"model_path": None}, {}, {})
+    record = RunRecord.make("plan_search", {"model_path": None}, {}, {})
     seen: set[int] = set()
     original = choose.generate
 
@@ -139,7 +140,7 @@ def test_the_plan_that_a_search_finds_can_be_sampled(harness, tmp_path, monkeypa
         return original(sampler, model, seeds, **options)
 
     monkeypatch.setattr(choose, "generate", generate)
-    job = search.Search(harness, fields, kind, rounds, tmp_path, record)
+    job = search.PlanSearchJob(harness, fields, kind, rounds, tmp_path, record)
     text = search.run(job, harness.world)
     if kind == "dopri5":
         assert seen == set(range(SELECTION_START, SELECTION_START + 4))
@@ -182,8 +183,11 @@ def test_the_distance_to_the_exact_plan_is_that_of_its_images(harness):
     assert Dopri5Error(single)(sampler, seeds, lambda n: None) == pytest.approx(score, rel=1e-2)
 
 
-def _invoke(*flags: str):
-    return CliRunner().invoke(sweep.main, [*flags, "--device=cpu"])
+TOOLS = {"figure": nfe_sweep.main, "search": plan_search.main}
+
+
+def _invoke(tool: str, *flags: str):
+    return CliRunner().invoke(TOOLS[tool], [*flags, "--device=cpu"])
 
 
 def test_dry_runs_touch_nothing(tmp_path):

@@ -19,13 +19,13 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 import toy.experiment
 import toy.network
-from benchmarks import toy as script
 from denoisers.analytic import GaussianDenoiser
 from denoisers.families.precond import build
 from plans.plan import Jump
 from runtime.errors import UserError
 from runtime.record import RunRecord
 from solvers.types import Denoised
+from tools import restart_toy as script
 from toy.data import Mixture, point_denoiser
 from toy.distances import Cloud, PathErrors, Process, wasserstein1
 from toy.experiment import Point, Results, Settings, run
@@ -351,7 +351,7 @@ def test_the_script_plans_and_refuses_in_words(tmp_path: Path, capsys: Any) -> N
     assert script.main([*plan, "--dry-run"], standalone_mode=False) == 0
     assert "restart 4 | 2 x 3 nodes" in capsys.readouterr().out and not folder.exists()
     for flag, reason in (
-        ("--budgets=a", "--budgets a: write numbers of evaluations, 23,31"),
+        ("--budgets=a", "--budgets a: give numbers of evaluations such as 23,31"),
         ("--budgets=20", "a budget of 20 NFE has no process of the kind"),
         ("--budgets=23,23", "give one or more numbers, each once"),
         ("--kimg=-1", "--kimg is -1.0; give a number above 0"),
@@ -374,4 +374,4 @@ def test_the_recipe_runs_the_script() -> None:
         ["bash", str(ROOT / "launch.sh"), "toy", "--dry-run"], capture_output=True, text=True
     )
     line = done.stdout.splitlines()[-1]
-    assert done.returncode == 0 and line.endswith("python benchmarks/toy.py --outdir=exps/toy")
+    assert done.returncode == 0 and line.endswith("python -m tools.restart_toy --outdir=exps/toy")

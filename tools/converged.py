@@ -1,18 +1,7 @@
-"""Sample a model without a solver's error, by dopri5 on the probability-flow ODE.
+"""Sample a model without solver error, by dopri5 on the probability-flow ODE.
 
-What a perfect deterministic solver would make of the same seeds, and so the floor that a model
-sets to all of them.  ``--dest`` writes statistics of the samples, a second reference for the tables
-of compare.py and sweep.py, and needs no images on disk; ``--outdir`` keeps one PNG per seed.  The
-step size is controlled for a batch as a whole, so an image depends on its neighbours within the
-tolerance.  A killed run goes on where it stopped.
-
-Examples:
-
-    python -m tools.converged --dest mine-converged.npz --dataset_name mine --model_path FILE
-    python compare.py --dataset_name mine --model_path FILE --ref mine.npz \\
-        --ref_model mine-converged.npz
-    python -m tools.converged --seeds 0-9999 --outdir samples/converged
-    torchrun --standalone --nproc_per_node=2 -m tools.converged --dest mine-converged.npz
+These samples are what an exact deterministic solver would make of the same seeds, so their FID is
+the limit that the model sets to every such solver.
 """
 
 from __future__ import annotations
@@ -29,8 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from denoisers.conditions import Conditions
+from denoisers.precision import DTYPES
 from denoisers.prior import start
-from denoisers.registry import DTYPES, Model, ModelSource
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from evaluation.converged import COMMAND, Converged
 from evaluation.images import open_detector
 from evaluation.passes import ImageStream, gathered
@@ -50,16 +41,28 @@ from samplers.generate import SampleBatch
 from solvers.driver import Meter
 from solvers.oracle import dopri5
 
-#: Options that the rest of a record names, or the statistics.
+#: Options that are recorded elsewhere: in the record's model, or in the statistics.
 NAMED = ("dataset_name", "detector", "detector_path")
 SEEDS = f"{CONVERGED_START}-{CONVERGED_START + 9999}"
+EXAMPLES = """\b
+Examples:
+  python -m tools.converged --dest mine-converged.npz --dataset_name mine --model_path FILE
+  python compare.py --dataset_name mine --model_path FILE --ref mine.npz \\
+      --ref_model mine-converged.npz
+  python -m tools.converged --seeds 0-9999 --outdir samples/converged
+  torchrun --standalone --nproc_per_node=2 -m tools.converged --dest mine-converged.npz
+"""
 
 
 @torch.inference_mode()
 def converged(
     model: Model, seeds: tuple[int, ...], tol: float, dtype: torch.dtype, device: torch.device
 ) -> SampleBatch:
-    """The ODE's images of ``seeds``, from sigma_max to sigma_min, and one Euler step to 0."""
+    """Images of ``seeds`` by the ODE from sigma_max to sigma_min, and one Euler step to 0.
+
+    ``tol`` is both the relative and the absolute tolerance of dopri5.  Its step size is controlled
+    for the batch as a whole, so an image depends on its neighbours, within the tolerance.
+    """
     card, noise = model.card, SeedNoise(seeds)
     meter = Meter(Conditions().bind(model, noise, device))
     ts = torch.tensor([card.sigma_max, card.sigma_min], dtype=torch.float64)
@@ -71,18 +74,18 @@ def converged(
 
 @dataclass(frozen=True)
 class Work:
-    """How this process solves its share."""
+    """How this process samples its share of the seeds."""
 
     model: Model
     tol: float
     dtype: torch.dtype  #: of the state
-    share: int  #: images that are solved together on each process
+    share: int  #: images per batch on each process
     here: World
-    #: Evaluations of all images so far, and how many images.
+    #: Network evaluations summed over the images so far, and the number of those images.
     spent: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
     def batches(self, seeds: Sequence[int]) -> Iterator[SampleBatch]:
-        """This process's part of ``seeds``."""
+        """Sample this process's part of ``seeds``, batch by batch."""
         mine = self.here.shard(seeds)
         for i in range(0, len(mine), self.share):
             some = tuple(mine[i : i + self.share])
@@ -91,13 +94,13 @@ class Work:
             yield made
 
     def nfe(self) -> float:
-        """Mean number of evaluations of an image on all processes, called on all of them."""
+        """Mean evaluations per image over all processes; every process has to call it."""
         nfe, count = self.here.sum_(self.spent.clone()).tolist()
         return nfe / max(count, 1)
 
 
 def images(outdir: Path, seeds: Sequence[int], record: RunRecord, work: Work) -> str:
-    """Make the images that the folder lacks; says so."""
+    """Make the images that ``outdir`` lacks; returns a sentence that says so."""
     here, folder = work.here, Folder(outdir)
     about, missing = _opened(folder, seeds, record, here)
     with progress(len(missing), "dopri5", "img", enabled=here.is_main) as bar:
@@ -114,7 +117,10 @@ def reference(
     dest: Path, outdir: Path | None, seeds: Sequence[int], record: RunRecord, work: Work,
     detector: Detector,
 ) -> str:  # fmt: skip
-    """Write statistics of the images, and the images too where there is a folder; says so."""
+    """Write statistics of the images to ``dest``, and the images to ``outdir`` unless it is None.
+
+    Returns a sentence that says so.
+    """
     here, folder = work.here, None if outdir is None else Folder(outdir)
     about = record if folder is None else _opened(folder, seeds, record, here)[0]
 
@@ -142,13 +148,16 @@ def reference(
 def _opened(
     folder: Folder, seeds: Sequence[int], record: RunRecord, here: World
 ) -> tuple[RunRecord, list[int]]:
-    """Of ``Folder.open``, on every process."""
+    """What ``Folder.open`` returns on rank 0, on every process."""
     opened = folder.open(record, seeds) if here.is_main else None
     return here.broadcast_object(opened) or (record, [])
 
 
 def is_made(dest: Path, record: RunRecord, detector: Detector) -> bool:
-    """Whether the statistics are there already; UserError where ``dest`` holds others."""
+    """Whether ``dest`` holds these statistics already.
+
+    Raises UserError where it holds statistics of other settings.
+    """
     if not dest.exists():
         return False
     older = Converged.load(dest)
@@ -159,14 +168,17 @@ def is_made(dest: Path, record: RunRecord, detector: Detector) -> bool:
         differences.append(f"detector: {detector.id} != {older.statistics.detector}")
     if differences:
         raise UserError(
-            f"{dest} holds statistics of other settings (now and there: {differences[0]}): give "
-            "another --dest, or remove it"
+            f"{dest} holds statistics of other settings (now and in the file: {differences[0]}): "
+            "give another --dest, or remove the file"
         )
     return True
 
 
 def check(numbers: Sequence[int], outdir: Path | None, dest: Path | None) -> None:
-    """Raise UserError where nothing is asked for, or a reference of seeds that tables report on."""
+    """Raise UserError where neither output is asked for, or a reference would reuse seeds.
+
+    Statistics serve as a reference for tables, so they must not share seeds with them.
+    """
     if outdir is None and dest is None:
         raise UserError(
             "nothing to make: give --dest FILE.npz, --outdir FOLDER for images, or both"
@@ -179,29 +191,46 @@ def check(numbers: Sequence[int], outdir: Path | None, dest: Path | None) -> Non
         raise UserError("statistics need at least 2 images: give more --seeds")
     if min(numbers) < CONVERGED_START:
         raise UserError(
-            f"--seeds {min(numbers)} and others below {CONVERGED_START} are those of tables and "
-            f"of selections: a reference takes others, such as {SEEDS}"
+            f"--seeds {min(numbers)} and others below {CONVERGED_START} are used by tables and "
+            f"selections: give a reference other seeds, such as {SEEDS}"
         )
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--dataset_name", default="cifar10-small", help="model")
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--dataset_name", default="cifar10-small", help="name of the model")
 @cli.model_options
 @cli.seeds_option(SEEDS)
 @cli.batch_option(128)
-@click.option("--tol", type=click.FloatRange(0, min_open=True), default=1e-4, help="rtol = atol")
-@click.option("--dest", type=click.Path(path_type=Path), help=".npz of statistics to write")
-@click.option("--outdir", type=click.Path(path_type=Path), help="folder of the images, to be kept")
+@click.option(
+    "--tol",
+    type=click.FloatRange(0, min_open=True),
+    default=1e-4,
+    help="relative and absolute tolerance of dopri5",
+)
+@click.option("--dest", type=click.Path(path_type=Path), help="write statistics to this .npz")
+@click.option("--outdir", type=click.Path(path_type=Path), help="keep the images in this folder")
 @click.option("--detector", type=click.Choice(list(DETECTORS)), default="cifar10-small")
-@click.option("--detector-path", "detector_path", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network")
+@click.option(
+    "--detector-path",
+    "detector_path",
+    type=click.Path(path_type=Path),
+    help="file of a detector that is not bundled",
+)
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="dtype of the network"
+)
 @cli.device_option
 @cli.dry_run_option
 def main(
     dry_run: bool, device: str | None, seeds: str, tol: float, outdir: Path | None,
     dest: Path | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Sample a model to convergence: statistics (--dest), images (--outdir), or both."""
+    """Sample a model without solver error, by dopri5 on the probability-flow ODE.
+
+    --dest writes statistics of the samples, the second reference of compare.py and of
+    tools.nfe_sweep, without keeping images; --outdir keeps one PNG per seed.  Run the same command
+    again to continue after an interruption.
+    """
     numbers = parse_seeds(seeds)
     check(numbers, outdir, dest)
     with world(device) as here:

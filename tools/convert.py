@@ -1,6 +1,6 @@
-"""Turn any published checkpoint, predictors included, into safetensors with its settings.
+"""Convert a published checkpoint, of a network or of a predictor, to safetensors.
 
-What it does to predictors is here, the rest is :mod:`denoisers.convert`.
+Predictors are handled here, everything else by :mod:`denoisers.convert`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from pathlib import Path
 import click
 
 from amed.experiments import load_predictor, save_predictor
-from checkpoints.snapshots import is_predictor, read
-from denoisers.convert import check_target, convert, report
+from checkpoints.pickles.files import read
+from checkpoints.snapshots import is_predictor
+from denoisers.convert import check_target, convert
 from runtime import cli
 
 EXAMPLES = """\b
 Examples:
   python -m tools.convert edm-ffhq-64x64-uncond-vp.pkl ffhq.safetensors --name ffhq
+  python -m tools.convert training-state-010000.pt mine.safetensors
   python -m tools.convert network-snapshot-000010.pkl exps/00001-theirs/predictor.safetensors
 """
 
@@ -24,23 +26,26 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--name", help="a published model, or a name of your own  [default: the target's]")
+@click.option("--name", help="a published model, or a name of your own  [default: TARGET's stem]")
 def main(source: Path, target: Path, name: str | None) -> None:
-    """Turn the checkpoint SOURCE into TARGET.safetensors.
+    """Convert the checkpoint SOURCE to TARGET.safetensors.
 
-    A network, or plain weights, gets TARGET.card.json beside it.  A predictor of the AMED authors
-    becomes what train.py writes, so that --predictor_path takes it.  Pickles are read as data;
-    nothing in them is run.
+    For a network, or a bare state dict, also writes TARGET.card.json.  A predictor published by the
+    AMED authors becomes a file like those of train.py, which --predictor_path takes.  Pickles are
+    read as data; no code in them is run.
     """
     check_target(target)
     content = read(source)
-    if not is_predictor(content):
-        report(convert(source, target, name, content))
+    if is_predictor(content):
+        student = load_predictor(str(source), source.parent)
+        save_predictor(target, student.predictor, student.record)
+        click.echo(f"wrote {target}")
         return
-    student = load_predictor(str(source), source.parent)
-    predictor, record = student.predictor, student.record
-    save_predictor(target, predictor, record)
-    click.echo(f"wrote {target}")
+    written = convert(content, source, target, name)
+    for path in written:
+        click.echo(f"wrote {path}")
+    if len(written) == 1:
+        click.echo("no card: say with --name which published model the weights belong to")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw prompts from a long file into a short one, the same ones on every machine."""
+"""Draw a reproducible subset of the prompts in a file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Example:
 
 
 def draw(count: int, number: int, seed: int) -> list[int]:
-    """``number`` of ``count`` rows, each at most once, in the order of the draw.
+    """Indices of ``number`` out of ``count`` rows, without replacement, in the order of the draw.
 
-    They are ordered by the SHA-256 of ``<seed> <row>``, which no library's generator can change;
-    fewer are the beginning of more.
+    Rows are ordered by the SHA-256 of ``<seed> <row>``, which does not depend on any library's
+    random generator; a smaller draw is the beginning of a larger one.
     """
     return sorted(range(count), key=lambda row: sha256(f"{seed} {row}".encode()).digest())[:number]
 
@@ -33,15 +33,17 @@ def draw(count: int, number: int, seed: int) -> list[int]:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--number", type=click.IntRange(1), default=5000, help="prompts to draw")
-@click.option("--seed", type=click.IntRange(0), default=0, help="of the draw")
+@click.option("--seed", type=click.IntRange(0), default=0, help="seed of the draw")
 def main(source: Path, target: Path, number: int, seed: int) -> None:
-    """Draw prompts from SOURCE, a CSV with a column 'text' or a prompt a line, into TARGET.csv.
+    """Draw a reproducible subset of the prompts in a file.
 
-    TARGET has the columns 'row' (in SOURCE, from 0) and 'text', for --prompt_path.
+    SOURCE is a CSV with a column 'text', or a text file with one prompt per line.  TARGET.csv gets
+    the columns 'row' (index in SOURCE, from 0) and 'text', as --prompt_path takes it.  The draw is
+    the same on every machine.
     """
     prompts = read_prompts(source)
     if target.suffix.lower() != ".csv":
-        raise UserError(f"{target} would not be read as a CSV: give it the ending .csv")
+        raise UserError(f"{target} would not be read as a CSV file: give it the suffix .csv")
     if number > len(prompts):
         raise UserError(f"{source} has {len(prompts)} prompts: give --number {len(prompts)}")
     text = io.StringIO()
@@ -50,7 +52,7 @@ def main(source: Path, target: Path, number: int, seed: int) -> None:
     writer.writerows([row, prompts[row]] for row in draw(len(prompts), number, seed))
     content = text.getvalue().encode()
     if target.exists() and target.read_bytes() != content:
-        raise UserError(f"{target} holds something else: remove it, or give another name")
+        raise UserError(f"{target} exists with other content: remove it, or give another name")
     with atomic_write(target) as temporary:
         temporary.write_bytes(content)
     click.echo(f"wrote {target}: {number} of {len(prompts)} prompts")

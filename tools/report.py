@@ -1,9 +1,4 @@
-"""Write report.html anew from the results of a comparison.
-
-Example:
-
-    python -m tools.report samples/compare
-"""
+"""Write report.html again from the results in a folder."""
 
 from __future__ import annotations
 
@@ -14,11 +9,19 @@ import click
 from comparison.report.html import write_page
 from runtime import cli
 
+EXAMPLES = """\b
+Example:
+  python -m tools.report samples/compare
+"""
 
-@click.command()
+
+@click.command(epilog=EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
-    """FOLDER is the --outdir of compare.py or errors.py."""
+    """Write report.html again from the results in FOLDER.
+
+    FOLDER is the --outdir of compare.py, solver_error.py or tools.nfe_sweep.
+    """
     click.echo(write_page(folder))
 
 

@@ -1,16 +1,8 @@
-"""Train a denoiser of the EDM family on a zip or a folder of images (Karras et al. 2022).
+"""Train a denoiser of the EDM family on images (Karras et al. 2022, arXiv:2206.00364).
 
-Progress, TensorBoard with sample grids, and a state that a killed run continues from lie in
---outdir; from the first report on it holds model.safetensors and card.json, which
-`sample.py --model_path` and `denoisers/cards.json` take.
-
-Examples:
-
-    python -m tools.train_denoiser --data cifar10-32x32-train.zip --valid cifar10-32x32-test.zip \\
-        --outdir exps/denoiser --like cifar10-small --kimg 1000 --batch 64 --dtype bfloat16
-
-    torchrun --standalone --nproc_per_node=8 -m tools.train_denoiser --data ffhq-64x64.zip \\
-        --outdir exps/ffhq --config ffhq.json --kimg 200000 --dtype bfloat16 --compile
+--outdir holds the log, TensorBoard events with sample grids, and the state from which an
+interrupted run continues.  From the first report on it also holds model.safetensors and card.json,
+which `sample.py --model_path` and `denoisers/cards.json` take.
 """
 
 from __future__ import annotations
@@ -26,13 +18,15 @@ import click
 import torch
 from torch.utils.data import DataLoader
 
-from checkpoints.weights import fill, read_safetensors
+from checkpoints.weights import constructing, fill, read_safetensors
 from denoisers.cards import cards
-from denoisers.families.edm import EDMPrecond, build, read_checkpoint
+from denoisers.families.edm import read_checkpoint
+from denoisers.families.precond import EDMPrecond, build
 from denoisers.training.augment import LABELS
-from denoisers.training.batches import Images, TrainingBatches, shares
-from denoisers.training.report import STATE, Reporter
+from denoisers.training.batches import TrainingBatches, shares, training_batch
+from denoisers.training.report import STATE, Reporter, TrainedNetwork
 from denoisers.training.trainer import Recipe, Trainer
+from image_data.labelled import LabelledImages
 from runtime import cli
 from runtime.dist import world
 from runtime.errors import UserError
@@ -40,25 +34,34 @@ from runtime.files import sha256_file
 from runtime.log import progress
 from runtime.record import RunRecord
 
-HELD_OUT = 1024  #: images of --valid that the loss is measured on
+PATH = click.Path(path_type=Path)
+HELD_OUT = 1024  #: images of --valid on which the loss is measured
+EXAMPLES = """\b
+Examples:
+  python -m tools.train_denoiser --data cifar10-32x32-train.zip --valid cifar10-32x32-test.zip \\
+      --outdir exps/denoiser --like cifar10-small --kimg 1000 --batch 64 --dtype bfloat16
+  torchrun --standalone --nproc_per_node=8 -m tools.train_denoiser --data ffhq-64x64.zip \\
+      --outdir exps/ffhq --config ffhq.json --kimg 200000 --dtype bfloat16 --compile
+"""
 
 
 def first_network(
-    init: Path | None, config: Path | None, like: str | None, recipe: Recipe
-) -> tuple[EDMPrecond, dict[str, Any]]:
-    """The network to train and, in plain values, what it is.
+    init: Path | None, config: Path | None, like: str | None, recipe: Recipe, data: str
+) -> tuple[EDMPrecond, TrainedNetwork]:
+    """The network to train on the data set called ``data``, and its description.
 
-    Raises UserError where nothing, or too much, says what to train.
+    Raises UserError unless exactly one option says what to train, and for invalid settings.
     """
     if sum(x is not None for x in (init, config, like)) != 1:
-        raise UserError("say what to train by one of --init, --config and --like")
+        raise UserError("choose the network to train: give one of --init, --config and --like")
     tensors = None
     seen = 0
     if init is not None:
-        found = read_checkpoint(init)
-        if found.config is None:
+        checkpoint = read_checkpoint(init)
+        if checkpoint.config is None:
             raise UserError(f"{init} does not hold the settings of its network; give --config")
-        settings, bottleneck, tensors = found.config, found.bottleneck, found.tensors
+        settings, bottleneck = checkpoint.config, checkpoint.bottleneck
+        tensors = checkpoint.tensors
         if init.suffix == ".safetensors":
             seen = int(read_safetensors(init)[1].get("images_seen", "0"))
     else:
@@ -66,24 +69,17 @@ def first_network(
         if recipe.augment:
             settings.setdefault("augment_dim", LABELS)
     torch.manual_seed(recipe.seed)
-    try:
+    with constructing(str(init or config or like), "settings"):
         net = build(settings, bottleneck)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"these are no settings of a network: {error}") from error
     if not isinstance(net, EDMPrecond) or net.D is not None:
         raise UserError(
-            "the loss is that of networks with EDM's preconditioning and Gaussian noise, not of "
-            f"{settings['class_name']}{' with D, PFGM++' if net.D else ''}; train an EDMPrecond"
+            "the loss is for networks with EDM's preconditioning and Gaussian noise, not for "
+            f"{settings['class_name']}{' with D, PFGM++' if net.D else ''}: train an EDMPrecond"
         )
     if tensors is not None:
         fill(net, tensors, str(init))
-    about = {
-        "config": settings,
-        "bottleneck": net.model.bottleneck,
-        "init": init and sha256_file(init),
-        "images_before": seen,
-    }
-    return net, about
+    digest = None if init is None else sha256_file(init)
+    return net, TrainedNetwork(settings, net.model.bottleneck, digest, seen, data)
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -96,7 +92,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def settings_like(name: str) -> tuple[dict[str, Any], str | None]:
-    """Those of a card of the EDM family."""
+    """Constructor settings and bottleneck of the EDM-family card ``name``."""
     known = {key: card for key, card in cards().items() if card.family == "edm"}
     if name not in known:
         raise UserError(f"--like {name} is unknown; known: {', '.join(known)}")
@@ -106,7 +102,7 @@ def settings_like(name: str) -> tuple[dict[str, Any], str | None]:
 def fit(
     trainer: Trainer, stream: TrainingBatches, reporter: Reporter, workers: int, tick: int
 ) -> None:
-    """Train to the end of the recipe."""
+    """Train until the recipe's number of images has been seen; report every ``tick`` images."""
     batch, world = trainer.recipe.batch, trainer.world
     goal = round(1e3 * trainer.recipe.kimg)
     loader = DataLoader(
@@ -129,19 +125,19 @@ def fit(
                 return
 
 
-def prepare_folder(folder: Path, trainer: Trainer, about: dict[str, Any]) -> None:
+def prepare_folder(folder: Path, trainer: Trainer, network: TrainedNetwork) -> None:
     """Continue the run in ``folder``, or begin one in a new or empty folder."""
     if (folder / STATE).is_file():
-        trainer.resume(folder / STATE, about)
+        trainer.resume(folder / STATE, network.identity())
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {STATE}; choose another --outdir")
-    trainer.world.barrier()  # all have looked
+    trainer.world.barrier()  # until all ranks have checked the folder
     if trainer.world.is_main and trainer.images == 0:
-        trainer.save(folder / STATE, about)  # before any other file, which marks the folder as ours
+        trainer.save(folder / STATE, network.identity())  # first of all: it marks the folder
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One option for every field of Recipe, with its default."""
+    """Add one option for every field of Recipe, with its default."""
     types = get_type_hints(Recipe)
     for field in reversed(fields(Recipe)):
         name = field.name
@@ -152,19 +148,17 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="EDM zip or folder")
-@click.option("--valid", type=click.Path(path_type=Path), help="held-out images, for the loss")
-@click.option("--outdir", type=click.Path(path_type=Path), required=True, help="of this run alone")
-@click.option("--init", type=click.Path(path_type=Path), help="continue from these weights")
-@click.option("--config", type=click.Path(path_type=Path), help="JSON of constructor settings")
-@click.option("--like", metavar="NAME", help="settings of the card of this name")
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--data", type=PATH, required=True, help="zip or folder in EDM's layout")
+@click.option("--valid", type=PATH, help="held-out images for the loss")
+@click.option("--outdir", type=PATH, required=True, help="folder of the run")
+@click.option("--init", type=PATH, help="start from these weights")
+@click.option("--config", type=PATH, help="JSON file of constructor settings")
+@click.option("--like", metavar="NAME", help="use the settings of this model's card")
 @click.option("--tick", type=click.IntRange(min=1), default=20_000, help="images between reports")
-@click.option("--workers", type=click.IntRange(min=0), default=1, help="processes that read images")
+@click.option("--workers", type=click.IntRange(min=0), default=1, help="image-loading processes")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads  [default: torch's choice]"
-)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
 @cli.device_option
 @recipe_options
 def main(
@@ -172,33 +166,35 @@ def main(
     like: str | None, tick: int, workers: int, compiled: bool, threads: int | None,
     device: str | None, **settings: Any,
 ) -> None:  # fmt: skip
-    """Train a denoiser; run the same command again to continue."""
+    """Train a denoiser of the EDM family on images (Karras et al. 2022, arXiv:2206.00364).
+
+    Run the same command again to continue after an interruption.
+    """
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(**settings)
     with world(device) as here:
         torch.backends.cudnn.benchmark = True  # all batches have one shape
-        net, about = first_network(init, config, like, recipe)
-        about["data"] = data.name
+        net, network = first_network(init, config, like, recipe, data.name)
         wanted = (net.img_channels, net.img_resolution, net.label_dim)
-        images = Images(data, *wanted)
+        images = LabelledImages(data, *wanted)
         held_out = None
         if valid is not None:
-            others = Images(valid, *wanted)
+            others = LabelledImages(valid, *wanted)
             numbers = range(min(HELD_OUT, len(others)))
-            held_out = others.batch(numbers, numbers, ("valid", recipe.seed))
+            held_out = training_batch(others, numbers, numbers, ("valid", recipe.seed))
         trainer = Trainer(net, recipe, here, compiled=compiled)
-        prepare_folder(outdir, trainer, about)
+        prepare_folder(outdir, trainer, network)
         if trainer.done:
             if here.is_main:
-                click.echo(f"already trained: {outdir}; give a larger --kimg to go on", err=True)
+                click.echo(f"already trained: {outdir}; give a larger --kimg to continue", err=True)
             return
         options = {
             k: str(v) if isinstance(v, Path) else v
             for k, v in click.get_current_context().params.items()
         }
-        record = RunRecord.make("train_denoiser", options, {"init": about["init"]}, {})
-        with closing(Reporter(outdir, trainer, about, held_out, record)) as reporter:
+        record = RunRecord.make("train_denoiser", options, {"init": network.init}, {})
+        with closing(Reporter(outdir, trainer, network, held_out, record)) as reporter:
             fit(trainer, TrainingBatches(images, recipe.seed), reporter, workers, tick)
 
 

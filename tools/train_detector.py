@@ -1,15 +1,11 @@
-"""Train the bundled CIFAR-10 feature detector: a small classifier, about half an hour on two cores.
+"""Train the CIFAR-10 feature detector, a small classifier.
 
-SGD with Nesterov momentum, a one-cycle learning rate, label smoothing, flips, shifts, cutout.
-The order of images and their augmentation are functions of (seed, epoch), and the state is saved
-after each epoch, so a killed run continues as if nothing had happened. Progress goes to
-TensorBoard. Under torchrun each process takes its share of every batch; batch normalisation
-then sees the share, which is all that differs from a single process.
-
-Example:
-
-    python -m tools.train_detector --data cifar10-32x32-train.zip --test cifar10-32x32-test.zip \\
-        --dest metrics/bundled/cifar10-small-detector.safetensors --channels 64 192 256 --epochs 18
+SGD with Nesterov momentum, a one-cycle learning rate, label smoothing, flips, shifts and cutout;
+about half an hour on two cores.  The order of images and their augmentation are functions of
+(seed, epoch), and the state is saved after each epoch, so an interrupted run continues with the
+same result.  Progress goes to TensorBoard.  Under torchrun each process takes its share of every
+batch, and batch normalisation then uses the statistics of the share: the only difference from a
+single process.
 """
 
 from __future__ import annotations
@@ -33,12 +29,19 @@ from runtime.dist import World, world
 from runtime.images import image_grid
 from runtime.log import tensorboard
 
+PATH, POSITIVE = click.Path(path_type=Path), click.FloatRange(0, min_open=True)
+FRACTION, SHARE = click.FloatRange(0, 1, max_open=True), click.FloatRange(0, 1, True, True)
 _SHOWN = 64  #: images in TensorBoard's grid
+EXAMPLES = """\b
+Example:
+  python -m tools.train_detector --data cifar10-32x32-train.zip --test cifar10-32x32-test.zip \\
+      --dest metrics/bundled/cifar10-small-detector.safetensors --channels 64 192 256 --epochs 18
+"""
 
 
 @dataclass(frozen=True)
 class DetectorRecipe:
-    """What a training run depends on; a saved state continues only under an equal plan."""
+    """All settings of a training run; a saved state continues only under an equal recipe."""
 
     epochs: int
     batch: int
@@ -51,7 +54,7 @@ class DetectorRecipe:
     bf16: bool
     shift: int
     cutout: int
-    init: str | None  #: sha256 of the first weights
+    init: str | None  #: SHA-256 of the initial weights
 
 
 def load_labelled(path: Path) -> tuple[Tensor, Tensor]:
@@ -61,16 +64,16 @@ def load_labelled(path: Path) -> tuple[Tensor, Tensor]:
         for i in tqdm(range(len(source)), desc=path.name, leave=False):
             image = source.read(i)
             if image.shape != images.shape[1:]:
-                raise ValueError(f"{source.names[i]} in {path} is not 32x32: resize the images.")
+                raise ValueError(f"{source.names[i]} in {path} is not 32x32: resize the images")
             images[i] = torch.from_numpy(image.copy())
         return images, torch.from_numpy(source.labels())
 
 
 def augment(images: Tensor, plan: DetectorRecipe, generator: torch.Generator) -> Tensor:
-    """Random mirror images and shifts (reflected at the border), with a grey square in each.
+    """Flip and shift uint8 images (N, 3, H, H) at random, and cover a square of each in grey.
 
-    The square has ``cutout`` pixels a side (DeVries and Taylor 2017, arXiv:1708.04552) and lies
-    inside the image.
+    Shifts reflect the image at its border.  The square has ``cutout`` pixels per side (DeVries and
+    Taylor 2017, arXiv:1708.04552) and lies inside the image.
     """
     count, side, most = len(images), images.shape[-1], plan.shift
     offset = torch.randint(-most, most + 1, (2, count, 1), generator=generator)
@@ -96,7 +99,7 @@ def learning_rate(plan: DetectorRecipe, progress: float) -> float:
 
 
 def make_optimizer(model: nn.Module, plan: DetectorRecipe) -> torch.optim.Optimizer:
-    """SGD; norms and biases are not decayed."""
+    """SGD without weight decay on normalisation parameters and biases."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": plan.weight_decay},
@@ -108,7 +111,7 @@ def make_optimizer(model: nn.Module, plan: DetectorRecipe) -> torch.optim.Optimi
 def first_model(
     init: Path | None, channels: tuple[int, int, int], seed: int, train: tuple[Tensor, Tensor]
 ) -> tuple[SmallCNN, dict]:
-    """The network to train, and the record of the training that it comes from, if any."""
+    """The network to train, and the record of its earlier training, if any."""
     if init is not None:
         model, record = load_cnn(init)
         return model.trainable_(), record
@@ -126,7 +129,7 @@ def train_epoch(
     epoch: int,
     here: World,
 ) -> tuple[float, Tensor]:
-    """One pass over the data; returns the mean loss and the first images that were seen."""
+    """One pass over the data; returns the mean loss and the first augmented images."""
     images, labels = data
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
     batches = torch.randperm(len(images), generator=generator).split(plan.batch)
@@ -155,7 +158,7 @@ def train_epoch(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor], here: World) -> float:
-    """Share of images whose class is named rightly, in float32."""
+    """Fraction of correctly classified images, computed in float32."""
     model.eval()
     hits = torch.zeros((), dtype=torch.int64, device=here.device)
     mine = (part[here.rank :: here.size].split(500) for part in data)
@@ -167,14 +170,17 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor], here: World) -> floa
 def resume(
     state: Path, plan: DetectorRecipe, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Load a saved state, if there is one; returns the number of finished epochs."""
+    """Load the saved state if it exists; returns the number of finished epochs.
+
+    Raises ValueError for the state of a run with other settings.
+    """
     if not state.is_file():
         return 0
     saved = torch.load(state, weights_only=True, map_location="cpu")
     if saved["plan"] != vars(plan):
         raise ValueError(
             f"{state} belongs to a run with other settings ({saved['plan']}): remove it, or "
-            "repeat that run's options."
+            "give that run's options"
         )
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -188,7 +194,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     epochs: int,
 ) -> None:
-    """All that ``resume`` needs."""
+    """Write everything that :func:`resume` needs."""
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with files.atomic_write(state) as temporary:
         torch.save({"plan": vars(plan), **parts, "epochs": epochs}, temporary)
@@ -203,10 +209,10 @@ def fit(
     here: World,
     compiled: bool = False,
 ) -> None:
-    """Train to the end of the plan, saving the state after each epoch, its figures beside it."""
+    """Train for all epochs; saves the state, and figures for TensorBoard, after each of them."""
     optimizer = make_optimizer(model, plan)
     first = resume(state, plan, model, optimizer)
-    here.barrier()  # all have read the state before it is written anew
+    here.barrier()  # every rank has read the state before it is overwritten
     network: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
     if here.size > 1:
         network = DistributedDataParallel(network)
@@ -234,7 +240,7 @@ def fit(
 
 
 def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict) -> float:
-    """Write the detector; the accuracy is that of the file, whose kernels are float16."""
+    """Write the detector; returns the test accuracy of the file, whose kernels are float16."""
     with files.atomic_write(dest) as temporary:
         save_cnn(model, temporary, record)
         stored, _ = load_cnn(Path(temporary))
@@ -243,32 +249,35 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
     return score
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="training zip")
-@click.option("--test", type=click.Path(path_type=Path), required=True, help="test zip")
-@click.option("--dest", type=click.Path(path_type=Path), required=True, help="file to write")
-@click.option("--state", type=click.Path(path_type=Path), help="resumable state [DEST.state]")
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--data", type=PATH, required=True, help="training images")
+@click.option("--test", type=PATH, required=True, help="test images")
+@click.option("--dest", type=PATH, required=True, help="write the detector here")
+@click.option("--state", type=PATH, help="training state  [default: DEST.state]")
 @click.option("--channels", type=(int, int, int), default=(64, 192, 256), help="stage widths")
-@click.option("--epochs", type=click.IntRange(min=1), default=18)
-@click.option("--batch", type=click.IntRange(min=2), default=256, help="over all processes")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=0.2, help="peak")
-@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9)
-@click.option("--weight_decay", type=click.FloatRange(min=0), default=5e-4)
-@click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.2)
-@click.option("--warmup", type=click.FloatRange(0, 1, True, True), default=0.2, help="share")
-@click.option("--seed", type=int, default=0)
-@click.option("--shift", type=click.IntRange(0, RESOLUTION // 2), default=2, help="pixels")
-@click.option("--cutout", type=click.IntRange(0, RESOLUTION), default=0, help="side of the square")
-@click.option("--init", type=click.Path(path_type=Path), help="from this detector, of its widths")
+@click.option("--epochs", type=click.IntRange(1), default=18, help="passes over the data")
+@click.option("--batch", type=click.IntRange(2), default=256, help="images, over all processes")
+@click.option("--lr", type=POSITIVE, default=0.2, help="peak learning rate")
+@click.option("--momentum", type=FRACTION, default=0.9, help="of SGD")
+@click.option("--weight_decay", type=click.FloatRange(0), default=5e-4, help="of weight matrices")
+@click.option("--smoothing", type=FRACTION, default=0.2, help="of labels")
+@click.option("--warmup", type=SHARE, default=0.2, help="fraction of the run before the peak")
+@click.option("--seed", type=int, default=0, help="of initial weights and every draw")
+@click.option("--shift", type=click.IntRange(0, RESOLUTION // 2), default=2, help="most, in pixels")
+@click.option("--cutout", type=click.IntRange(0, RESOLUTION), default=0, help="side, in pixels")
+@click.option("--init", type=PATH, help="start from this detector")
 @click.option("--bf16/--no-bf16", default=True, help="bfloat16 autocast")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [torch's choice]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
 @cli.device_option
 def main(
     data: Path, test: Path, dest: Path, state: Path | None, channels: tuple[int, int, int],
     init: Path | None, compiled: bool, device: str | None, threads: int | None, **settings: float,
 ) -> None:  # fmt: skip
-    """Train the CIFAR-10 feature detector and write it with its record."""
+    """Train the CIFAR-10 feature detector, a small classifier.
+
+    Run the same command again to continue after an interruption.
+    """
     if threads:
         torch.set_num_threads(threads)
     plan = DetectorRecipe(**settings, init=init and files.sha256_file(init))  # type: ignore[arg-type]
@@ -280,7 +289,7 @@ def main(
             compiled)  # fmt: skip
         if here.is_main:
             record = {
-                "command": " ".join(["python", "tools/train_detector.py", *sys.argv[1:]]),
+                "command": " ".join(["python -m tools.train_detector", *sys.argv[1:]]),
                 "training": vars(plan),
                 "images_seen": plan.epochs * len(train_set[0]) + before.get("images_seen", 0),
                 "feature_width": model.dim,

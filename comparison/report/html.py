@@ -18,6 +18,14 @@ from runtime.files import write_text
 
 FILE = "report.html"
 RESULTS = "results.json"
+#: How the command of a record is run, where it is not a script of its own name; the last two are
+#: the names in older records.
+PROGRAMS = {
+    "nfe_sweep": "-m tools.nfe_sweep",
+    "plan_search": "-m tools.plan_search",
+    "sweep figure": "-m tools.nfe_sweep",
+    "errors": "solver_error.py",
+}
 #: Options whose flag is not their name.
 FLAGS = {"detector_path": "detector-path", "extra": "with"}
 FIGURES = {
@@ -64,7 +72,7 @@ dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
 
 
 def write_page(folder: Path) -> Path:
-    """Write ``folder/report.html`` from what a comparison, or ``errors.py``, left there.
+    """Write ``folder/report.html`` from what a comparison, or ``solver_error.py``, left there.
 
     Raises UserError for a folder without results, and for results that cannot be read.
     """
@@ -197,9 +205,9 @@ def _runs(contents: Sequence[dict[str, Any]]) -> str:
 
 
 def command(record: dict[str, Any]) -> str:
-    """The command line that gives the options of a record."""
-    script, *subcommand = record["command"].split()
-    words = ["python", f"{script}.py", *subcommand]
+    """The command line, from the root of a clone, that gives the options of a record."""
+    name = record["command"]
+    words = ["python", *PROGRAMS.get(name, f"{name}.py").split()]
     for key, value in record["options"].items():
         for one in value if isinstance(value, list) else [value]:
             if one is not None:

@@ -102,7 +102,7 @@ def _second_reference(rows: list[dict[str, Any]]) -> str:
     if not _held_against_model(rows):
         return (
             "There is no FID to the model's own converged samples, since no statistics of those "
-            "were given or come along (tools/converged.py makes them)."
+            "were given or come along (tools.converged makes them)."
         )
     made = rows[0]["identity"]["harness"]["converged"]
     return (

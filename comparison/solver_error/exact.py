@@ -15,7 +15,7 @@ from torch import Tensor
 
 from denoisers.conditions import Conditions
 from denoisers.prior import start
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from runtime.files import atomic_write
 from runtime.noise import SeedNoise
 from solvers.driver import Meter

@@ -21,7 +21,9 @@ from comparison.rows import (
 )
 from comparison.solver_error.exact import Exact, Problem
 from comparison.solver_error.walks import level, times, walks
-from denoisers.registry import DTYPES, Model, ModelSource
+from denoisers.precision import DTYPES
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
 from metrics.detectors import Detector
 from runtime.dist import World
 from runtime.images import to_uint8
@@ -123,7 +125,7 @@ def prepare(options: Mapping[str, Any], world: World, detector: Detector | None)
             images = model.decode(torch.zeros(1, *card.shape, dtype=dtype, device=world.device))
             detector(torch.zeros(images.shape, dtype=torch.uint8))
     record = RunRecord.make(
-        "errors",
+        "solver_error",
         {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
         {"name": card.name, "sha256": model.sha256},
         {

@@ -18,7 +18,7 @@ from comparison.solver_error.job import SolverErrorJob, curve
 from comparison.solver_error.plane import fit_plane
 from comparison.solver_error.report import by_error, markdown, write_errors
 from comparison.solver_error.walks import WalkErrors, measure_errors, times, walk, walks
-from denoisers.registry import Model
+from denoisers.protocol import Model
 from metrics.statistics import Statistics
 from runtime.errors import UserError
 from runtime.files import read_earlier, write_json

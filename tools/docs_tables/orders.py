@@ -1,41 +1,31 @@
-"""Measure the convergence order of every solver and write the table of them.
+"""The convergence order of every solver, measured.
 
-Data are Gaussian with another variance in every pixel, so the probability-flow ODE has the
+The data are Gaussian with a different variance in every pixel, so the probability-flow ODE has the
 closed form ``x(t) = mean + sqrt((v + t^2) / (v + T^2)) (x(T) - mean)``.  The order is
-``log2(error(N) / error(2 N))`` at the last doubling of the number of intervals, in float64, with
-the largest absolute error over the pixels.
-
-    python -m tools.order_table            print the table
-    python -m tools.order_table --write    put it into the file that holds it
+``log2(error(N) / error(2 N))`` at the last doubling of the number N of intervals, in float64, where
+the error is the largest absolute error over the pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import click
 import torch
 from torch import Tensor
 
 from denoisers.analytic import GaussianDenoiser
-from runtime.files import atomic_write
 from solvers.driver import Meter, State, advance
 from solvers.grids import get_grid
 from solvers.registry import make_solver
 from solvers.rules import FixedRatio
 from solvers.types import Guide
+from tools.docs_tables.pages import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
-
-#: The file that holds the table, between the two markers.
-TARGET = ROOT / "README.md"
-BEGIN, END = "<!-- orders:begin -->", "<!-- orders:end -->"
-
-T_FIRST, T_LAST = 2.0, 0.5
-INTERVALS = 256  #: the last doubling goes from here to twice as many
+HEAD = ("solver", "order", "NFE per step", "history", "grid", "source (arXiv)")
+T_FIRST, T_LAST = 2.0, 0.5  #: noise levels between which every solver walks
+INTERVALS = 256  #: the last doubling is from this number to twice as many
 
 GRIDS: dict[str, Callable[[int], Tensor]] = {
     "uniform": lambda n: torch.linspace(T_FIRST, T_LAST, n, dtype=torch.float64),
@@ -50,21 +40,21 @@ class Case:
 
     title: str
     name: str
-    order: int  #: what the theory says
+    order: int  #: in theory
     grid: str
     source: str
     options: dict = field(default_factory=dict)
     guide: Guide | None = None
-    exact_start: bool = True  #: the first history nodes lie on the exact solution; else none exist
+    exact_start: bool = True  #: history starts with nodes on the exact solution, else without nodes
 
 
 @dataclass(frozen=True)
 class MeasuredOrder:
-    """What a walk of many steps shows."""
+    """What is measured for a case."""
 
     order: float
     nfe_per_step: float
-    history: int  #: nodes carried from step to step
+    history: int  #: number of nodes carried from step to step
 
 
 def _ipndm(order: int, truth: int, grid: str, title: str = "", **more: object) -> Case:
@@ -121,7 +111,7 @@ CASES: tuple[Case, ...] = (
 
 
 def problem() -> tuple[GaussianDenoiser, Tensor]:
-    """Gaussian data with sixteen variances from 0.5 to 2, and a state at ``T_FIRST``."""
+    """Gaussian data with 16 variances from 0.5 to 2, and a state (1, 1, 4, 4) at ``T_FIRST``."""
     var = torch.logspace(math.log10(0.5), math.log10(2.0), 16, dtype=torch.float64)
     mean = torch.linspace(-1, 1, 16, dtype=torch.float64)
     wave = torch.cos(torch.arange(16, dtype=torch.float64)).reshape(1, 1, 4, 4)
@@ -129,7 +119,7 @@ def problem() -> tuple[GaussianDenoiser, Tensor]:
 
 
 def walk(case: Case, intervals: int) -> tuple[float, float, int]:
-    """Largest error at ``T_LAST``, evaluations per step, history nodes carried."""
+    """Largest error at ``T_LAST``, network evaluations per step, and history nodes carried."""
     denoiser, start = problem()
     solver, meter = make_solver(case.name, **case.options), Meter(denoiser)
     ts = GRIDS[case.grid](intervals + 1)
@@ -144,51 +134,25 @@ def walk(case: Case, intervals: int) -> tuple[float, float, int]:
 
 
 def measure(case: Case, intervals: int = INTERVALS) -> MeasuredOrder:
+    """The order of ``case`` by the slope from ``intervals`` to twice as many."""
     coarse, _, _ = walk(case, intervals)
     fine, nfe, history = walk(case, 2 * intervals)
     return MeasuredOrder(math.log2(coarse / fine), nfe, history)
 
 
-def table(measured: list[MeasuredOrder]) -> str:
-    """The Markdown table, one row per case, orders rounded to one decimal."""
-    lines = [
-        "| solver | order | NFE per step | history | grid | source (arXiv) |",
-        "|---|---|---|---|---|---|",
-    ]
+def table() -> str:
+    """The table of all `CASES`, measured now."""
+    return published([measure(case) for case in CASES])
+
+
+def published(measured: Sequence[MeasuredOrder]) -> str:
+    """The Markdown table of `CASES` with their measured orders, rounded to one decimal."""
+    rows = []
     for case, m in zip(CASES, measured, strict=True):
         history = "none"
         if m.history:
             nodes = "1 node" if m.history == 1 else f"{m.history} nodes"
             history = f"{nodes}, {'exact' if case.exact_start else 'cold'} start"
         cells = (case.title, f"{m.order:.1f}", f"{m.nfe_per_step:g}", history, case.grid)
-        lines.append(f"| {' | '.join(cells)} | {case.source} |")
-    return "\n".join(lines)
-
-
-def current(target: Path = TARGET) -> str:
-    """The table that the target file holds; ValueError if the markers are missing."""
-    text = target.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{target} holds no table; put {BEGIN} and {END} where it belongs")
-    return text.split(BEGIN)[1].split(END)[0].strip()
-
-
-def write(new: str, target: Path = TARGET) -> None:
-    current(target)  # refuses a file without markers
-    text = target.read_text(encoding="utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    with atomic_write(target) as path:
-        path.write_text(f"{head}{BEGIN}\n{new}\n{END}{tail}", encoding="utf-8")
-
-
-@click.command(help="Measure the convergence order of every solver.")
-@click.option("--write", "rewrite", is_flag=True, help=f"Rewrite the table in {TARGET.name}.")
-def main(rewrite: bool) -> None:
-    new = table([measure(case) for case in CASES])
-    click.echo(new)
-    if rewrite:
-        write(new)
-
-
-if __name__ == "__main__":
-    main()
+        rows.append((*cells, case.source))
+    return markdown(HEAD, rows)

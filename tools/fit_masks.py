@@ -1,9 +1,4 @@
-"""Masks for preconditioned diffusion sampling, from images.
-
-Example:
-
-    python -m pds fit --data cifar10-32x32-train.zip --dest masks/cifar10
-"""
+"""Fit the masks of preconditioned diffusion sampling (PDS) to images."""
 
 from __future__ import annotations
 
@@ -24,41 +19,41 @@ from runtime.log import progress
 from runtime.record import RunRecord
 
 PATH = click.Path(path_type=Path)
+EXAMPLES = """\b
+Example:
+  python -m tools.fit_masks --data cifar10-32x32-train.zip --dest masks/cifar10
+"""
 
 
-@click.group(context_settings={"show_default": True})
-def main() -> None:
-    """Masks for sample.py --sampler=pds."""
-
-
-@main.command("fit")
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.option("--data", type=PATH, required=True, help="folder or zip of images")
-@click.option("--num", type=click.IntRange(2), help="of that many images, drawn  [default: all]")
-@click.option("--seed", type=click.IntRange(0), default=0, help="of the draw")
+@click.option("--num", type=click.IntRange(2), help="draw this many images  [default: use all]")
+@click.option("--seed", type=click.IntRange(0), default=0, help="seed of that draw")
 @click.option("--dest", type=PATH, required=True, help="folder for freq.npy and space.npy")
 @cli.batch_option(256)
 @cli.dry_run_option
-def fit_command(dry_run: bool, **options: Any) -> None:
-    """Write the frequency and the space mask of images, as published.
+def main(dry_run: bool, **options: Any) -> None:
+    """Fit the frequency mask and the space mask of PDS to images.
 
-    The images have to be of the size of the model's samples.
+    Follows the published definition (arXiv:2207.02196, section 4).  The images must have the size
+    of the model's samples.
     """
     data, num, dest = options["data"], options["num"], options["dest"]
     total = count_images(data, num)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    record = RunRecord.make("pds fit", plain, {}, {"images": total})
+    record = RunRecord.make("fit_masks", plain, {}, {"images": total})
     if dry_run:
         return click.echo(record.to_json())
     with progress(total, "fit", "img") as bar:
         batches = image_batches(data, options["batch"], num=num, seed=options["seed"])
-        masks = fit(_seen(batches, bar))
+        masks = fit(_counted(batches, bar))
     for path in write(masks, dest):
         click.echo(str(path))
     record.write(dest / "run.json")
 
 
 def write(masks: Masks, folder: Path) -> tuple[Path, Path]:
-    """Write ``freq.npy`` and ``space.npy``, (1, C, H, W) float32, each whole or not at all."""
+    """Write ``freq.npy`` and ``space.npy``, float32 of shape (1, C, H, W), each atomically."""
     paths = (folder / "freq.npy", folder / "space.npy")
     for path, mask in zip(paths, (masks.freq, masks.space), strict=True):
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -66,7 +61,7 @@ def write(masks: Masks, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def _seen(batches: Iterator[Tensor], bar: tqdm[Any]) -> Iterator[Tensor]:
+def _counted(batches: Iterator[Tensor], bar: tqdm[Any]) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         bar.update(len(batch))

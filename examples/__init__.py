@@ -1,0 +1,1 @@
+"""Programs that use the toolkit, run as ``python -m examples.NAME``."""

@@ -1,0 +1,103 @@
+"""The wheel: what is in it, and that it works where the repository is not."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from runtime import __version__
+from tests.test_house import FREE, MAY_IMPORT, SCRIPTS
+
+pytest.importorskip("pip")
+pytest.importorskip("setuptools", minversion="77")
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {*MAY_IMPORT, "commands", "tools"} - {*SCRIPTS}
+#: Writes the documentation of a clone.
+LEFT_OUT = ("tools/docs_tables",)
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+
+
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in a copy, since setuptools leaves files behind that a later build would pick up."""
+    clone, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("wheel")
+    for path in ROOT.iterdir():
+        if path.suffix in {".py", ".toml", ".md"} or path.name == "LICENSE":
+            shutil.copy(path, clone)
+    for room in {*PACKAGES, *FREE}:
+        ignored = shutil.ignore_patterns("__pycache__", "golden")
+        shutil.copytree(ROOT / room, clone / room, ignore=ignored)
+    done = run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", out, ".", cwd=clone)
+    assert done.returncode == 0, done.stderr
+    (made,) = out.iterdir()
+    return made
+
+
+def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if not n.split("/")[0].endswith(".dist-info")}
+    files = [path for room in PACKAGES for path in (ROOT / room).rglob("*") if path.is_file()]
+    expected = {
+        name
+        for name in (path.relative_to(ROOT).as_posix() for path in files)
+        if "__pycache__" not in name and not name.startswith(LEFT_OUT)
+    }
+    assert names == expected
+    data = {"denoisers/cards.json", "restart/tables.json", "pds/bundled/cifar10-freq.npy"}
+    assert data | {"denoisers/bundled/cifar10-small.safetensors", "commands/app.py"} <= names
+    assert not [name for name in names if "/" not in name]  # no module called train or sample
+
+
+def test_the_only_console_script_is_amed(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (text,) = (archive.read(n) for n in archive.namelist() if n.endswith("entry_points.txt"))
+    found = configparser.ConfigParser()
+    found.read_string(text.decode())
+    assert {name: dict(found[name]) for name in found.sections()} == {
+        "console_scripts": {"amed": "commands.app:main"}
+    }
+
+
+PROGRAM = """
+import amed
+model = amed.load_model("cifar10-small", device="cpu")
+print(model.card.shape, amed.load_model.__module__, amed.__file__)
+"""
+
+
+def test_an_installed_wheel_works_in_any_folder(wheel: Path, tmp_path: Path) -> None:
+    """The dependencies are those of this environment; our packages are those of the wheel."""
+    home, work = tmp_path / "venv", tmp_path / "elsewhere"
+    work.mkdir()
+    venv.create(home)
+    python, amed = home / "bin/python", home / "bin/amed"
+    (site,) = home.glob("lib/python*/site-packages")
+    install = ["install", "--no-deps", "--no-index", "--no-compile", wheel]
+    done = run(*PIP[:3], "--python", python, *PIP[3:], *install, cwd=work)
+    assert done.returncode == 0, done.stderr
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    assert run(amed, "--version", cwd=work).stdout == f"amed, version {__version__}\n"
+    assert "  solver-error  " in run(amed, "--help", cwd=work).stdout
+    assert "amed convert edm-ffhq" in run(amed, "convert", "--help", cwd=work).stdout
+    done = run(amed, "sample", "--sampler=ipndm", "--nfe=5", "--device=cpu", "-n", cwd=work)
+    assert done.returncode == 0 and json.loads(done.stdout)["plan"]["nfe_planned"] == 5, done.stderr
+    done = run(amed, "fid", "calc", "--images=nowhere", "--device=cpu", cwd=work)
+    assert done.returncode == 1 and done.stderr.startswith("error: nowhere"), done.stderr
+    done = run(python, "-c", PROGRAM, cwd=work)
+    said = f"(3, 32, 32) denoisers.registry {site / 'amed/__init__.py'}\n"
+    assert (done.stdout, list(work.iterdir())) == (said, []), done.stderr

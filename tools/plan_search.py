@@ -1,0 +1,71 @@
+"""Search for the best Restart plan of a given number of network evaluations (NFE) on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from commands.options import harness_options
+from evaluation.images import open_detector
+from plan_search.job import OBJECTIVES, ROUNDS, prepare, run
+from restart.candidates import INTERVALS
+from runtime import cli
+from runtime.dist import world
+
+EXAMPLES = """\b
+Examples:
+  python -m tools.plan_search --nfe 5,7,9
+  python -m tools.plan_search --nfe 15 --objective dopri5 --most 2 \\
+      --intervals 0.06:0.3,0.3:1.09,1.09:5
+  python -m tools.plan_search --nfe 39 --walks heun+0/heun --dataset_name mine \\
+      --model_path FILE --ref mine.npz
+  torchrun --standalone --nproc_per_node=2 -m tools.plan_search --nfe 9
+"""
+
+
+@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.option("--nfe", required=True, metavar="LIST", help="budgets, each searched separately")
+@click.option(
+    "--objective",
+    type=click.Choice(list(OBJECTIVES)),
+    default="fid",
+    help="FID to --ref, or the distance to the same plan solved by dopri5, which needs no detector",
+)
+@click.option(
+    "--select",
+    metavar="LIST",
+    help=f"images per plan in each round  [default: fid {ROUNDS['fid']}, "
+    f"dopri5 {ROUNDS['dopri5']}]",
+)
+@click.option(
+    "--intervals",
+    default=",".join(f"{low:g}:{high:g}" for low, high in INTERVALS),
+    metavar="LIST",
+    help="candidate Restart intervals T_MIN:T_MAX",
+)
+@click.option("--most", type=click.IntRange(1), default=1, help="most intervals in one plan")
+@click.option(
+    "--walks",
+    default="heun+0/heun,heun+afs/heun,ipndm+afs/heun,ipndm+afs/ipndm",
+    metavar="LIST",
+    help="candidate solvers MAIN[+0][+afs]/RESTART: +0 ends at 0, +afs starts with the free "
+    "analytical first step",
+)
+@harness_options("samples/search")
+def main(dry_run: bool, device: str | None, **options: Any) -> None:
+    """Find the best Restart plan of exactly --nfe evaluations on a model.
+
+    All divisions of the budget into main nodes, K and N_restart compete.  Each round keeps the best
+    quarter, measured on seeds that no table reports on.  Run the same command again to continue
+    after an interruption.
+    """
+    with world(device) as here:
+        job = prepare(options, here, open_detector(options, here))
+        text = job.outline() if dry_run else run(job, here)
+        if here.is_main:
+            click.echo(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
