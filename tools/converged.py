@@ -207,7 +207,9 @@ def check(numbers: Sequence[int], outdir: Path | None, dest: Path | None) -> Non
 )
 @click.option("--dest", type=click.Path(path_type=Path), help="write statistics to this .npz")
 @click.option("--outdir", type=click.Path(path_type=Path), help="keep the images in this folder")
-@click.option("--detector", type=click.Choice(list(DETECTORS)), default="cifar10-small")
+@click.option(
+    "--detector", type=click.Choice(list(DETECTORS)), default="cifar10-small", help="for --dest"
+)
 @click.option(
     "--detector-path",
     "detector_path",
