@@ -14,11 +14,12 @@ from runtime import __version__ as __version__
 
 #: Public names in alphabetical order, and where each is defined.
 NAMES: dict[str, str] = {
-    "build_sampler": "samplers.builders.classic:build",
+    "build_sampler": "samplers.build:build",
     "Conditions": "denoisers.conditions:Conditions",
     "Denoised": "solvers.types:Denoised",
     "generate": "samplers.generate:generate",
     "get_grid": "solvers.grids:get_grid",
+    "Grid": "solvers.grids:Grid",
     "integrate": "solvers.driver:integrate",
     "Jump": "plans.plan:Jump",
     "load_model": "denoisers.registry:load_model",

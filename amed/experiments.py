@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
@@ -17,11 +19,67 @@ from amed.published import latest_snapshot, read_published
 from amed.settings import StudentSettings
 from runtime.errors import UserError
 from runtime.files import atomic_write
+from runtime.options import Json
 from runtime.record import RunRecord
 
 PREDICTOR = "predictor.safetensors"
 RECORD = "run.json"
 _NUMBERED = re.compile(r"(\d{5,})(-.*)?")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedStudent:
+    """A trained student as it lies on disk: its predictor, its settings, and how it was trained."""
+
+    predictor: AMEDPredictor
+    settings: StudentSettings
+    record: RunRecord
+    name: str  #: of its folder; with the file's stem for a snapshot in it
+
+    @property
+    def label(self) -> str:
+        """``amed-00001`` for a numbered run, ``amed-<name>`` for another."""
+        folder, _, snapshot = self.name.partition("/")
+        short = folder.split("-")[0] if folder[:5].isdigit() else folder
+        return "-".join(part for part in (self.settings.sampler_stu, short, snapshot) if part)
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights alone: the same for the same predictor under another name or dtype."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.predictor.state_dict().items()):
+            digest.update(key.encode() + value.detach().cpu().to(torch.float32).numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TrainedStudent:
+        """The same student with its predictor on ``device``, in ``dtype`` if one is given."""
+        return replace(self, predictor=self.predictor.to(dtype=dtype).to(device))
+
+    def describe(self, sampler: str | None = None) -> dict[str, Json]:
+        """For the record of a sampler that the student drives; ``sampler`` is None for its own."""
+        own: dict[str, Json] = self.settings.to_options()
+        own.pop("guidance_rate")  # the sampler's own stands beside
+        trained: Json = {"created": self.record.created, "model": self.record.model}
+        return {
+            "predictor": self.name,
+            "predictor_sha256": self.sha256,
+            "predictor_record": trained,
+            **(own if sampler is None else {"student": own}),
+        }
+
+    def note_on(self, weights_sha256: str) -> str | None:
+        """A warning where the student was trained on other weights than these.
+
+        No error: the same network in another file has another hash as well.
+        """
+        trained = self.record.model.get("sha256")
+        if trained in (None, weights_sha256):
+            return None
+        return (
+            f"note: {self.label} was trained on weights with the SHA-256 {trained[:12]}..., and "
+            f"these have {weights_sha256[:12]}...: unless they are the same network, train one for "
+            "them"
+        )
 
 
 def list_runs(root: str | Path) -> dict[int, Path]:
@@ -68,12 +126,13 @@ def save_predictor(path: str | Path, predictor: AMEDPredictor, record: RunRecord
         safetensors.torch.save_file(weights, temporary, metadata={"record": record.to_json()})
 
 
-def load_predictor(spec: str, root: str | Path) -> tuple[AMEDPredictor, StudentSettings, RunRecord]:
+def load_predictor(spec: str, root: str | Path) -> TrainedStudent:
     """Read a predictor by run number, run folder or file, one of ours or a published pickle.
 
     Raises UserError where there is none, or where the file holds something else.
     """
     path = find_run(spec, root)
+    name = _name(path)
     if path.is_dir():
         ours = path / PREDICTOR
         path = ours if ours.exists() else latest_snapshot(path) or ours
@@ -91,7 +150,14 @@ def load_predictor(spec: str, root: str | Path) -> tuple[AMEDPredictor, StudentS
             f"the weights in {path} are not those of a predictor with scale_dir = "
             f"{settings.scale_dir:g} and scale_time = {settings.scale_time:g}; train again"
         ) from None
-    return predictor.requires_grad_(False).eval(), settings, record
+    return TrainedStudent(predictor.requires_grad_(False).eval(), settings, record, name)
+
+
+def _name(path: Path) -> str:
+    path = path.resolve()
+    if path.name == PREDICTOR:
+        path = path.parent
+    return path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], RunRecord]:

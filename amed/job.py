@@ -1,110 +1,224 @@
-"""From command-line options to everything a training run needs, checked before work starts."""
+"""A training run: from its options to the predictor in its folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from amed.experiments import RECORD, list_runs
+from amed.experiments import RECORD, create_run, find_run, list_runs
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import Student
-from amed.trainer import Data, Loop, Report
+from amed.trainer import Data, Loop, Report, finished, train
+from denoisers.batch import SeededBatch
 from denoisers.cards import Card
-from denoisers.conditions import Conditions
-from denoisers.prior import start
-from denoisers.registry import Model, ModelSource
-from restart.intervals import parse_restart_info
+from denoisers.conditions import ConditionOptions, Conditions
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
+from restart.intervals import Interval, chosen_intervals, interval_json
 from runtime.dist import World
 from runtime.errors import UserError
+from runtime.log import note
 from runtime.noise import SeedNoise
+from runtime.options import flat_options
 from runtime.record import RunRecord
-from solvers.driver import integrate
-from teachers.build import build_teacher
+from solvers.driver import Meter, integrate
+from solvers.grids import Grid
+from teachers.build import RestartSupervision, build_teacher
 from teachers.supervision import RestartTeacher, Teacher, teacher_nfe
 
 PREVIEW_SEEDS = range(16)
+#: Options that may differ between the start of a run and its continuation.
+IGNORED = ("outdir", "batch_gpu", "bench", "desc", "cache_dir")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What ``train.py`` is asked for, under the names of its flags."""
+
+    model: ModelSource
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    outdir: str = "exps"
+    total_kimg: float = 10.0  #: thousands of trajectories
+    batch: int = 128  #: trajectories per update, over all processes
+    batch_gpu: int | None = None  #: at once per process; None is all of its share
+    lr: float = 5e-3
+    seed: int = 0
+    tick: float = 0.5  #: thousands of trajectories between reports
+    snap: int = 0  #: ticks between kept predictors; 0 keeps the last alone
+    desc: str | None = None
+    bench: bool = True
+    resume: str | None = None  #: ``auto`` or a run
+    sampler_stu: str = "amed"
+    sampler_tea: str = "heun"
+    num_steps: int = 4
+    M: int = 1
+    afs: bool = False
+    scale_dir: float = 0.0
+    scale_time: float = 0.0
+    schedule_type: str | None = None
+    schedule_rho: float | None = None
+    max_order: int | None = None
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    thresholding: bool = False
+    restart_info: str | None = None
+    restart_target: str = "flow"
+    S_noise: float = 1.0
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training run, resolved."""
+    """A training run, resolved; nothing has been loaded or written yet."""
 
-    #: Options that may differ between the start of a run and its continuation.
-    IGNORED: ClassVar[tuple[str, ...]] = ("outdir", "batch_gpu", "bench", "desc", "cache_dir")
-
-    predictor: AMEDPredictor
+    options: TrainOptions
+    card: Card
+    conditions: Conditions
+    settings: StudentSettings
     student: Student
     teacher: Teacher
-    data: Data
-    loop: Loop
-    record: RunRecord
-    name: str  #: of the folder, without its number
-    preview: Report
-    note: str | None  #: what a person should know before waiting for the result
+    intervals: tuple[Interval, ...]  #: of a Restart teacher
+
+    @property
+    def name(self) -> str:
+        """Of the folder, without its number."""
+        desc = self.options.desc
+        return self.settings.run_name(self._cost) + (f"-{desc}" if desc else "")
+
+    @property
+    def _cost(self) -> int:
+        return self.card.cost(self.settings.guidance_rate)
+
+    def predictor(self) -> AMEDPredictor:
+        """The predictor as training starts with it."""
+        settings = self.settings
+        return AMEDPredictor(settings.scale_dir, settings.scale_time, seed=self.options.seed)
+
+    def record(self, weights_sha256: str | None) -> RunRecord:
+        """Every resolved option, the model, and the plan of student and teacher."""
+        resolved = flat_options(self.options) | self.settings.to_options()
+        for key in ("resume", "label"):  # of a continuation, and not an option of training
+            resolved.pop(key)
+        resolved["restart_info"] = interval_json(self.intervals) if self.intervals else None
+        resolved["prompts"] = self.conditions.describe()
+        plan = {
+            "times": self.student.ts.tolist(),
+            "nfe": self.settings.nfe(self._cost),
+            "teacher_nfe": teacher_nfe(self.teacher, self._cost),
+            "parameters": sum(p.numel() for p in self.predictor().parameters()),
+        }
+        model = {"name": self.card.name, "sha256": weights_sha256}
+        return RunRecord.make("train", resolved, model, plan)
+
+    def outline(self) -> str:
+        """The record, for a dry run."""
+        return self.record(self.options.model.known_sha256).to_json()
+
+    def run(self, here: World) -> Path:
+        """Train, or go on with an earlier run; the run's folder."""
+        options = self.options
+        if options.batch < here.size:
+            raise UserError(
+                f"--batch={options.batch} leaves some of {here.size} processes without work; "
+                f"give --batch {here.size} or more"
+            )
+        torch.backends.cudnn.benchmark = options.bench
+        model = options.model.load(here)
+        record, loop = self.record(model.sha256), _loop(options, here)
+        folder = Path(here.broadcast_object(str(self._folder(record)) if here.is_main else ""))
+        if finished(folder, loop):
+            note(f"already trained: {folder}")
+            return folder
+        data = Data(
+            bind=lambda noise, stream: self.conditions.bind(model, noise, here.device, stream),
+            card=model.card,
+            seed=options.seed,
+            dtype=options.model.state_dtype,
+            device=here.device,
+        )
+        predictor = self.predictor().to(here.device, data.dtype)
+        preview = self._preview(model, here)
+        train(predictor, self.student, self.teacher, data, loop, here, folder, record, preview)
+        return folder
+
+    def _folder(self, record: RunRecord) -> Path:
+        """The run's folder: new, or the one to go on with."""
+        root = self.options.outdir
+        folder: Path | None = None
+        resume = self.options.resume
+        if resume == "auto":
+            folder = resumable(root, record)
+        elif resume:
+            folder = find_run(resume, root)
+            changed = RunRecord.read(folder / RECORD).differences(record, IGNORED)
+            if changed:
+                raise UserError(
+                    f"{folder} was started with other options ({'; '.join(changed)}); "
+                    "give the same ones, or leave --resume out to start anew"
+                )
+        if folder is None:
+            folder = create_run(root, self.name)
+            record.write(folder / RECORD)
+        return folder
+
+    def _preview(self, model: Model, here: World) -> Report:
+        """The student's samples of a few fixed seeds, for TensorBoard."""
+        student, dtype = self.student, self.options.model.state_dtype
+
+        @torch.no_grad()
+        def preview(predictor: AMEDPredictor) -> Tensor:
+            noise = SeedNoise(PREVIEW_SEEDS)
+            meter = Meter(self.conditions.bind(model, noise, here.device, ("preview",)))
+            x = SeededBatch(model.card, noise, meter, dtype, here.device).start(student.ts[0])
+            walk = integrate(student.solver, meter, x, student.ts, predictor, student.afs)
+            return model.decode(walk.x[-1])
+
+        return preview
 
 
-def prepare(options: dict[str, Any], world: World) -> TrainingJob:
-    """Load the model and resolve every option.
+def prepare(options: TrainOptions) -> TrainingJob:
+    """Resolve every option.
 
     Raises UserError or ValueError, in one sentence, for options that make no sense together.
     """
-    _check(options, world)
-    source = ModelSource.from_options(options)
-    card = source.card()
-    conditions = _conditions(options, card)
-    settings = _settings(options, card.sigma_min, card.sigma_max)
-    fine, stride = settings.teacher_grid(**card.time_maps)
-    restart = settings.sampler_tea == "restart"
-    info = _restart_info(options, card) if restart else None
+    restart = options.sampler_tea == "restart"
+    if options.restart_info and not restart:
+        raise UserError(
+            f"--restart_info was given, but the teacher is {options.sampler_tea}; "
+            "add --sampler_tea=restart or leave it out"
+        )
+    card = options.model.card()
+    conditions = options.conditions.resolve(card)
+    settings = _settings(options, card)
+    grid = settings.grid.resolve(card)
+    fine, stride = grid.refined(settings.M)
+    _, intervals = chosen_intervals(options.restart_info, card) if restart else (None, ())
     teacher = build_teacher(
         settings.sampler_tea,
-        None if restart or settings.sampler_tea == "dopri5" else settings.teacher_solver(),
         fine,
         stride,
-        restart_info=info,
-        restart_target=options["restart_target"],
-        s_noise=options["S_noise"],
-        pfgmpp=card.pfgmpp,
+        solver=settings.teacher_solver(),
+        restart=RestartSupervision(intervals, options.restart_target, options.S_noise),
         histories=settings.solver().max_order > 1,
     )
-    student = Student(settings.solver(), settings.grid(**card.time_maps), settings.afs)
-    predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, seed=options["seed"])
-    model = source.load(options["dtype"], world)
-    data = _data(model, conditions, options, world)
-    cost = card.cost(settings.guidance_rate)
-    resolved = {**options, **settings.to_options(), "restart_info": info}
-    resolved |= {"prompts": conditions.describe()}
-    record = RunRecord.make(
-        "train",
-        resolved,
-        {"name": card.name, "sha256": model.sha256},
-        {
-            "times": student.ts.tolist(),
-            "nfe": settings.nfe(cost),
-            "teacher_nfe": teacher_nfe(teacher, cost),
-            "parameters": sum(p.numel() for p in predictor.parameters()),
-        },
-    )
-    name = settings.run_name(cost) + (f"-{options['desc']}" if options["desc"] else "")
-    return TrainingJob(
-        predictor.to(world.device, data.dtype),
-        student,
-        teacher,
-        data,
-        _loop(options, world),
-        record,
-        name,
-        _preview(model, conditions, student, data),
-        _note(teacher, student),
-    )
+    student = Student(settings.solver(), grid.nodes(), settings.afs)
+    _note_on(teacher, student)
+    return TrainingJob(options, card, conditions, settings, student, teacher, intervals)
+
+
+def _note_on(teacher: Teacher, student: Student) -> None:
+    """Say before the work begins that a Restart teacher teaches nothing that Heun does not."""
+    if isinstance(teacher, RestartTeacher) and teacher.flow and not teacher.changes_starts:
+        note(
+            "note: with --restart_target=flow this Restart teacher gives the same targets as a "
+            "Heun teacher, since it restarts below every noise level that an interval starts "
+            f"from; let t_max of --restart_info exceed {float(student.ts[-2]):.3g}, or use "
+            "--restart_target=trajectory"
+        )
 
 
 def resumable(root: str | Path, record: RunRecord) -> Path | None:
@@ -114,96 +228,30 @@ def resumable(root: str | Path, record: RunRecord) -> Path | None:
         if not path.is_file():
             continue
         try:
-            found = RunRecord.read(path)
+            earlier = RunRecord.read(path)
         except UserError:
             continue  # somebody else's or a newer record: not this run
-        if not found.differences(record, TrainingJob.IGNORED):
+        if not earlier.differences(record, IGNORED):
             return folder
     return None
 
 
-def _settings(options: dict[str, Any], sigma_min: float, sigma_max: float) -> StudentSettings:
-    chosen = dict(options)
-    if chosen["schedule_type"] is None:
-        chosen["schedule_type"] = "polynomial"
-        chosen["schedule_rho"] = chosen["schedule_rho"] or 7.0
-    return StudentSettings.from_options({**chosen, "sigma_min": sigma_min, "sigma_max": sigma_max})
+def _settings(options: TrainOptions, card: Card) -> StudentSettings:
+    schedule = options.schedule_type or "polynomial"
+    grid = Grid(schedule, options.num_steps, options.schedule_rho).resolve(card)
+    sigma_min, sigma_max = grid.ends
+    asked = flat_options(options)
+    asked |= {"schedule_type": schedule, "schedule_rho": grid.rho}
+    return StudentSettings.from_options(asked | {"sigma_min": sigma_min, "sigma_max": sigma_max})
 
 
-def _check(options: dict[str, Any], world: World) -> None:
-    if options["restart_info"] and options["sampler_tea"] != "restart":
-        raise UserError(
-            f"--restart_info was given, but the teacher is {options['sampler_tea']}; "
-            "add --sampler_tea=restart or leave it out"
-        )
-    if options["batch"] < world.size:
-        raise UserError(
-            f"--batch={options['batch']} leaves some of {world.size} processes without work; "
-            f"give --batch {world.size} or more"
-        )
-
-
-def _conditions(options: dict[str, Any], card: Card) -> Conditions:
-    names = ("prompt", "prompt_path", "guidance_rate", "guidance_type")
-    return Conditions.of(card, **{name: options[name] for name in names})
-
-
-def _restart_info(options: dict[str, Any], card: Card) -> str:
-    """The intervals as JSON, whichever way they were given, so that the record holds them."""
-    if not options["restart_info"] and not card.restart_info:
-        raise UserError(
-            f"{card.name!r} has no restart intervals of its own: give --restart_info "
-            "'{\"0\": [N_restart, K, t_min, t_max]}' between its noise levels "
-            f"{card.sigma_min:.3g} and {card.sigma_max:.3g}"
-        )
-    given = options["restart_info"] or json.dumps(dict(card.restart_info))
-    rows = {str(i): dataclasses.astuple(v) for i, v in enumerate(parse_restart_info(given))}
-    return json.dumps(rows)
-
-
-def _note(teacher: Teacher, student: Student) -> str | None:
-    if not isinstance(teacher, RestartTeacher) or not teacher.flow or teacher.changes_starts:
-        return None
-    return (
-        "note: with --restart_target=flow this Restart teacher gives a Heun teacher's targets, "
-        "since it restarts below every noise level that an interval starts from; let t_max of "
-        f"--restart_info exceed {float(student.ts[-2]):.3g}, or take --restart_target=trajectory"
-    )
-
-
-def _data(model: Model, conditions: Conditions, options: dict[str, Any], world: World) -> Data:
-    return Data(
-        bind=lambda noise, stream: conditions.bind(model, noise, world.device, stream),
-        card=model.card,
-        seed=options["seed"],
-        dtype=torch.float64 if options["dtype"] == "float64" else torch.float32,
-        device=world.device,
-    )
-
-
-def _loop(options: dict[str, Any], world: World) -> Loop:
-    total = math.ceil(options["total_kimg"] * 1000)
-    share = -(-options["batch"] // world.size)
+def _loop(options: TrainOptions, here: World) -> Loop:
+    share = here.share(options.batch)
     return Loop(
-        total=total,
-        batch=options["batch"],
-        micro=min(options["batch_gpu"] or share, share),
-        tick=round(options["tick"] * 1000),
-        snap=options["snap"],
-        lr=options["lr"],
+        total=math.ceil(options.total_kimg * 1000),
+        batch=options.batch,
+        micro=min(options.batch_gpu or share, share),
+        tick=round(options.tick * 1000),
+        snap=options.snap,
+        lr=options.lr,
     )
-
-
-def _preview(model: Model, conditions: Conditions, student: Student, data: Data) -> Report:
-    """The student's samples of a few fixed seeds, for TensorBoard."""
-    seeds = list(PREVIEW_SEEDS)
-
-    @torch.no_grad()
-    def preview(predictor: AMEDPredictor) -> Tensor:
-        noise = SeedNoise(seeds)
-        x = start(model.card, noise, student.ts[0], data.dtype, data.device)
-        denoiser = conditions.bind(model, noise, data.device, ("preview",))
-        ts, afs = student.ts, student.afs
-        return model.decode(integrate(student.solver, denoiser, x, ts, predictor, afs).x[-1])
-
-    return preview

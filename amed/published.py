@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amed.settings import StudentSettings
 from checkpoints.snapshots import PublishedPredictor, read_predictor
-from denoisers.registry import cards
+from denoisers.cards import cards
 from runtime.errors import UserError
 from runtime.record import SCHEMA, RunRecord
 
@@ -65,7 +65,7 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
         },
         model={"name": settings.dataset_name, "sha256": None},
         plan={
-            "times": settings.grid(**card.time_maps).tolist(),
+            "times": settings.grid.resolve(card).nodes().tolist(),
             "nfe": settings.nfe(cost),
             "teacher_nfe": None,
             "parameters": sum(t.numel() for t in found.tensors.values()),

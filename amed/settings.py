@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from runtime.options import Json
 from solvers.driver import planned_nfe
-from solvers.grids import TimeMap, get_grid, refine
-from solvers.registry import make_solver
+from solvers.grids import Grid
+from solvers.registry import SOLVERS, SolverOptions
 from solvers.rules import FixedRatio
 from solvers.types import Solver
 
@@ -56,48 +55,30 @@ class StudentSettings:
             )
         self.solver()
         if self.schedule_type != "discrete":  # the discrete grid needs the model
-            self.grid()
+            self.grid.nodes()
+
+    @property
+    def solver_options(self) -> SolverOptions:
+        """The multistep options, of which each solver takes those that it has."""
+        return SolverOptions(
+            self.max_order, self.predict_x0, self.lower_order_final, self.thresholding
+        )
 
     def solver(self) -> Solver:
         """The student's solver."""
-        return self._solver(self.sampler_stu)
+        return self.solver_options.make(self.sampler_stu)
 
-    def teacher_solver(self) -> Solver:
-        """The teacher's solver, with the student's multistep options."""
-        return self._solver(self.sampler_tea)
+    def teacher_solver(self) -> Solver | None:
+        """The teacher's solver with the student's multistep options; None for another teacher."""
+        known = self.sampler_tea in SOLVERS
+        return self.solver_options.make(self.sampler_tea) if known else None
 
-    def _solver(self, name: str) -> Solver:
-        return make_solver(
-            name,
-            max_order=self.max_order,
-            predict_x0=self.predict_x0,
-            lower_order_final=self.lower_order_final,
-            thresholding=self.thresholding,
+    @property
+    def grid(self) -> Grid:
+        """The student's time grid; a ``discrete`` one has yet to be resolved with the card."""
+        return Grid(
+            self.schedule_type, self.num_steps, self.schedule_rho, self.sigma_min, self.sigma_max
         )
-
-    def grid(self, **maps: TimeMap) -> Tensor:
-        """The student's noise levels, (num_steps,) float64."""
-        return get_grid(
-            self.schedule_type,
-            self.num_steps,
-            self.sigma_min,
-            self.sigma_max,
-            self.schedule_rho,
-            **maps,
-        )
-
-    def teacher_grid(self, **maps: TimeMap) -> tuple[Tensor, int]:
-        """The refined grid and its stride: every stride-th node is the student's."""
-        fine, _ = refine(
-            self.schedule_type,
-            self.num_steps,
-            self.M,
-            self.sigma_min,
-            self.sigma_max,
-            self.schedule_rho,
-            **maps,
-        )
-        return fine, self.M + 1
 
     def nfe(self, cost: int = 1) -> int:
         """Network evaluations of one sample, in closed form."""
@@ -119,7 +100,7 @@ class StudentSettings:
         ]
         return "-".join(parts) + ("-afs" if self.afs else "")
 
-    def to_options(self) -> dict[str, object]:
+    def to_options(self) -> dict[str, Json]:
         return dataclasses.asdict(self)
 
     @classmethod

@@ -14,14 +14,15 @@ from amed.experiments import PREDICTOR, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.sinks import Sinks
 from amed.step import IntervalResult, MicroBatch, Student, train_batch
+from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.conditions import StreamName
-from denoisers.prior import start
+from plans.process import Noise
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import progress
-from runtime.noise import Name, SeedNoise
+from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from solvers.driver import Meter
 from solvers.types import Denoiser
@@ -47,22 +48,11 @@ class Data:
     dtype: torch.dtype
     device: torch.device
 
-    def draw(
-        self, numbers: Sequence[int], stream: str = STREAMS[0]
-    ) -> tuple[Meter, Tensor, Callable[[tuple], Tensor]]:
-        """Meter, start states (B, C, H, W) at sigma_max, and the samples' named noise."""
-        noise = SeedNoise(numbers)
-
-        def named(name: Name) -> tuple[str | int, ...]:
-            return (stream, self.seed, *((name,) if isinstance(name, str) else name))
-
-        def normal(name: Name) -> Tensor:
-            return noise.normal(named(name), self.card.shape, self.dtype, self.device)
-
-        first = start(
-            self.card, noise, self.card.sigma_max, self.dtype, self.device, named("latent")
-        )
-        return Meter(self.bind(noise, (stream, self.seed))), first, normal
+    def draw(self, numbers: Sequence[int], stream: str = STREAMS[0]) -> SeededBatch:
+        """The samples with these numbers, and their noise, in one of the `STREAMS`."""
+        noise, name = SeedNoise(numbers), (stream, self.seed)
+        meter = Meter(self.bind(noise, name))
+        return SeededBatch(self.card, noise, meter, self.dtype, self.device, name)
 
 
 @dataclass(frozen=True)
@@ -144,9 +134,11 @@ def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> 
     numbers = world.shard(range(it * loop.batch, (it + 1) * loop.batch))
     micros = []
     for i in range(0, len(numbers), loop.micro):
-        meter, x, normal = data.draw(numbers[i : i + loop.micro])
+        drawn = data.draw(numbers[i : i + loop.micro])
+        x = drawn.start(drawn.card.sigma_max)
         with torch.no_grad():
-            micros.append(MicroBatch.begin(meter, teacher.supervise(meter, x, normal)))
+            supervision = teacher.supervise(drawn.meter, x, drawn.process)
+        micros.append(MicroBatch.begin(drawn.meter, supervision))
     return micros
 
 
@@ -165,9 +157,10 @@ def _figures(window: list[list[IntervalResult]], loop: Loop, world: World) -> di
 def _variance(teacher: Teacher, data: Data, it: int) -> list[float]:
     """Variance of the teacher's states over a few draws from a few starts, fresh every tick."""
     numbers = range(it * VARIANCE_SAMPLES, (it + 1) * VARIANCE_SAMPLES)
-    meter, x, _ = data.draw(numbers, STREAMS[1])
-    draws = [data.draw(numbers, stream)[2] for stream in STREAMS[2:]]
-    return visit_variance(teacher, meter, x, draws).tolist()
+    first = data.draw(numbers, STREAMS[1])
+    x = first.start(first.card.sigma_max)
+    processes: list[Noise] = [data.draw(numbers, stream).process for stream in STREAMS[2:]]
+    return visit_variance(teacher, first.meter, x, processes).tolist()
 
 
 def _save(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from denoisers.families.edm import EDMModel
-from denoisers.registry import DTYPES, load_model
+from denoisers.precision import DTYPES
+from denoisers.registry import load_model
 from runtime import cli
 from solvers.driver import integrate, planned_nfe
 from solvers.grids import get_grid

@@ -28,7 +28,8 @@ from amed.step import Student
 from amed.trainer import Data, Loop, train
 from benchmarks.sampling import CLOCKS, Stopwatch, raw_forward
 from denoisers.families.edm import EDMModel
-from denoisers.registry import DTYPES, load_model
+from denoisers.precision import DTYPES
+from denoisers.registry import load_model
 from runtime import cli
 from runtime.dist import World
 from runtime.record import RunRecord
@@ -88,8 +89,9 @@ def trainer(
         scale_dir=0.01,
         scale_time=0.2,
     )
-    teacher = build_teacher(tea, settings.teacher_solver(), *settings.teacher_grid())
-    student = Student(settings.solver(), settings.grid(), settings.afs)
+    refined = settings.grid.refined(settings.M)
+    teacher = build_teacher(tea, *refined, solver=settings.teacher_solver())
+    student = Student(settings.solver(), settings.grid.nodes(), settings.afs)
     record = RunRecord.make("train", settings.to_options(), {}, {})
     loop = Loop(total=batch, batch=batch, micro=batch, tick=batch, snap=0, lr=5e-3)
 

@@ -1,6 +1,6 @@
-"""What published checkpoints mean: networks, predictors and plain weights, read as data.
+"""The contents of published checkpoints: networks, predictors and plain weights.
 
-Everything here goes through :func:`checkpoints.pickles.files.read`, which runs nothing.
+All pickles are read by :func:`checkpoints.pickles.files.read`, which runs nothing.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ from torch import Tensor
 
 from checkpoints.pickles.files import read
 from checkpoints.pickles.records import Record, is_scalar, shown
-from checkpoints.weights import read_safetensors
+from checkpoints.weights import read_config, read_safetensors
 from runtime.errors import UserError
-
-__all__ = [
-    "EDMSnapshot", "PublishedPredictor", "Record",
-    "find_network", "find_predictor", "find_tensors", "flattened", "is_network", "is_predictor",
-    "read", "read_edm", "read_predictor", "read_state_dict",
-]  # fmt: skip
 
 PERSISTENT = "torch_utils.persistence"
 NETWORK_KEYS = ("ema", "net")  #: of a snapshot; of a training state
 PREDICTOR_KEYS = ("model",)
 PREDICTOR_CLASS = "AMED_predictor"
-#: Positional settings of the published preconditionings; beyond these all are given by name.
+#: Positional arguments of the published preconditionings; all others are given by name.
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
 MOST_MODULES = 100_000
 MOST_LEVELS = 32
@@ -37,14 +31,13 @@ LONGEST_LIST = 1000
 class EDMSnapshot:
     """A network of the EDM family."""
 
-    config: dict[str, Any]  #: constructor settings and ``class_name``, for :func:`edm.build`
+    config: dict[str, Any]  #: constructor settings and ``class_name``, for :func:`precond.build`
     tensors: dict[str, Tensor]  #: under their published names, which begin with ``model.``
-    attributes: dict[str, Any]  #: its plain attributes: ``sigma_min``, ``sigma_max``, ``D``, ...
 
 
 @dataclass(frozen=True)
 class PublishedPredictor:
-    """A predictor as the AMED authors publish it (``network-snapshot-*.pkl``)."""
+    """A predictor as published by the AMED authors (``network-snapshot-*.pkl``)."""
 
     settings: dict[str, Any]  #: ``dataset_name``, ``num_steps``, ``sampler_stu``, ...
     tensors: dict[str, Tensor]
@@ -53,18 +46,18 @@ class PublishedPredictor:
 def read_edm(path: str | Path) -> EDMSnapshot:
     """The network in a snapshot or a training state: its ``ema``, else its ``net``.
 
-    Raises UserError where there is none, and for all that :func:`read` refuses.
+    Raises UserError if there is none, and as :func:`read` does.
     """
     return find_network(read(path), str(path))
 
 
 def is_network(content: Any) -> bool:
-    """Whether :func:`find_network` has something to find."""
+    """Whether a file holds a network, a valid one or not, for :func:`find_network`."""
     return _object(content, NETWORK_KEYS) is not None
 
 
 def find_network(content: Any, source: str) -> EDMSnapshot:
-    """The network in what :func:`read` gave; ``source`` names the file in errors."""
+    """The network in a result of :func:`read`; ``source`` names the file in errors."""
     record = _object(content, NETWORK_KEYS)
     if record is None:
         raise UserError(
@@ -73,27 +66,27 @@ def find_network(content: Any, source: str) -> EDMSnapshot:
         )
     if record.name == PREDICTOR_CLASS:
         raise UserError(f"{source} holds a predictor, not a network; give it as --predictor_path")
-    attributes = _attributes(record)
     config = {"class_name": record.name, **_constructor(record, source)}
     config.pop("use_fp16", None)  # the precision is chosen when the network is loaded
-    if "D" in attributes:  # PFGM++ sets it on the network; it is none of its settings
+    attributes = _attributes(record)
+    if "D" in attributes:  # PFGM++ sets it on the network, not as a constructor setting
         config["D"] = attributes["D"]
-    return EDMSnapshot(config, flattened(record, source), attributes)
+    return EDMSnapshot(config, flattened(record, source))
 
 
 def is_predictor(content: Any) -> bool:
-    """Whether :func:`find_predictor` has something to find."""
+    """Whether a file holds a predictor, for :func:`find_predictor`."""
     record = _object(content, PREDICTOR_KEYS)
     return record is not None and record.name == PREDICTOR_CLASS
 
 
 def read_predictor(path: str | Path) -> PublishedPredictor:
-    """A published predictor; UserError where the file holds something else."""
+    """A published predictor; UserError if the file holds something else."""
     return find_predictor(read(path), str(path))
 
 
 def find_predictor(content: Any, source: str) -> PublishedPredictor:
-    """The predictor in what :func:`read` gave; ``source`` names the file in errors."""
+    """The predictor in a result of :func:`read`; ``source`` names the file in errors."""
     record = _object(content, PREDICTOR_KEYS)
     if record is None or record.name != PREDICTOR_CLASS:
         what = f"a {shown(record.name)}" if record else _summary(content)
@@ -105,19 +98,23 @@ def find_predictor(content: Any, source: str) -> PublishedPredictor:
     return PublishedPredictor(settings, flattened(record, source))
 
 
-def read_state_dict(path: str | Path, member: str | None = None) -> dict[str, Tensor]:
-    """The weights in a checkpoint, by name; ``member`` as for :func:`read`.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a file by name, and the settings of their network, empty if not stored.
 
-    Of a dict with other things beside them the weights are those under ``ema``, ``state_dict`` or
-    ``model``; safetensors files are read as well.  Raises UserError where there are none.
+    Raises UserError for a file without weights, and as :func:`read` and :func:`read_config` do.
     """
-    if Path(path).suffix == ".safetensors":
-        return read_safetensors(Path(path))[0]
-    return find_tensors(read(path, member), str(path))
+    if path.suffix != ".safetensors":
+        return find_tensors(read(path), str(path)), {}
+    tensors, metadata = read_safetensors(path)
+    return tensors, read_config(metadata, path) or {}
 
 
 def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
-    """The weights in what :func:`read` gave; ``source`` names the file in errors."""
+    """The weights in a result of :func:`read`; ``source`` names the file in errors.
+
+    In a dict with other entries they are those under ``ema``, ``state_dict`` or ``model``.  Raises
+    UserError if there are none.
+    """
     members: list[Any] = [content]
     if type(content) is dict:
         members += [content.get(key) for key in ("ema", "state_dict", "model")]
@@ -136,10 +133,10 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
 
 
 def _averaged(model: dict[Any, Any], shadows: Any, source: str) -> dict[str, Tensor]:
-    """The average that score-SDE keeps as a bare list, under the names of its parameters.
+    """The average that score-SDE stores as a bare list, under the names of its parameters.
 
-    The list lacks buffers and frozen parameters, which ``model`` has before the others: names are
-    matched in order, by shape; all of the list has to find a name, and the last name an average.
+    The list lacks buffers and frozen parameters, which come first in ``model``.  Names are matched
+    in order, by shape; every average must match a name, and the last name must match an average.
     """
     left: list[Any] = list(reversed(shadows)) if type(shadows) is list else [None]
     named: dict[str, Tensor] = {}
@@ -161,7 +158,7 @@ def _averaged(model: dict[Any, Any], shadows: Any, source: str) -> dict[str, Ten
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
-    """The entries of a dict that are tensors with a name; none of anything else."""
+    """The entries of a dict that are tensors with a name; none if it is no dict."""
     if type(value) is not dict:
         return {}
     return {k: v for k, v in value.items() if type(k) is str and type(v) is Tensor}
@@ -191,17 +188,19 @@ def flattened(record: Record, source: str) -> dict[str, Tensor]:
 
 
 def _object(content: Any, keys: tuple[str, ...]) -> Record | None:
-    """The persistent object that a file is, or that it holds under the first of these keys."""
+    """The persistent object that is the content, or its entry under the first of these keys."""
     members = [content.get(key) for key in keys] if type(content) is dict else [content]
     return next((m for m in members if type(m) is Record and m.module == PERSISTENT), None)
 
 
 def _constructor(record: Record, source: str) -> dict[str, Any]:
-    """The settings that an object was made with, as JSON has them."""
+    """The constructor arguments of an object, as JSON values."""
     args, kwargs = (record.state.get(f"_init_{kind}") for kind in ("args", "kwargs"))
     args, kwargs = args or (), kwargs or {}
     if type(args) not in (tuple, list) or type(kwargs) is not dict or len(args) > len(POSITIONAL):
-        raise UserError(f"{source} does not say how its {shown(record.name)} was made")
+        raise UserError(
+            f"{source} has no constructor arguments of its {shown(record.name)}; fetch it again"
+        )
     settings = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
     for name, value in settings.items():
         if type(name) is not str or not _is_plain(value):
@@ -223,7 +222,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _summary(content: Any) -> str:
-    """A few words on what was found instead."""
+    """A short description of other content, for an error message."""
     if type(content) is not dict:
         kind = content.name if type(content) is Record else type(content).__name__
         return f"it holds a {shown(kind)}"

@@ -1,8 +1,10 @@
-"""Reading weights: safetensors only, and every name and shape must be as expected."""
+"""Safetensors files, and weights that must match a network in every name and shape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,15 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from runtime.errors import UserError
 
-#: Buffers that follow from the settings: resampling filters, and the noise levels of iDDPM, whose
-#: published values carry an error of 5e-4 from a long recursion in float32.
+#: Buffers determined by the settings: resampling filters, and the noise levels of iDDPM, whose
+#: published values have an error of 5e-4 from a long recursion in float32.
 DERIVED = ("resample_filter", "u")
-TOLERANCE = 2e-3  #: relative
+TOLERANCE = 2e-3  #: relative, of derived buffers
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and text metadata of a file; UserError if it is something else."""
+    """Tensors and text metadata of a safetensors file; UserError if it is something else."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -33,11 +35,35 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-class Unfilled(TorchFunctionMode):
-    """Within, networks are made without the random numbers that weights start from.
+def read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """Constructor settings of a network in the metadata of ``path``, or None if there are none.
 
-    For those that :func:`fill` is to fill: drawing hundreds of millions of numbers takes seconds,
-    and memory that is not written to is not taken.
+    Raises UserError if they are no JSON object.
+    """
+    if "config" not in metadata:
+        return None
+    try:
+        config = json.loads(metadata["config"])
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"the config in the metadata of {path} is {metadata['config']!r}, no JSON object; "
+            "convert the checkpoint again"
+        )
+    return config
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries whose names begin with ``prefix``, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class Unfilled(TorchFunctionMode):
+    """A context in which networks are built without drawing their random initial weights.
+
+    For networks that :func:`fill` is about to fill: drawing hundreds of millions of numbers takes
+    seconds, and memory that is never written is not allocated.
     """
 
     def __torch_function__(
@@ -51,12 +77,12 @@ class Unfilled(TorchFunctionMode):
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy ``tensors`` into ``module``; UserError naming the first entry that does not fit.
 
-    Buffers that follow from the settings are part of the architecture: different ones in the file
-    are refused, as the layers may use those they were built with in another form.
+    Derived buffers belong to the architecture: other values in the file are refused, since layers
+    may use those of the settings in another form.
     """
     own = module.state_dict()
     check_entries(own, tensors, source)
-    meta = any(tensor.is_meta for tensor in own.values())  # these take the tensors themselves
+    meta = any(tensor.is_meta for tensor in own.values())  # replaced by the tensors themselves
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, assign=meta)
 
 
@@ -64,7 +90,7 @@ def check_entries(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
     """Raise UserError unless ``tensors`` has the names and shapes of ``own``, as :func:`fill`."""
     for name, tensor in own.items():
         if name not in tensors:
-            raise UserError(f"{source} lacks '{name}'; it holds the weights of another network")
+            raise missing_entry(source, name)
         given = tensors[name]
         if given.shape != tensor.shape:
             raise UserError(
@@ -73,23 +99,44 @@ def check_entries(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
             )
         derived = name.rpartition(".")[2] in DERIVED
         if derived and not torch.allclose(given.to(tensor), tensor, rtol=TOLERANCE):
-            raise UserError(f"{source} has other numbers in '{name}' than its settings say")
+            raise UserError(
+                f"{source} has other numbers in '{name}' than its settings imply; fetch it again"
+            )
     unknown = sorted(set(tensors) - set(own))
     if unknown:
-        raise UserError(f"{source} has '{unknown[0]}', which the network lacks; wrong settings?")
+        raise unknown_entry(source, unknown[0])
+
+
+def missing_entry(source: object, name: str) -> UserError:
+    """The error of a file without a tensor that the network needs."""
+    return UserError(f"{source} lacks '{name}'; it holds the weights of another network")
+
+
+def unknown_entry(source: object, name: str) -> UserError:
+    """The error of a file with a tensor that the network does not have."""
+    return UserError(f"{source} has '{name}', which the network lacks; wrong settings?")
+
+
+@contextmanager
+def constructing(source: str, what: str) -> Iterator[None]:
+    """Turn what a constructor raises for invalid settings into a UserError.
+
+    ``what`` of ``source`` determined the settings, which may be anything.
+    """
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{source} has {what} that make no network: {error}") from error
 
 
 def filled(make: Callable[[], NetworkT], tensors: Mapping[str, Tensor], source: str) -> NetworkT:
-    """The network of ``make`` with ``tensors`` as its weights, which no longer need gradients.
+    """The network of ``make`` with ``tensors`` as its weights, which require no gradients.
 
-    Memory is taken only once names and shapes are known to fit, so ``make`` may go by shapes that
-    a file claims; buffers that it computes are lost.  Raises UserError where ``make`` finds that
-    its settings make no network, and as :func:`fill` does.
+    Memory is only allocated once names and shapes are known to fit, so ``make`` may use shapes
+    that a file claims; buffers that it computes are lost.  Raises UserError if ``make`` fails, and
+    as :func:`fill` does.
     """
-    try:
-        with torch.device("meta"):
-            net = make()
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{source} has weights that make no network: {error}") from error
+    with constructing(source, "weights"), torch.device("meta"):
+        net = make()
     fill(net, tensors, source)
     return net.eval().requires_grad_(False)

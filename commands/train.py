@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from amed.experiments import create_run, find_run
-from amed.job import TrainingJob, prepare, resumable
+from amed.job import TrainOptions, prepare
 from amed.settings import STUDENTS
-from amed.trainer import finished, train
+from commands.options import (
+    device_option,
+    dry_run_option,
+    dtype_option,
+    guidance_options,
+    model_options,
+    prompt_options,
+)
 from denoisers.cards import cards
-from denoisers.registry import DTYPES
-from runtime import cli
-from runtime.dist import world
-from runtime.errors import UserError
-from runtime.record import RunRecord
+from runtime.job import execute
+from runtime.options import parse_options
 from solvers.grids import SCHEDULES
-from teachers.build import TEACHERS
+from teachers.build import TARGETS, TEACHERS
 
 EXAMPLES = """\b
 Examples:
@@ -35,8 +36,8 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 # General
 @click.option("--dataset_name", required=True, metavar="NAME", help=f"model: {', '.join(cards())}")
-@cli.model_options
-@cli.prompt_options
+@model_options
+@prompt_options
 @click.option("--outdir", type=click.Path(file_okay=False), default="exps", help="parent folder")
 @click.option("--total_kimg", type=click.FloatRange(0, min_open=True), default=10.0)
 @click.option("--batch", type=click.IntRange(1), default=128, help="trajectories per update")
@@ -50,7 +51,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option(
     "--resume", metavar="auto|RUN", help="go on with a run; auto finds one with equal options"
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network")
+@dtype_option
 # Solver
 @click.option("--sampler_stu", type=click.Choice(STUDENTS), default="amed")
 @click.option("--sampler_tea", type=click.Choice(TEACHERS), default="heun")
@@ -68,67 +69,18 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--lower_order_final", type=bool, default=True, help="dpmpp: taper the order")
 @click.option("--thresholding", type=bool, default=False, help="dpmpp: dynamic thresholding")
 # Guidance
-@cli.guidance_options
+@guidance_options
 # Restart as a teacher
 @click.option("--restart_info", metavar="JSON", help="intervals  [default: the model's own]")
-@click.option("--restart_target", type=click.Choice(["flow", "trajectory"]), default="flow")
+@click.option("--restart_target", type=click.Choice(TARGETS), default="flow")
 @click.option(
     "--S_noise", "S_noise", type=click.FloatRange(0), default=1.0, help="jump noise scale"
 )
-@cli.device_option
-@cli.dry_run_option
-def main(dry_run: bool, device: str | None, resume: str | None, **options: Any) -> None:
+@device_option
+@dry_run_option
+def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Train a predictor for a few-step student of a pre-trained diffusion model.
 
-    Prints the run's folder at the end; figures go there and to TensorBoard.
+    Prints the run's folder at the end; losses go there and to TensorBoard.
     """
-    torch.backends.cudnn.benchmark = options["bench"]
-    with world(device) as here:
-        job = prepare(options, here)
-        if job.note:
-            _say(job.note, here.is_main, err=True)
-        if dry_run:
-            _say(job.record.to_json(), here.is_main)
-            return
-        folder = Path(here.broadcast_object(_folder(job, options, resume) if here.is_main else ""))
-        if finished(folder, job.loop):
-            _say(f"already trained: {folder}", here.is_main, err=True)
-        else:
-            train(
-                job.predictor,
-                job.student,
-                job.teacher,
-                job.data,
-                job.loop,
-                here,
-                folder,
-                job.record,
-                job.preview,
-            )
-        _say(str(folder), here.is_main)
-
-
-def _say(text: str, enabled: bool, err: bool = False) -> None:
-    if enabled:
-        click.echo(text, err=err)
-
-
-def _folder(job: TrainingJob, options: dict[str, Any], resume: str | None) -> str:
-    """The run's folder: new, or the one to go on with."""
-    root = options["outdir"]
-    if resume == "auto":
-        folder = resumable(root, job.record)
-    elif resume:
-        folder = find_run(resume, root)
-        changed = RunRecord.read(folder / "run.json").differences(job.record, job.IGNORED)
-        if changed:
-            raise UserError(
-                f"{folder} was started with other options ({'; '.join(changed)}); "
-                "give the same ones, or leave --resume out to start anew"
-            )
-    else:
-        folder = None
-    if folder is None:
-        folder = create_run(root, job.name)
-        job.record.write(folder / "run.json")
-    return str(folder)
+    execute(prepare, parse_options(TrainOptions, flags), dry_run, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import click
 from click.core import ParameterSource
 
 from commands import sample
-from runtime.dist import world
 from runtime.errors import UserError
-from samplers.job import Setup
+from runtime.job import execute
+from runtime.options import flag_names, parse_options
+from samplers.job import SampleOptions
 from samplers.options import SamplerOptions
-from samplers.side_by_side import Spec, line_up, price, run_all
+from samplers.side_by_side import SampledRow, SideBySideOptions, prepare
 
 EXAMPLES = """\b
 Examples:
@@ -26,8 +27,8 @@ Examples:
       --row 'DDIM: euler --schedule_type=discrete --nfe=100' \\
       --row 'DDPM: ddpm --schedule_type=discrete --nfe=100'
 """
-#: What a row may say: the sampler. Everything else is the same for all rows.
-OF_A_ROW = {field.name for field in fields(SamplerOptions)} | {"predictor_path"}
+#: Options of a row: its sampler. Everything else is the same for all rows.
+OF_A_ROW = {*flag_names(SamplerOptions), "predictor_path"}
 SHARED = [
     option
     for option in sample.main.params
@@ -36,7 +37,7 @@ SHARED = [
 NAMED = re.compile(r"([^:'\"]+):\s+(.*)", re.DOTALL)
 
 
-def read_row(text: str, guidance_rate: float | None) -> Spec:
+def read_row(text: str, guidance_rate: float | None) -> SampledRow:
     """``[NAME:] SAMPLER [FLAG...]`` or ``[NAME:] --predictor_path=RUN``, flags as of sample.py.
 
     Raises UserError, naming the row, for a flag that is unknown, or is not for one row alone.
@@ -55,11 +56,12 @@ def read_row(text: str, guidance_rate: float | None) -> Spec:
         typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if typed and name not in OF_A_ROW:
             raise UserError(f"--row {text!r}: --{name} is the same for all rows: give it outside")
-    predictor_path = given["predictor_path"]
-    options = SamplerOptions(**{f.name: given[f.name] for f in fields(SamplerOptions)})
-    if options.guidance_rate is None:
-        options = replace(options, guidance_rate=guidance_rate)
-    return Spec(named[1].strip() if named else None, options, predictor_path)
+    given.pop("dry_run"), given.pop("device")
+    asked = parse_options(SampleOptions, given)
+    sampler = asked.sampler
+    if sampler.guidance_rate is None:
+        sampler = replace(sampler, guidance_rate=guidance_rate)
+    return SampledRow(named[1].strip() if named else None, sampler, asked.predictor_path)
 
 
 @click.command(
@@ -89,20 +91,13 @@ def main(
     columns: int,
     outdir: Path,
     guidance_rate: float | None,
-    **setup: Any,
+    **flags: Any,
 ) -> None:
     """Sample the same seeds with several samplers: a row of one picture for each.
 
-    Every row is a run of sample.py with a folder and a record of its own, so a killed command goes
-    on where it stopped.
+    Every row is a run of sample.py with a folder and a record of its own, so a killed command
+    continues where it stopped.
     """
-    specs = [read_row(text, guidance_rate) for text in rows]
-    with world(device) as here:
-        jobs = line_up(specs, Setup(**setup), outdir, here)
-        if dry_run:
-            records = [job.record(job.known_sha256(), here).to_json() for job in jobs.values()]
-            text = "\n".join([*records, *(f"{title}: {price(job)}" for title, job in jobs.items())])
-        else:
-            text = run_all(jobs, columns, outdir, here)
-        if here.is_main:
-            click.echo(text)
+    asked = tuple(read_row(text, guidance_rate) for text in rows)
+    shared = parse_options(SampleOptions, flags)
+    execute(prepare, SideBySideOptions(asked, shared, columns, outdir), dry_run, device)

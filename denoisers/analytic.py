@@ -2,7 +2,7 @@
 
 For data ``x0 ~ p`` and ``x = x0 + sigma n`` the ideal denoiser is the posterior mean
 ``E[x0 | x]`` (Karras et al. 2022, arXiv:2206.00364, appendix B.3).  Both classes work at any
-resolution, in the dtype of the state, each sample by itself.
+resolution, in the dtype of the state, on each sample independently.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GaussianDenoiser:
     def __post_init__(self) -> None:
         lowest = float(torch.as_tensor(self.var).min())
         if lowest < 0:
-            raise ValueError(f"the variance is {lowest} somewhere; give one that is at least 0")
+            raise ValueError(f"a variance is {lowest}; give variances of at least 0")
 
     @classmethod
     def from_covariance(cls, mean: Tensor, cov: Tensor) -> GaussianDenoiser:
@@ -51,7 +51,7 @@ class GaussianDenoiser:
         return Denoised(self._scale(x, var / (var + sigma**2)), _feature(x, sigma))
 
     def solution(self, x: Tensor, start: Tensor | float, end: Tensor | float) -> Tensor:
-        """Where the probability-flow ODE takes ``x`` (B, C, H, W) from sigma = start to end.
+        """The solution of the probability-flow ODE from ``x`` (B, C, H, W) at start to sigma = end.
 
         The ODE is linear: each principal direction with variance v scales by
         ``sqrt((v + end^2) / (v + start^2))``.
@@ -84,7 +84,7 @@ class MixtureDenoiser:
     cost: int = 1
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        """Posterior mean for ``x`` (B, C, H, W): the components' own, weighed by likelihood."""
+        """Posterior mean for ``x`` (B, C, H, W): the components' means, weighted by likelihood."""
         sigma = _like(sigma, x)
         means, std = _like(self.means, x), _like(self.std, x).expand(self.means.shape[0])
         noise = sigma.reshape(-1, 1) ** 2  # (B, 1), or (1, 1) for a 0-d sigma
@@ -105,5 +105,5 @@ def _like(value: Tensor | float, x: Tensor) -> Tensor:
 
 
 def _feature(x: Tensor, sigma: Tensor) -> Tensor:
-    """A stand-in for a bottleneck, (B, H, W): the channel mean of ``x / sqrt(1 + sigma^2)``."""
+    """In place of a bottleneck, (B, H, W): the channel mean of ``x / sqrt(1 + sigma^2)``."""
     return (x / (1 + sigma**2).sqrt()).mean(1)

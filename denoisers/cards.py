@@ -1,4 +1,4 @@
-"""The models we know: one card each, read from ``cards.json``."""
+"""Cards of the known models, read from ``cards.json``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
+from solvers.grids import TimeMaps
 
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Card:
-    """What must be known of a model before its weights are read."""
+    """Everything that is known of a model before its weights are read."""
 
-    name: str  #: what ``--dataset_name`` says
+    name: str  #: the value of ``--dataset_name``
     family: str  #: chooses the loader
     resolution: int  #: pixels along a side
     channels: int
@@ -29,20 +28,20 @@ class Card:
     bottleneck: str = ""  #: module of the network whose channel mean is the feature
     file: str = ""  #: file name: bundled (safetensors) or as published
     url: str | None = None  #: None if bundled, "" if it has to be fetched by hand
-    #: of the file; where it is None, that of the first download is kept and checked ever after
+    #: of the file; if None, that of the first download is stored and checked afterwards
     sha256: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  #: constructor settings, as published
-    #: default plan of the Restart teacher; empty where none is known
+    #: default plan of the Restart teacher; empty if none is known
     restart_info: Mapping[str, list[float]] = field(default_factory=dict)
     guidance: str | None = None  #: cg (classifier), cfg (classifier-free), uncond (none) or None
     text: bool = False  #: conditioned on a prompt
     #: a second file, with ``file``, ``url`` and ``sha256``: classifier or first stage
     companion: Mapping[str, str | None] | None = None
     noise_schedule: Mapping[str, Any] | None = None  #: of a model with its own time
-    image_resolution: int | None = None  #: after decoding, where samples are latents
-    pfgmpp: int | None = None  #: dimensions D that PFGM++ adds to the data's
+    image_resolution: int | None = None  #: after decoding, if samples are latents
+    pfgmpp: int | None = None  #: dimensions D that PFGM++ adds to those of the data
     #: published predictor-corrector sampler: ``N`` noise levels, ``n_steps`` of the corrector at
-    #: each, and their ``snr``; empty where none is known
+    #: each, and their ``snr``; empty if none is known
     langevin: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -52,17 +51,17 @@ class Card:
 
     @property
     def schedule(self) -> NoiseSchedule | None:
-        """The model's own time, or None for a model that only knows sigma."""
+        """The model's own time, or None for a model conditioned on sigma."""
         if self.noise_schedule is None:
             return None
         settings = dict(self.noise_schedule)
         return SCHEDULES[settings.pop("kind")](**settings)
 
     @property
-    def time_maps(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """``sigma`` and ``sigma_inv``, as the ``discrete`` grid takes them; none without a time."""
+    def time_maps(self) -> TimeMaps | None:
+        """The model's own time, as the ``discrete`` grid takes it; None without one."""
         own = self.schedule
-        return {} if own is None else {"sigma": own.sigma, "sigma_inv": own.sigma_inv}
+        return None if own is None else TimeMaps(own.sigma, own.sigma_inv)
 
     def cost(self, guidance_rate: float | None = None) -> int:
         """Network evaluations of one call: guidance without a classifier needs two."""
@@ -70,7 +69,7 @@ class Card:
 
     @property
     def bundled(self) -> Path | None:
-        """Path of the weights that come with this package, or None."""
+        """Path of the weights included in this package, or None."""
         return None if self.url is not None else HERE / "bundled" / self.file
 
 

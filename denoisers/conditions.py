@@ -4,22 +4,49 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from denoisers.cards import Card
+from denoisers.protocol import Model
 from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
+from runtime.seeds import row_of
 from solvers.types import Denoiser
 
-if TYPE_CHECKING:
-    from denoisers.registry import Model
-
 StreamName = tuple[str | int, ...]  #: goes before the names of a stream of draws
+
+
+@dataclass(frozen=True)
+class ConditionOptions:
+    """Class, prompts and guidance as they are asked for, under the names of the flags."""
+
+    label: int | None = None  #: ``--class`` of every image
+    prompt: str | None = None
+    prompt_path: str | None = None
+    guidance_type: str | None = None
+    guidance_rate: float | None = None
+
+    def at(self, guidance_rate: float | None) -> ConditionOptions:
+        """The same options with the guidance rate of a sampler."""
+        return replace(self, guidance_rate=guidance_rate)
+
+    def resolve(self, card: Card) -> Conditions:
+        """The conditions; UserError for what the model of ``card`` does not take."""
+        prompt, path = self.prompt, self.prompt_path
+        if not card.text and (prompt is not None or path is not None):
+            raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
+        if prompt is not None and path is not None:
+            raise UserError(
+                f"--prompt {prompt!r} and --prompt_path {path} both say what to show: give one"
+            )
+        prompts = read_prompts(path) if path else (prompt,) if prompt else ()
+        conditions = Conditions(self.label, prompts, self.guidance_rate, self.guidance_type)
+        conditions.check(card)
+        return conditions
 
 
 @dataclass(frozen=True)
@@ -27,8 +54,9 @@ class Conditions:
     """Class, prompts and guidance.
 
     A model with classes draws one per seed unless ``label`` fixes it.  With one prompt every
-    image takes it; of several, the image of seed i takes number i when sampling, and a drawn one
-    when training.  Without a prompt a text model gets the empty one.
+    image takes it; of several, the image of seed i takes number i when sampling (seeds of
+    selections and of converged samples count from their own start), and a drawn one when training.
+    Without a prompt a text model gets the empty one.
     """
 
     label: int | None = None
@@ -36,38 +64,18 @@ class Conditions:
     guidance_rate: float | None = None
     guidance_type: str | None = None  #: only checked: a model has one kind at most
 
-    @classmethod
-    def of(
-        cls,
-        card: Card,
-        prompt: str | None,
-        prompt_path: str | None,
-        label: int | None = None,
-        guidance_rate: float | None = None,
-        guidance_type: str | None = None,
-    ) -> Conditions:
-        """From options; UserError for what the model of ``card`` does not take."""
-        if not card.text and (prompt is not None or prompt_path is not None):
-            raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
-        if prompt is not None and prompt_path is not None:
-            raise UserError(
-                f"--prompt {prompt!r} and --prompt_path {prompt_path} both say what to show: "
-                "give one of them"
-            )
-        prompts = read_prompts(prompt_path) if prompt_path else (prompt,) if prompt else ()
-        conditions = cls(label, prompts, guidance_rate, guidance_type)
-        conditions.check(card)
-        return conditions
-
     def check(self, card: Card, seeds: Sequence[int] = ()) -> None:
         """Raise UserError for a condition that the model of ``card`` does not take."""
         check_class(card, self.label)
         if self.prompts and not card.text:
             raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
-        if len(self.prompts) > 1 and seeds and max(seeds) >= len(self.prompts):
+        last = max(seeds, key=row_of, default=0)
+        if len(self.prompts) > 1 and row_of(last) >= len(self.prompts):
+            shifted = "" if row_of(last) == last else f", here row {row_of(last)}"
             raise UserError(
-                f"seed {max(seeds)} has no prompt: --prompt_path has {len(self.prompts)} rows, and "
-                "the image of seed i takes row i (from 0); give smaller --seeds"
+                f"seed {last} has no prompt: --prompt_path has {len(self.prompts)} rows, and the "
+                f"image of seed i takes row i (from 0){shifted}; "
+                + ("use fewer images" if shifted else "give smaller --seeds")
             )
         if self.guidance_type not in (None, card.guidance):
             has = f"--guidance_type {card.guidance}" if card.guidance else "no guidance"
@@ -113,7 +121,7 @@ class Conditions:
             return None
         if len(self.prompts) < 2:
             return (self.prompts or ("",)) * len(noise.seeds)
-        rows: Sequence[int] = noise.seeds
+        rows: Sequence[int] = [row_of(seed) for seed in noise.seeds]
         if stream:
             rows = noise.integers((*stream, "prompt"), len(self.prompts)).tolist()
         return tuple(self.prompts[row] for row in rows)
@@ -124,21 +132,9 @@ def check_class(card: Card, label: int | None) -> None:
     if label is None:
         return
     if not card.label_dim:
-        raise UserError(f"{card.name!r} is unconditional: leave --class {label} out")
+        raise UserError(f"{card.name!r} has no classes: leave --class {label} out")
     if not 0 <= label < card.label_dim:
         raise UserError(
             f"--class {label} is not one of the {card.label_dim} classes of {card.name!r}: "
             f"give 0 to {card.label_dim - 1}"
         )
-
-
-def check_batch(labels: Tensor | None, x: Tensor) -> None:
-    """Raise ValueError unless there is a label for every sample."""
-    if labels is not None and len(labels) != len(x):
-        raise ValueError(f"{len(labels)} labels are bound but the batch has {len(x)}")
-
-
-def refuse_guidance(card: Card, rate: float | None) -> None:
-    """Raise UserError for a rate that asks for guidance, of a model without it."""
-    if rate not in (None, 0.0, 1.0):
-        raise UserError(f"'{card.name}' has no guidance, but the rate is {rate}; leave it out")

@@ -1,9 +1,9 @@
 """Noise levels of models with their own time ``t`` in (0, 1]: ``sigma(t)`` and its inverse.
 
-A variance-preserving process ``y = alpha(t) (x0 + sigma(t) n)`` with ``alpha^2 (1 + sigma^2) = 1``
-is the variance-exploding one of this toolkit after division by ``alpha``, so all that a grid
-needs is ``sigma(t) = sqrt(1/alpha^2 - 1) = sqrt(expm1(-2 ln alpha(t)))`` and ``t(sigma)``.
-Everything here is float64 on the CPU and works on tensors of any shape.
+A variance-preserving process ``y = alpha(t) (x0 + sigma(t) n)`` with ``alpha^2 (1 + sigma^2) = 1``,
+divided by ``alpha``, is the variance-exploding process of this toolkit, so a time grid only needs
+``sigma(t) = sqrt(1/alpha^2 - 1) = sqrt(expm1(-2 ln alpha(t)))`` and its inverse.  Everything here
+is float64 on the CPU and works on tensors of any shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class NoiseSchedule(Protocol):
-    """What the ``discrete`` grid and the adapters ask of a model's own time."""
+    """The map between a model's own time and the noise level, for grids and adapters."""
 
     def sigma(self, t: Tensor) -> Tensor: ...
 
@@ -28,8 +28,8 @@ class NoiseSchedule(Protocol):
 class LinearVP:
     """Linear ``beta(t) = beta_min + beta_d t`` (arXiv:2011.13456, eq. 33): ADM's models.
 
-    ``-2 ln alpha = beta_d t^2 / 2 + beta_min t`` for ``t`` in [eps, 1].  The network counts its
-    1000 steps as ``999 t``.
+    ``-2 ln alpha = beta_d t^2 / 2 + beta_min t`` for ``t`` in [eps, 1].  ADM's network time is
+    ``999 t``.
     """
 
     beta_d: float = 19.9
@@ -47,7 +47,7 @@ class LinearVP:
         return torch.expm1(self.beta_d * t**2 / 2 + self.beta_min * t).sqrt()
 
     def sigma_inv(self, sigma: Tensor) -> Tensor:
-        """The positive root of the quadratic, in the form that does not cancel at small sigma."""
+        """The positive root of the quadratic, in a form without cancellation at small sigma."""
         q = torch.log1p(sigma.to(torch.float64) ** 2)
         return 2 * q / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * q).sqrt())
 
@@ -76,10 +76,10 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
 
 @dataclass(frozen=True, eq=False)
 class DiscreteVP:
-    """A model trained at N discrete steps, made continuous: ``ln alpha`` linear between the steps.
+    """The continuous schedule of a model trained at N steps: ``ln alpha`` is piecewise linear.
 
-    Step ``i`` sits at ``t = (i + 1) / N`` (arXiv:2206.00927, appendix D.3); beyond either end the
-    last segment goes on.  ``alphas_cumprod`` (N,) holds the products of ``1 - beta``.
+    Step ``i`` is at ``t = (i + 1) / N`` (arXiv:2206.00927, appendix D.3); beyond either end the
+    last segment is extended.  ``alphas_cumprod`` (N,) holds the products of ``1 - beta``.
     """
 
     alphas_cumprod: Tensor
@@ -97,7 +97,7 @@ class DiscreteVP:
     ) -> DiscreteVP:
         """Betas from ``first`` to ``last`` by one of the ``BETAS``; ValueError for another rule.
 
-        ``scaled_linear``, which is linear in their roots, is that of LDM and Stable Diffusion.
+        LDM and Stable Diffusion use ``scaled_linear``, which is linear in the square roots.
         """
         if rule not in BETAS:
             raise ValueError(f"unknown rule of betas '{rule}'; known: {', '.join(BETAS)}")
@@ -112,24 +112,19 @@ class DiscreteVP:
         log_alpha = -0.5 * torch.log1p(sigma.to(torch.float64) ** 2)
         return _interpolate(log_alpha, logs.flip(0), times.flip(0))
 
+    def network_time(self, sigma: Tensor) -> Tensor:
+        """The step as a real number, ``N t - 1``, of every entry of ``sigma``; flat."""
+        return len(self.alphas_cumprod) * self.sigma_inv(sigma.cpu()).reshape(-1) - 1
+
     def _steps(self) -> tuple[Tensor, Tensor]:
+        """Times and ``ln alpha`` of the steps, both (N,)."""
         logs = 0.5 * self.alphas_cumprod.to(torch.float64).log()
         count = len(logs)
         return torch.arange(1, count + 1, dtype=torch.float64) / count, logs
 
 
-def stable_diffusion() -> DiscreteVP:
-    """Stable Diffusion v1: betas from 0.00085 to 0.012, linear in their roots."""
-    return DiscreteVP.from_betas(0.00085, 0.012)
-
-
-def latent_diffusion() -> DiscreteVP:
-    """The unconditional LDM models: betas from 0.0015 to 0.0195, linear in their roots."""
-    return DiscreteVP.from_betas(0.0015, 0.0195)
-
-
 def _interpolate(at: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Piecewise linear through the points of increasing ``xs``; the end segments go on."""
+    """Piecewise linear interpolation; ``xs`` increase, and the end segments are extended."""
     right = torch.searchsorted(xs, at.contiguous()).clamp(1, len(xs) - 1)
     left = right - 1
     slope = (ys[right] - ys[left]) / (xs[right] - xs[left])

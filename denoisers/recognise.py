@@ -1,4 +1,4 @@
-"""Cards of models that no registry holds: made from what is in one's own file."""
+"""Cards of models that are not published ones: built from the content of a file or folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from checkpoints.snapshots import read_weights
+from checkpoints.weights import under
 from denoisers.cards import Card, cards
-from denoisers.families.adm import read_openai, resolved
-from denoisers.families.diffusers.loading import inspect_diffusers, is_diffusers
+from denoisers.families.adm import resolved
+from denoisers.families.diffusers.files import describe_diffusers, is_diffusers
 from denoisers.families.edm import describe_edm, is_edm
-from denoisers.families.ldm import NETWORK, part
+from denoisers.families.ldm import NETWORK
 from denoisers.families.ncsnpp import describe_ncsnpp, is_ncsnpp
 from denoisers.nets.openai import is_openai
 from runtime.errors import UserError
@@ -20,9 +22,9 @@ EXAMPLES = {"adm": "imagenet256", "cm": "lsun_bedroom", "ldm": "lsun_bedroom_ldm
 
 
 def describe(name: str, path: Path, family: str | None = None) -> Card:
-    """The card, called ``name``, of the model at ``path``; the family is recognised or given.
+    """The card, called ``name``, of the model at ``path``; the family is recognised by default.
 
-    Raises UserError for a family that is unknown, or that the file does not show.
+    Raises UserError for an unknown family, and for a file that holds no model of it.
     """
     family = family or recognise(path)
     if family not in DESCRIBE:
@@ -33,19 +35,19 @@ def describe(name: str, path: Path, family: str | None = None) -> Card:
 def recognise(path: Path) -> str:
     """The family of a folder or file, from its content.
 
-    Raises UserError where nothing in it is known, or its tensors do not tell.
+    Raises UserError if the names of its tensors are of no known family.
     """
     if path.is_dir() or is_diffusers(path):
         return "diffusers"
     if is_edm(path):
         return "edm"
-    tensors, _ = read_openai(path)
+    tensors, _ = read_weights(path)
     if is_ncsnpp(tensors):
         return "ncsnpp"
-    if is_openai(part(tensors, NETWORK)):
+    if is_openai(under(NETWORK, tensors)):
         return "ldm"
     if is_openai(tensors):
-        # Consistency models have attention of their own; ADM's networks all predict a variance.
+        # Published consistency models have two-dimensional convolutions in their attention.
         return "cm" if tensors["middle_block.1.qkv.weight"].ndim == 4 else "adm"
     raise UserError(
         f"nothing in {path} tells its family (it holds '{next(iter(tensors))}', ...); give "
@@ -53,23 +55,21 @@ def recognise(path: Path) -> str:
     )
 
 
-def _pipeline(name: str, path: Path) -> Card:
-    return Card(name=name, file=path.name, url=None, sha256=None, **inspect_diffusers(path))
-
-
 def _openai(family: str, prefix: str = "") -> Callable[[str, Path], Card]:
-    def make(name: str, path: Path) -> Card:
-        example = cards()[EXAMPLES[family]]
-        everything, config = read_openai(path)
-        tensors = part(everything, prefix)
+    """How to describe a U-Net of guided diffusion, whose weights have names with ``prefix``."""
+
+    def describe_unet(name: str, path: Path) -> Card:
+        entries, config = read_weights(path)
+        tensors = under(prefix, entries)
         if not is_openai(tensors):
             raise UserError(f"{path} holds no network of the family '{family}'")
+        example = cards()[EXAMPLES[family]]
         base = replace(
             example, name=name, file=path.name, url=None, sha256=None, image_resolution=None
         )
         return resolved(base, tensors, config)
 
-    return make
+    return describe_unet
 
 
 DESCRIBE: dict[str, Callable[[str, Path], Card]] = {
@@ -78,5 +78,5 @@ DESCRIBE: dict[str, Callable[[str, Path], Card]] = {
     "cm": _openai("cm"),
     "ldm": _openai("ldm", NETWORK),
     "ncsnpp": describe_ncsnpp,
-    "diffusers": _pipeline,
+    "diffusers": describe_diffusers,
 }

@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from denoisers.cards import Card, cards
 from denoisers.families.adm import load_adm
 from denoisers.families.cm import load_cm
-from denoisers.families.diffusers.loading import fetch_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import fetch_pipeline, fetched_pipeline, load_diffusers
 from denoisers.families.edm import load_edm
 from denoisers.families.ldm import load_ldm
 from denoisers.families.ncsnpp import load_ncsnpp
-from denoisers.files import Files
+from denoisers.precision import DTYPES
+from denoisers.protocol import Files, Model
 from denoisers.recognise import describe
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import cache_folder, download
-from solvers.types import Denoiser
-
-__all__ = ["Card", "Model", "ModelSource", "cards", "load_model"]
-
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-class Model(Protocol):
-    """A loaded model, before condition and guidance are chosen."""
-
-    @property
-    def card(self) -> Card: ...
-
-    @property
-    def sha256(self) -> str:
-        """Of the weights that were actually loaded."""
-        ...
-
-    def bind(
-        self,
-        labels: Tensor | None = None,
-        guidance_rate: float | None = None,
-        prompts: Sequence[str] | None = None,
-    ) -> Denoiser:
-        """Fix classes, (B,) int64 or None, guidance and prompts; UserError if they do not fit."""
-        ...
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Final states (B, *card.shape) -> images (B, 3, H, W) in [-1, 1]."""
-        ...
-
+from runtime.files import cache_folder, download, sha256_file
+from runtime.job import NotFetched
 
 Loader = Callable[[Card, Files, torch.device, torch.dtype], Model]
 FAMILIES: dict[str, Loader] = {
@@ -76,22 +40,37 @@ HUB = "hub:"  #: before the id of a folder on the Hugging Face hub
 class ModelSource:
     """Which model, and where its weights come from, under the names of the flags."""
 
-    dataset_name: str  #: of a card, or any other name for a model of one's own
+    dataset_name: str | None = None  #: of a card, or any other name for a model of one's own
     model_path: str | None = None  #: one's own file or folder, or ``hub:owner/name``
     model_family: str | None = None  #: of a model of one's own; recognised when left out
     companion_path: str | None = None  #: one's own classifier (adm) or first stage (ldm)
     cache_dir: str | None = None  #: see :func:`runtime.files.cache_folder`
+    dtype: str = "float32"  #: of the network, a key of `DTYPES`
 
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> ModelSource:
-        return cls(**{field.name: options[field.name] for field in fields(cls)})
+    def named(self, name: str) -> ModelSource:
+        """The same source, of the model ``name`` where none was given."""
+        return self if self.dataset_name else replace(self, dataset_name=name)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the sampler's state: float64 for a float64 network, else float32."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def known_sha256(self) -> str | None:
+        """Of the weights, as far as it is known without loading or fetching them."""
+        if self.model_path is None:
+            return self.card().sha256
+        return sha256_file(self.model_path) if Path(self.model_path).is_file() else None
 
     def card(self) -> Card:
         """The known card of this name, or one made from the model at ``model_path``.
 
         Raises UserError for an unknown name without a ``model_path``, and for a path to nothing.
         """
-        own, known = self._own(), cards()
+        known = cards()
+        if not (self.model_path or "").startswith(HUB):
+            _existing(self.model_path, "--model_path")
         if self.dataset_name in known:
             card = known[self.dataset_name]
             if self.model_family not in (None, card.family):
@@ -100,7 +79,7 @@ class ModelSource:
                     "--model_family out, or give your model another name with --dataset_name"
                 )
             return card
-        if own is None:
+        if self.model_path is None:
             raise UserError(
                 f"unknown dataset '{self.dataset_name}'; known: {', '.join(known)}; a model of "
                 "your own takes any other name together with --model_path"
@@ -110,9 +89,19 @@ class ModelSource:
     @cached_property
     def _described(self) -> Card:
         """Made once: it takes reading the whole file."""
-        own = self._own()
-        assert own is not None  # card() has seen to it
-        return describe(self.dataset_name, own, self.model_family)
+        path = self.model_path or ""
+        if path.startswith(HUB):
+            fetched = fetched_pipeline(path.removeprefix(HUB), cache_folder(self.cache_dir))
+            if fetched is None:
+                raise NotFetched(
+                    f"--model_path {path} has not been downloaded, and {self.dataset_name!r} is "
+                    "only known from its files: run once without --dry-run",
+                    self.fetch,
+                )
+            path = str(fetched)
+        own = _existing(path, "--model_path")
+        assert own is not None
+        return describe(str(self.dataset_name), own, self.model_family)
 
     def files(self, card: Card) -> Files:
         """One's own files, those that come along with the toolkit, or else fetched ones.
@@ -120,7 +109,7 @@ class ModelSource:
         What ``card`` has beside its main file is only fetched along with that.
         """
         folder = cache_folder(self.cache_dir)
-        main = self._own() or card.bundled
+        main = self.fetch() or card.bundled
         companion = _existing(self.companion_path, "--companion_path")
         if companion is not None and card.companion is None:
             raise UserError(
@@ -137,23 +126,26 @@ class ModelSource:
             companion = _fetch(card.companion["url"], folder, card.companion["sha256"])
         return Files(_fetch(card.url or "", folder, card.sha256), companion)
 
-    def load(self, dtype: str | None, world: World) -> Model:
-        """The model on this process's device, its network in ``dtype`` (default float32).
+    def load(self, here: World) -> Model:
+        """The model on this process's device.
 
         Rank 0 goes first, as it may have to fetch files.  Raises UserError for an unknown dtype,
         and for weights that are missing, altered, or of another network.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
-        if not world.is_main:
-            world.barrier()
+        if self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
+        if here.device.type == "mps" and self.dtype == "float64":
+            raise UserError("device 'mps' has no float64: use --dtype float32, or --device cpu")
+        if not here.is_main:
+            here.barrier()
         card = self.card()
         files = self.files(card)
-        if world.is_main:
-            world.barrier()
-        return FAMILIES[card.family](card, files, world.device, DTYPES[dtype or "float32"])
+        if here.is_main:
+            here.barrier()
+        return FAMILIES[card.family](card, files, here.device, DTYPES[self.dtype])
 
-    def _own(self) -> Path | None:
+    def fetch(self) -> Path | None:
+        """One's own file or folder, downloaded if it lies on the hub; call it on one rank only."""
         if self.model_path is not None and self.model_path.startswith(HUB):
             return _fetch(self.model_path, cache_folder(self.cache_dir), None)
         return _existing(self.model_path, "--model_path")
@@ -163,7 +155,7 @@ def load_model(
     name: str,
     *,
     device: str | torch.device,
-    dtype: str | None = None,
+    dtype: str = "float32",
     model_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> Model:
@@ -172,8 +164,9 @@ def load_model(
         name,
         None if model_path is None else str(model_path),
         cache_dir=None if cache_dir is None else str(cache_dir),
+        dtype=dtype,
     )
-    return source.load(dtype, World(0, 1, torch.device(device)))
+    return source.load(World(0, 1, torch.device(device)))
 
 
 def _existing(path: str | None, flag: str) -> Path | None:

@@ -1,1 +1,1 @@
-"""Images and captions on disk: reading, decoding and drawing them."""
+"""Images and captions on disk: the one place that reads and writes them."""

@@ -1,4 +1,4 @@
-"""Prompts from a file."""
+"""Prompts from text files and CSVs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ COLUMN = "text"  #: of a CSV of captions
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a CSV with a column ``text``, or of a text file with a prompt a line.
+    """The prompts in the column ``text`` of a CSV, or in the lines of another text file.
 
-    The place of a prompt is the seed of its image, so none is passed over: UserError names the
-    row of an empty one, and a file that holds no prompts.
+    The index of a prompt is the seed of its image, so none is skipped: raises UserError for an
+    empty prompt, naming its row, and for a file without prompts.
     """
     path = Path(path)
     try:
@@ -39,7 +39,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
 
 def _column(file: TextIO, path: Path) -> list[str]:
-    """The texts of a CSV; "" where a row is too short (csv.DictReader would drop blank lines)."""
+    """The texts of a CSV; "" for a row that is too short (csv.DictReader would drop blank rows)."""
     reader = csv.reader(file)
     names = next(reader, [])
     if COLUMN not in names:
@@ -47,5 +47,5 @@ def _column(file: TextIO, path: Path) -> list[str]:
             f"{path} has the columns {', '.join(names) or 'none'} and none called {COLUMN!r}: "
             "rename the column of the prompts"
         )
-    at = names.index(COLUMN)
-    return [row[at] if at < len(row) else "" for row in reader]
+    column = names.index(COLUMN)
+    return [row[column] if column < len(row) else "" for row in reader]

@@ -76,20 +76,18 @@ def load_aesthetic(folder: Path, head: Path, device: torch.device, model: str) -
     """
     rate = load_head(head).to(device)
     vision = open_model(folder, "CLIPVisionModelWithProjection", device)
-    embed = _image_tower(vision, folder, device)
-    width = next(rate.parameters()).shape[1]
-    if width != embed.dim:
+    width, dim = next(rate.parameters()).shape[1], vision.visual_projection.out_features
+    if width != dim:
         raise ValueError(
             f"{head} rates embeddings of {width} numbers, but the CLIP in {folder} makes "
-            f"{embed.dim}: give the one that it was trained on."
+            f"{dim}: give the one that it was trained on."
         )
+    ratings = _image_tower(vision, folder, device, rate)
 
-    @torch.no_grad()
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        rated: Tensor = rate(F.normalize(embed(images)))
-        return rated[:, 0].double().cpu()
+        return ratings(images)[:, 0].double().cpu()
 
-    sha256 = f"{embed.sha256}, {files_sha256(head)}"
+    sha256 = f"{ratings.sha256}, {files_sha256(head)}"
     return Scorer("aesthetic", f"{model}, {head.name}", sha256, score)
 
 
@@ -140,7 +138,14 @@ class _Improved(nn.Module):
         return rated
 
 
-def _image_tower(model: Any, folder: Path, device: torch.device) -> Detector:
+def _image_tower(
+    model: Any, folder: Path, device: torch.device, head: nn.Module | None = None
+) -> Detector:
+    """Embeddings of images; with a ``head``, its output for embeddings of length one.
+
+    The head is part of the detector, so that it sees ``CHUNK`` images at once as well: the last
+    bit of a matrix product depends on its shape.
+    """
     size = model.vision_model.config.image_size
 
     def features(images: Tensor) -> Tensor:
@@ -148,9 +153,10 @@ def _image_tower(model: Any, folder: Path, device: torch.device) -> Detector:
         embedding: Tensor = model.visual_projection(
             model.vision_model(pixel_values=x).pooler_output
         )
-        return embedding
+        return embedding if head is None else head(F.normalize(embedding))
 
-    id = DetectorId("clip", folder_sha256(folder), model.visual_projection.out_features)
+    dim = model.visual_projection.out_features if head is None else 1
+    id = DetectorId("clip", folder_sha256(folder), dim)
     return Detector(id, features, device, resize=RESIZE)
 
 

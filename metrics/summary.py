@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from image_data.sources import choose
 from metrics.detectors import REFERENCES, Detector
+from metrics.draws import choose
 from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
 
 T = TypeVar("T")

@@ -8,13 +8,14 @@ every score ``g`` by ``B g``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pds.operators import Preconditioner
+from plans.process import ForwardProcess
 from solvers.driver import Meter
 from solvers.grids import get_grid
 
@@ -53,7 +54,7 @@ class Chain:
     def nfe(self, cost: int = 1) -> int:
         return len(self.levels) * (self.n_steps + 1) * cost
 
-    def visit(self, meter: Meter, x: Tensor, normal: Callable[[tuple], Tensor]) -> Iterator[Tensor]:
+    def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
         """The states (B, C, H, W) after each iteration, from ``x = sigma_max z``.
 
         The last one is the mean of its step, without the noise (Tweedie's formula at the lowest
@@ -65,7 +66,7 @@ class Chain:
             return operators.drift((meter(x, network_sigma).x0 - x) / network_sigma**2)
 
         def noise(*name: str | int) -> Tensor:
-            return operators.noise(normal(name).to(x))
+            return operators.noise(process.normal(name).to(x))
 
         x = operators.noise(x)
         last = len(self.levels) - 1

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from plans.plan import AnyPlan, Normal, Segment, Solve
+from plans.plan import AnyPlan, Segment, Solve
+from plans.process import ForwardProcess, Noise
 from solvers.driver import Meter
 from solvers.oracle import dopri5
 
@@ -21,7 +22,12 @@ Visited = dict[tuple, Tensor]
 
 
 def exact_end(
-    plan: AnyPlan, meter: Meter, x: Tensor, normal: Normal, visited: Visited, tol: float
+    plan: AnyPlan,
+    meter: Meter,
+    x: Tensor,
+    noise: Noise,
+    visited: Visited,
+    tol: float,
 ) -> Tensor:
     """Where ``plan`` ends from the state ``x`` (B, C, H, W) if dopri5 solves every walk.
 
@@ -29,24 +35,27 @@ def exact_end(
     tolerances.  ``visited`` is filled with every state on the way: plans that begin alike, with
     the same ``x`` and draws, share them.
     """
+    process = ForwardProcess.of(noise)
     path: tuple = ()
-    for part in plan:
-        if isinstance(part, Solve):
-            path = (*path, tuple(part.ts[_ends(part.ts)].tolist()))
+    for segment in plan:
+        if isinstance(segment, Solve):
+            path = (*path, tuple(segment.ts[_ends(segment.ts)].tolist()))
         else:
-            path = (*path, part)
+            path = (*path, segment)
         if path not in visited:
-            visited[path] = _follow(part, meter, x, normal, tol)
+            visited[path] = _follow(segment, meter, x, process, tol)
         x = visited[path]
     return x
 
 
-def _follow(part: Segment, meter: Meter, x: Tensor, normal: Normal, tol: float) -> Tensor:
-    if not isinstance(part, Solve):
-        for state in part.visit(meter, x, normal):
+def _follow(
+    segment: Segment, meter: Meter, x: Tensor, process: ForwardProcess, tol: float
+) -> Tensor:
+    if not isinstance(segment, Solve):
+        for state in segment.visit(meter, x, process):
             x = state
         return x
-    ends = part.ts[_ends(part.ts)]
+    ends = segment.ts[_ends(segment.ts)]
     if len(ends) == 2:
         return dopri5(meter, x, ends, tol, tol).x[-1]
     if ends[0] > ends[1]:

@@ -1,4 +1,4 @@
-"""A plan is a sequence of parts: walks down (`Solve`), jumps back up in noise (`Jump`), or others.
+"""A plan is a sequence of segments: walks down (`Solve`), jumps back up (`Jump`), or others.
 
 A classic solver is the plan of one `Solve`; Restart (Xu et al. 2023, arXiv:2306.14878,
 algorithm 1) and EDM's stochastic sampler (Karras et al. 2022, arXiv:2206.00364, algorithm 2)
@@ -8,22 +8,19 @@ are plans with jumps.  Plans are data: running one changes nothing in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from plans.pfgmpp import spread
+from plans.process import ForwardProcess, Noise, lift_std
 from solvers.driver import Meter, integrate, planned_nfe
 from solvers.types import Denoiser, Guide, Solver, Trajectory
 
 #: Two times closer than this (relative) are the same point of a plan.
 TIME_TOLERANCE = 1e-9
-
-#: The standard normal draw of a name, shaped like the state.
-Normal = Callable[[tuple], Tensor]
 
 
 class Segment(Protocol):
@@ -43,7 +40,7 @@ class Segment(Protocol):
         """Network evaluations that it will spend, at ``cost`` per call."""
         ...
 
-    def visit(self, meter: Meter, x: Tensor, normal: Normal) -> Iterator[Tensor]:
+    def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
         """From the state ``x`` (B, C, H, W) at ``start``: the states at ``times``, as they come."""
         ...
 
@@ -76,7 +73,7 @@ class Solve:
     def nfe(self, cost: int = 1) -> int:
         return planned_nfe(self.solver, self.ts, self.guide, self.afs, cost)
 
-    def visit(self, meter: Meter, x: Tensor, normal: Normal) -> Iterator[Tensor]:
+    def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
         yield from integrate(self.solver, meter, x, self.ts, self.guide, self.afs).x[1:]
 
 
@@ -84,16 +81,14 @@ class Solve:
 class Jump:
     """Noise that lifts the state: ``x + scale sqrt(t_to^2 - t_from^2) z``, ``z`` a named draw.
 
-    With ``scale = 1`` this is the forward process, which keeps the marginal distribution.  Under
-    PFGM++ ``z`` is multiplied by a random strength of its own (see `plans.pfgmpp`), drawn by
-    the name ``(*name, "spread")``.
+    With ``scale = 1`` this is the forward process, which keeps the marginal distribution; the
+    kernel of the model's process (`plans.process`) makes the noise.
     """
 
     t_from: float
     t_to: float  #: at least ``t_from``; equal means that the jump does nothing and draws nothing
     name: tuple
     scale: float = 1.0
-    pfgmpp: int | None = None  #: dimensions D that a PFGM++ model adds to the data's
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_from <= self.t_to < math.inf:
@@ -104,11 +99,10 @@ class Jump:
     @property
     def std(self) -> float:
         """Standard deviation of the added noise."""
-        return self.scale * math.sqrt((self.t_to - self.t_from) * (self.t_to + self.t_from))
+        return lift_std(self.t_from, self.t_to, self.scale)
 
     def __str__(self) -> str:
-        kernel = "" if self.pfgmpp is None else f" (PFGM++, D = {self.pfgmpp})"
-        return f"jump {self.t_from:g} -> {self.t_to:g} with noise {self.std:g}{kernel}"
+        return f"jump {self.t_from:g} -> {self.t_to:g} with noise {self.std:g}"
 
     @property
     def start(self) -> float:
@@ -121,66 +115,57 @@ class Jump:
     def nfe(self, cost: int = 1) -> int:
         return 0
 
-    def visit(self, meter: Meter, x: Tensor, normal: Normal) -> Iterator[Tensor]:
-        if not self.times:
-            return
-        noise = self.std * normal(self.name).to(x)
-        if self.pfgmpp is not None:
-            ratio, draw = self.t_from / self.t_to, normal((*self.name, "spread"))
-            noise = noise * spread(ratio, self.pfgmpp, draw).to(x.dtype).to(x.device)
-        yield x + noise
+    def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
+        if self.times:
+            yield process.lift(x, self.t_from, self.t_to, self.name, self.scale)
 
 
 Plan = tuple[Solve | Jump, ...]
-AnyPlan = tuple[Segment, ...]  #: that may have parts of other kinds
-P = TypeVar("P", Plan, AnyPlan)
+AnyPlan = tuple[Segment, ...]  #: that may have segments of other kinds
 
 
-def with_kernel(plan: P, pfgmpp: int | None) -> P:
-    """``plan`` with the jumps of PFGM++ for that many added dimensions; None is Gaussian."""
-    return tuple(replace(part, pfgmpp=pfgmpp) if isinstance(part, Jump) else part for part in plan)
-
-
-def run_plan(plan: AnyPlan, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Trajectory:
+def run_plan(plan: AnyPlan, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Trajectory:
     """Run ``plan`` from the state ``x`` (B, C, H, W) at its first time.
 
-    ``normal(name)`` returns the standard normal draw of that name, shaped like ``x``.  The
-    solver's history ends at every jump.  Returns all states in the order in which they were
-    visited, the start and the landing point of each jump included, so the times go up at jumps;
-    ``nfe`` counts the whole plan.  Raises ValueError for a plan with a gap.
+    ``noise`` is the model's forward process, or, for a Gaussian one, a function that returns the
+    standard normal draw of a name, shaped like ``x``.  The solver's history ends at every jump.
+    Returns all states in the order in which they were visited, the start and the landing point of
+    each jump included, so the times go up at jumps; ``nfe`` counts the whole plan.  Raises
+    ValueError for a plan with a gap.
     """
     meter = Meter.of(denoiser)
     spent = meter.nfe
-    xs = torch.stack([x, *visit_plan(plan, meter, x, normal)])
+    xs = torch.stack([x, *visit_plan(plan, meter, x, noise)])
     return Trajectory(torch.tensor(plan_times(plan), dtype=torch.float64), xs, meter.nfe - spent)
 
 
-def visit_plan(plan: AnyPlan, meter: Meter, x: Tensor, normal: Normal) -> Iterator[Tensor]:
+def visit_plan(plan: AnyPlan, meter: Meter, x: Tensor, noise: Noise) -> Iterator[Tensor]:
     """The states of `run_plan` after the start, one by one: a long plan need not keep them all."""
     check_plan(plan)
-    for part in plan:
-        for state in part.visit(meter, x, normal):
+    process = ForwardProcess.of(noise)
+    for segment in plan:
+        for state in segment.visit(meter, x, process):
             yield state
             x = state
 
 
 def plan_times(plan: AnyPlan) -> list[float]:
     """The times of the plan's trajectory, the start included."""
-    return [plan[0].start, *(t for part in plan for t in part.times)]
+    return [plan[0].start, *(t for segment in plan for t in segment.times)]
 
 
 def plan_nfe(plan: AnyPlan, cost: int = 1) -> int:
     """Network evaluations that `run_plan` will spend; ``cost`` per call, jumps are free."""
-    return sum(part.nfe(cost) for part in plan)
+    return sum(segment.nfe(cost) for segment in plan)
 
 
 def check_plan(plan: AnyPlan) -> None:
-    """Raise ValueError unless the plan has parts and each begins where the last one ended."""
+    """Raise ValueError unless the plan has segments and each begins where the last one ended."""
     if not plan:
         raise ValueError("a plan needs at least one walk or jump")
     for before, after in zip(plan, plan[1:], strict=False):
         end = before.times[-1] if before.times else before.start
         if not math.isclose(end, after.start, rel_tol=TIME_TOLERANCE):
             raise ValueError(
-                f"the plan has a gap: a part ends at {end:g}, the next begins at {after.start:g}"
+                f"the plan has a gap: a segment ends at {end:g}, the next begins at {after.start:g}"
             )

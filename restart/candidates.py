@@ -8,49 +8,55 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from plans.plan import Jump, Plan
+from plans.walk import WalkSpec
 from restart.build import restart_plan
 from restart.intervals import Interval, check_interval
-from restart.tables import published_grid
 from runtime.errors import UserError
 from solvers.driver import planned_nfe
-from solvers.grids import get_grid
-from solvers.registry import NEEDS_GUIDE, SOLVERS, make_solver
+from solvers.grids import Grid
+from solvers.registry import CLASSIC
 from solvers.rules import AdamsBashforth
 
 
-class Walk(NamedTuple):
-    """How the main grid is walked."""
+@dataclass(frozen=True)
+class RestartWalks:
+    """Who walks a Restart plan: the main grid, with or without a final 0, and the descents."""
 
-    solver: str
-    afs: bool = False
-    zero: bool = False  #: append the final 0, as published; it costs one evaluation at sigma_min
+    main: WalkSpec
+    descent: WalkSpec
+    final_zero: bool = False  #: as published; the 0 costs one evaluation at sigma_min
 
-    def grid(self, nodes: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-        if self.zero:
-            return published_grid(nodes, sigma_min, sigma_max, rho)
-        return get_grid("polynomial", nodes, sigma_min, sigma_max, rho)
+    @classmethod
+    def by(
+        cls, main: str, descent: str, *, afs: bool = False, final_zero: bool = False
+    ) -> RestartWalks:
+        return cls(WalkSpec.by(main, afs), WalkSpec.by(descent), final_zero)
+
+    def grid(self, grid: Grid, nodes: int) -> Tensor:
+        """The main grid with that many nodes, a final 0 not counted."""
+        return grid.closed(nodes) if self.final_zero else grid.nodes(nodes)
 
     def label(self, nodes: int) -> str:
-        return f"{self.solver}({nodes}{'+0' if self.zero else ''}){' afs' if self.afs else ''}"
+        zero, afs = "+0" if self.final_zero else "", " afs" if self.main.afs else ""
+        return f"{self.main.name}({nodes}{zero}){afs}"
 
 
 #: (t_min, t_max): the published CIFAR-10 interval, and wider, higher ones for coarse grids.
 INTERVALS = ((0.06, 0.30), (0.30, 1.09), (1.09, 5.0))
 
-#: Main walk and restart solver: Restart as published, then what is strong at few evaluations.
-#: Euler is left out: iPNDM spends the same evaluations better, and its one-step walk is Euler.
+#: Restart as published, then what is strong at few evaluations.  Euler is left out: iPNDM makes
+#: better use of the same evaluations, and its one-step walk is Euler.
 WALKS = (
-    (Walk("heun", zero=True), "heun"),
-    (Walk("heun", afs=True), "heun"),
-    (Walk("ipndm", afs=True), "heun"),
-    (Walk("ipndm", afs=True), "ipndm"),
+    RestartWalks.by("heun", "heun", final_zero=True),
+    RestartWalks.by("heun", "heun", afs=True),
+    RestartWalks.by("ipndm", "heun", afs=True),
+    RestartWalks.by("ipndm", "ipndm", afs=True),
 )
 
 
@@ -60,7 +66,9 @@ class Candidate:
 
     label: str  #: ``ipndm(5) afs | 2 x ipndm(2) 0.17..1.09``: nodes in brackets, levels at the end
     plan: Plan
-    options: dict[str, Any]  #: of ``sample.py --sampler=restart``, under their names: the same plan
+    walks: RestartWalks
+    num_steps: int  #: nodes of the main grid
+    intervals: tuple[Interval, ...]
 
 
 def candidates(
@@ -71,7 +79,7 @@ def candidates(
     rho: float = 7.0,
     cost: int = 1,
     intervals: Sequence[tuple[float, float]] = INTERVALS,
-    walks: Sequence[tuple[Walk, str]] = WALKS,
+    walks: Sequence[RestartWalks] = WALKS,
     most: int = 1,
 ) -> Iterator[Candidate]:
     """Restart plans whose NFE is ``budget``, each once, always in this order.
@@ -82,29 +90,28 @@ def candidates(
     collapse on it, and pairs that restart at one node, are left out.
     """
     seen: set[tuple] = set()
-    for walk, restart_name in walks:
-        main_solver, restart_solver = make_solver(walk.solver), make_solver(restart_name)
-        per_step = planned_nfe(restart_solver, (2.0, 1.0), cost=cost)
-        for n_main in range(2 if walk.zero else 3, budget + 3):
-            main = walk.grid(n_main, sigma_min, sigma_max, rho)
-            left = budget - planned_nfe(main_solver, main, afs=walk.afs, cost=cost)
-            for chosen in _restarts(left, per_step, intervals, most):
+    grid = Grid("polynomial", None, rho, sigma_min, sigma_max)
+    for walk in walks:
+        per_step = planned_nfe(walk.descent.solver, (2.0, 1.0), cost=cost)
+        for n_main in range(2 if walk.final_zero else 3, budget + 3):
+            nodes = walk.grid(grid, n_main)
+            spent = planned_nfe(walk.main.solver, nodes, afs=walk.main.afs, cost=cost)
+            for chosen in _restarts(budget - spent, per_step, intervals, most):
                 try:
-                    plan = restart_plan(
-                        main, chosen, main_solver, restart_solver, afs=walk.afs, rho=rho
-                    )
+                    plan = restart_plan(nodes, chosen, walk.main, walk.descent, rho=rho)
                 except UserError:  # outside this grid, or nothing left of it after snapping
                     continue
                 signature = _signature(plan)
                 if signature in seen:
                     continue
                 seen.add(signature)
-                yield _candidate(walk, n_main, restart_name, chosen, plan)
+                label = f"{walk.label(n_main)} | {_descents_label(walk, chosen, plan)}"
+                yield Candidate(label, plan, walk, n_main, tuple(chosen))
 
 
 def parse_intervals(text: str) -> list[tuple[float, float]]:
     """``0.06:0.3,1.09:5`` -> [(0.06, 0.3), (1.09, 5.0)]; UserError for anything else."""
-    found: list[tuple[float, float]] = []
+    intervals: list[tuple[float, float]] = []
     for part in filter(None, text.split(",")):
         try:
             low, high = (float(level) for level in part.split(":"))
@@ -112,31 +119,31 @@ def parse_intervals(text: str) -> list[tuple[float, float]]:
             raise UserError(
                 f"the interval {part!r} is not of the form T_MIN:T_MAX, such as 0.06:0.3"
             ) from None
-        check_interval(len(found), Interval(2, 1, low, high))
-        found.append((low, high))
-    if not found:
+        check_interval(len(intervals), Interval(2, 1, low, high))
+        intervals.append((low, high))
+    if not intervals:
         raise UserError(f"{text!r} names no interval: give some, such as 0.06:0.3,1.09:5")
-    return found
+    return intervals
 
 
-def parse_walks(text: str) -> list[tuple[Walk, str]]:
-    """``heun+0/heun,ipndm+afs/ipndm`` -> what walks the main grid, and how, and the restarts.
+def parse_walks(text: str) -> list[RestartWalks]:
+    """``heun+0/heun,ipndm+afs/ipndm`` -> what walks the main grid, and how, and the descents.
 
     ``+0`` appends the final 0, ``+afs`` makes the first slope analytic.  UserError for others.
     """
-    known = [name for name in SOLVERS if name not in NEEDS_GUIDE]
-    found: list[tuple[Walk, str]] = []
+    walks: list[RestartWalks] = []
     for part in filter(None, text.split(",")):
         form = re.fullmatch(r"(\w+)((?:\+0|\+afs)*)/(\w+)", part)
-        if form is None or form[1] not in known or form[3] not in known:
+        if form is None or form[1] not in CLASSIC or form[3] not in CLASSIC:
             raise UserError(
                 f"the walk {part!r} is not of the form MAIN[+0][+afs]/RESTART, such as "
-                f"heun+0/heun, of the solvers {', '.join(known)}"
+                f"heun+0/heun, of the solvers {', '.join(CLASSIC)}"
             )
-        found.append((Walk(form[1], "+afs" in form[2], "+0" in form[2]), form[3]))
-    if not found:
+        afs, zero = "+afs" in form[2], "+0" in form[2]
+        walks.append(RestartWalks.by(form[1], form[3], afs=afs, final_zero=zero))
+    if not walks:
         raise UserError(f"{text!r} names no walk: give some, such as heun+0/heun,ipndm+afs/ipndm")
-    return found
+    return walks
 
 
 def _restarts(
@@ -163,18 +170,14 @@ def _descents(steps: int, count: int) -> Iterator[tuple[tuple[int, int], ...]]:
                     yield ((k, own // k + 1), *others)
 
 
-def _candidate(
-    walk: Walk, n_main: int, solver: str, chosen: Sequence[Interval], plan: Plan
-) -> Candidate:
-    options: dict[str, Any] = {"main_solver": walk.solver, "restart_solver": solver}
-    options |= {"num_steps": n_main, "afs": walk.afs, "final_zero": walk.zero}
-    options["restart_info"] = {str(i): list(astuple(at)) for i, at in enumerate(chosen)}
-    jumps = {p.name[1]: p for p in plan if isinstance(p, Jump)}  # one of each, highest first
-    below = ", ".join(
-        f"{chosen[i].k} x {solver}({chosen[i].n_restart}) {jump.t_from:.2g}..{jump.t_to:g}"
+def _descents_label(walks: RestartWalks, chosen: Sequence[Interval], plan: Plan) -> str:
+    """``2 x ipndm(2) 0.17..1.09`` for each interval, the highest first."""
+    jumps = {jump.name[1]: jump for jump in plan if isinstance(jump, Jump)}
+    return ", ".join(
+        f"{chosen[i].k} x {walks.descent.name}({chosen[i].n_restart}) "
+        f"{jump.t_from:.2g}..{jump.t_to:g}"
         for i, jump in jumps.items()
     )
-    return Candidate(f"{walk.label(n_main)} | {below}", plan, options)
 
 
 def _signature(plan: Plan) -> tuple:
@@ -182,12 +185,12 @@ def _signature(plan: Plan) -> tuple:
 
     The walks say it all; jumps only join their ends.
     """
-    parts: list[tuple] = []
-    for part in plan:
-        if isinstance(part, Jump):
+    walks: list[tuple] = []
+    for segment in plan:
+        if isinstance(segment, Jump):
             continue
-        solver = part.solver
+        solver = segment.solver
         if isinstance(solver, AdamsBashforth):
-            solver = replace(solver, max_order=min(solver.max_order, len(part.ts) - 1))
-        parts.append((solver, part.afs, tuple(part.ts.tolist())))
-    return tuple(parts)
+            solver = replace(solver, max_order=min(solver.max_order, len(segment.ts) - 1))
+        walks.append((solver, segment.afs, tuple(segment.ts.tolist())))
+    return tuple(walks)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runtime.errors import UserError
 
@@ -29,8 +29,50 @@ class Interval:
         return f"[{self.n_restart}, {self.k}, {self.t_min:g}, {self.t_max:g}]"
 
 
+def interval_values(intervals: Sequence[Interval]) -> dict[str, list[float]]:
+    """The intervals as JSON values: ``{"0": [N_restart, K, t_min, t_max], ...}``."""
+    return {str(n): [i.n_restart, i.k, i.t_min, i.t_max] for n, i in enumerate(intervals)}
+
+
+def interval_json(intervals: Sequence[Interval]) -> str:
+    """The text that is read as these intervals."""
+    return json.dumps(interval_values(intervals))
+
+
 #: A configuration as it is published: nodes of the main grid, where it says so, and intervals.
 Line = tuple[int | None, tuple[Interval, ...]]
+
+
+class IntervalDefaults(Protocol):
+    """What a model's card says about Restart."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
+
+    @property
+    def restart_info(self) -> Mapping[str, list[float]]: ...
+
+
+def chosen_intervals(text: str | None, card: IntervalDefaults) -> Line:
+    """What ``--restart_info`` says, or without it the intervals that the model's card has.
+
+    Raises UserError where neither does, and as `parse_restart_line`.
+    """
+    if text:
+        return parse_restart_line(text)
+    if not card.restart_info:
+        raise UserError(
+            f"{card.name!r} has no restart intervals of its own: give --restart_info "
+            "'{\"0\": [N_restart, K, t_min, t_max]}' between its noise levels "
+            f"{card.sigma_min:.3g} and {card.sigma_max:.3g}"
+        )
+    return None, _parse_json(json.dumps(dict(card.restart_info)))
 
 
 def check_interval(i: int, interval: Interval) -> None:
@@ -51,21 +93,15 @@ def check_interval(i: int, interval: Interval) -> None:
         )
 
 
-def parse_restart_info(text: str, n_main: int | None = None) -> tuple[Interval, ...]:
+def parse_restart_info(text: str) -> tuple[Interval, ...]:
     """Intervals from JSON, from a published ``N {json}`` line, or from a file of such.
 
     JSON is ``{"0": [N_restart, K, t_min, t_max], "1": ...}``, taken in the order of its numbers.
-    A file that holds several configurations wants the number of a line: ``FILE:LINE``.  Where
-    ``n_main`` is given, an ``N`` in the text has to agree with it.  Raises UserError (one
-    sentence, naming the interval, and the file and line where there is one) for anything else.
+    Of a file that holds several configurations one is chosen by its line: ``FILE:LINE``.  Raises
+    UserError (one sentence, naming the interval, and the file and line where there is one) for
+    anything else.
     """
-    stated, intervals = parse_restart_line(text)
-    if None not in (n_main, stated) and n_main != stated:
-        raise UserError(
-            f"restart_info states {stated} main nodes, but {n_main} were asked for; "
-            "drop the number or make them equal"
-        )
-    return intervals
+    return parse_restart_line(text)[1]
 
 
 def parse_restart_line(text: str) -> Line:

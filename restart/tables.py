@@ -10,15 +10,14 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from plans.plan import Plan
+from plans.walk import Churn, WalkSpec
 from restart.build import restart_plan
 from restart.intervals import Interval, parse_restart_info
 from runtime.errors import UserError
-from solvers.grids import get_grid
-from solvers.registry import make_solver
+from solvers.grids import Grid
 
 _FILE = Path(__file__).with_name("tables.json")
 
@@ -42,6 +41,10 @@ class Configuration:
     main_solver: str = "heun"
     schedule_type: str = "polynomial"  #: of the main grid
 
+    @property
+    def churn(self) -> Churn:
+        return Churn(S_min=self.S_min, S_max=self.S_max, S_noise=self.S_noise)
+
     def plan(self) -> Plan:
         """The plan as published, on EDM's grid plus 0, with descents by Heun.
 
@@ -50,10 +53,8 @@ class Configuration:
         return restart_plan(
             published_grid(self.n_main),
             self.intervals,
-            make_solver(self.main_solver),
-            S_noise=self.S_noise,
-            S_min=self.S_min,
-            S_max=self.S_max,
+            WalkSpec.by(self.main_solver),
+            churn=self.churn,
             restart_gamma=self.restart_gamma,
         )
 
@@ -62,8 +63,7 @@ def published_grid(
     n_main: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> Tensor:
     """The main grid of Restart and of EDM's sampler: ``n_main`` polynomial nodes, then 0."""
-    nodes = get_grid("polynomial", n_main, sigma_min, sigma_max, rho)
-    return torch.cat([nodes, nodes.new_zeros(1)])
+    return Grid("polynomial", n_main, rho, sigma_min, sigma_max).closed()
 
 
 @cache

@@ -53,6 +53,10 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def share(self, batch: int) -> int:
+        """This process's part of a batch that is given for all processes, rounded up."""
+        return -(-batch // self.size)
+
     def shard(self, items: Sequence[T]) -> Sequence[T]:
         """Every ``size``-th item, starting at ``rank``: this rank's part of the work."""
         return items[self.rank :: self.size]

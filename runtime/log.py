@@ -6,6 +6,7 @@ Everything here is written by rank 0; pass ``enabled=world.is_main`` and call it
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from runtime.dist import environment
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
@@ -98,6 +100,12 @@ class TextLog:
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(message + "\n")
+
+
+def note(text: str | None) -> None:
+    """Print ``text``, if any, to stderr, above a progress bar; on the main process alone."""
+    if text and environment()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def progress(

@@ -9,15 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
-from denoisers.prior import start
-from denoisers.registry import Model
-from plans.plan import plan_times, visit_plan, with_kernel
+from denoisers.protocol import Model
+from plans.plan import plan_times, visit_plan
 from runtime.errors import UserError
-from runtime.noise import SeedNoise
 from samplers.sampler import Sampler
-from solvers.driver import Meter
-from solvers.types import Denoiser, Trajectory
+from solvers.types import Trajectory
 
 
 class SampleBatch(NamedTuple):
@@ -56,6 +54,8 @@ def generate(
     given.check(model.card, seeds)
     check_coupled(sampler, len(seeds), batch)
     device = torch.device(device)
+    if sampler.student is not None:
+        sampler.student.predictor.to(device)
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
     return (
         _batch(sampler, model, tuple(chunk), device, dtype, given, keep_trajectory, watch)
@@ -83,17 +83,17 @@ def _batch(
     keep: bool,
     watch: Callable[[int, int], object] | None,
 ) -> SampleBatch:
-    noise = SeedNoise(seeds)
-    meter = Meter(_bind(sampler, model, noise, conditions, device))
-
-    def normal(name: str | tuple) -> Tensor:
-        return noise.normal(name, model.card.shape, dtype, device)
-
-    x = start(model.card, noise, sampler.start, dtype, device)
+    drawn = SeededBatch.open(model, conditions, seeds, dtype, device)
+    meter = drawn.meter
+    if drawn.denoiser.cost != sampler.cost:
+        raise UserError(
+            f"a call of {model.card.name!r} costs {drawn.denoiser.cost} evaluations but the plan "
+            f"counts {sampler.cost}: check --guidance_rate {sampler.guidance_rate}"
+        )
+    x = drawn.start(sampler.start)
     times = plan_times(sampler.plan)
     kept = [model.decode(x)] if keep else []
-    plan = with_kernel(sampler.plan, model.card.pfgmpp)  # whatever it was built for
-    states = visit_plan(plan, meter, x, normal)
+    states = visit_plan(sampler.plan, meter, x, drawn.process)
     for number, x in enumerate(states, 1):
         if keep:
             kept.append(model.decode(x))
@@ -108,19 +108,3 @@ def _batch(
         return SampleBatch(seeds, x, meter.nfe, model.decode(x), None)
     t = torch.tensor(times, dtype=torch.float64)
     return SampleBatch(seeds, x, meter.nfe, kept[-1], Trajectory(t, torch.stack(kept), meter.nfe))
-
-
-def _bind(
-    sampler: Sampler,
-    model: Model,
-    noise: SeedNoise,
-    conditions: Conditions,
-    device: torch.device,
-) -> Denoiser:
-    denoiser = conditions.bind(model, noise, device)
-    if denoiser.cost != sampler.cost:
-        raise UserError(
-            f"a call of {model.card.name!r} costs {denoiser.cost} evaluations but the plan counts "
-            f"{sampler.cost}: check --guidance_rate {sampler.guidance_rate}"
-        )
-    return denoiser

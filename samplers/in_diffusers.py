@@ -9,6 +9,7 @@ All else stays the pipeline's own: prompts, guidance, adapters, decoding, the sa
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from denoisers.families.diffusers.model import Bottleneck, Prediction
 from plans.plan import Solve
 from runtime.errors import UserError
 from solvers.driver import integrate, planned_nfe
+from solvers.grids import TimeMaps
 from solvers.types import Denoised
 
 TOLERANCE = 1e-2  #: by which a grid may leave the levels that the model was trained on
@@ -33,10 +35,12 @@ def use_predictor(pipe: Any, spec: str | Path, root: str | Path = "exps") -> Wal
     ``num_inference_steps`` as the returned scheduler says, and with the ``guidance_scale`` that
     the predictor was trained with.  Raises UserError for a predictor of another model.
     """
-    predictor, student, _ = load_predictor(str(spec), root)
+    student = load_predictor(str(spec), root)
+    settings = student.settings
     schedule = Prediction.of(pipe.scheduler.config, type(pipe).__name__).schedule
-    grid = student.grid(sigma=schedule.sigma, sigma_inv=schedule.sigma_inv)
-    return WalkScheduler.install(pipe, Solve(student.solver(), grid, predictor, student.afs))
+    grid = replace(settings.grid, time_maps=TimeMaps(schedule.sigma, schedule.sigma_inv))
+    walk = Solve(settings.solver(), grid.nodes(), student.predictor, settings.afs)
+    return WalkScheduler.install(pipe, walk)
 
 
 class _NeedsNetwork(Exception):

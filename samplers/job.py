@@ -1,27 +1,25 @@
-"""A sampling run from resolved options to a folder of images."""
+"""A sampling run: from its options to a folder of images."""
 
 from __future__ import annotations
 
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from amed.experiments import PREDICTOR, find_run, load_predictor
+from amed.experiments import load_predictor
 from denoisers.cards import Card
-from denoisers.conditions import Conditions
-from denoisers.registry import Model, ModelSource
-from runtime.dist import World
+from denoisers.conditions import ConditionOptions, Conditions
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
+from runtime.dist import World, environment
 from runtime.errors import UserError
-from runtime.files import sha256_file
-from runtime.log import progress, watch_batch
+from runtime.log import note, progress, watch_batch
+from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.folder import Folder
 from samplers.generate import check_coupled, generate
@@ -32,83 +30,112 @@ DEFAULT_DATASET = "cifar10-small"
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a run is about besides its sampler; None means the default."""
+class SampleOptions:
+    """What ``sample.py`` is asked for, under the names of its flags."""
 
-    seeds: str
+    model: ModelSource = field(default_factory=ModelSource)
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    predictor_path: str | None = None
+    seeds: str = "0-63"
     batch: int = 64  #: over all processes
-    dataset_name: str | None = None
-    model_path: str | None = None
-    model_family: str | None = None
-    companion_path: str | None = None
-    cache_dir: str | None = None
-    label: int | None = None  #: the class of every image
-    prompt: str | None = None
-    prompt_path: str | None = None
-    guidance_type: str | None = None
-    dtype: str = "float32"  #: of the network; the state is float64 for float64, else float32
     outdir: str | None = None
     subdirs: bool = False
     grid: bool = False
     return_inters: bool = False
 
-    def source(self, name: str) -> ModelSource:
-        """Where the model called ``name`` comes from."""
-        return ModelSource(
-            name, self.model_path, self.model_family, self.companion_path, self.cache_dir
-        )
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == "float64" else torch.float32
-
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """A run that is ready to start; nothing has been written yet."""
+    """A run that is ready to start; nothing has been loaded or written yet."""
 
-    sampler: Sampler
+    options: SampleOptions
     source: ModelSource
     card: Card
-    setup: Setup
+    sampler: Sampler
     seeds: list[int]
     folder: Folder
     conditions: Conditions
 
-    def record(self, weights_sha256: str | None, world: World) -> RunRecord:
+    def record(self, weights_sha256: str | None, here: World | None = None) -> RunRecord:
         """The record of this run; its metered NFE is null until the work is done."""
-        setup = self.setup
-        options: dict[str, Any] = {
+        asked = flat_options(self.options)
+        own = {key: asked[key] for key in RECORDED}
+        resolved: dict[str, Json] = {
+            **own,
             "dataset_name": self.card.name,
-            "model_path": setup.model_path,
-            "model_family": setup.model_family,
-            "companion_path": setup.companion_path,
-            "seeds": setup.seeds,
-            "class": setup.label,
-            "prompt": setup.prompt,
-            "prompt_path": setup.prompt_path,
+            "class": self.options.conditions.label,
             "prompts": self.conditions.describe(),
-            "dtype": setup.dtype,
-            "subdirs": setup.subdirs,
-            "batch": setup.batch,
-            "device": str(world.device),
-            "world_size": world.size,
-            "grid": setup.grid,
-            "return_inters": setup.return_inters,
+            "device": None if here is None else str(here.device),
+            "world_size": None if here is None else here.size,
             "outdir": str(self.folder.path),
         }
-        model = {"name": self.card.name, "sha256": weights_sha256}
+        model: dict[str, Json] = {"name": self.card.name, "sha256": weights_sha256}
         plan = {**self.sampler.describe(), "nfe_metered": None}
         if self.sampler.coupled:  # other seeds make other images, even of the same seeds
-            plan["coupled_seeds"] = setup.seeds
-        return RunRecord.make("sample", options, model, plan)
+            plan["coupled_seeds"] = self.options.seeds
+        return RunRecord.make("sample", resolved, model, plan)
 
-    def known_sha256(self) -> str | None:
-        """Hash of the weights as far as it is known without loading or fetching them."""
-        path = self.setup.model_path
-        if path is None:
-            return self.card.sha256
-        return sha256_file(path) if Path(path).is_file() else None
+    def outline(self) -> str:
+        """The record, for a dry run."""
+        return self.record(self.source.known_sha256).to_json()
+
+    def open_model(self, here: World) -> Model:
+        """The loaded model; says so where the predictor was trained on another."""
+        model, student = self.source.load(here), self.sampler.student
+        if student is not None:
+            note(student.note_on(model.sha256))
+        return model
+
+    def run(self, here: World, model: Model | None = None) -> SamplingResult:
+        """Make the images that the folder lacks, on all processes, and complete its record.
+
+        ``model`` is the job's, where it is loaded already.
+        """
+        check_coupled(self.sampler, len(self.seeds), self.options.batch, here.size)
+        model = model or self.open_model(here)
+        opened = None
+        if here.is_main:
+            opened = self.folder.open(self.record(model.sha256, here), self.seeds)
+        record, missing = here.broadcast_object(opened) or (None, [])
+        if self.sampler.coupled and missing:
+            missing = self.seeds
+        begin = time.perf_counter()
+        nfe, images = self._make(missing, model, here)
+        seconds = time.perf_counter() - begin
+        pictures: list[Path] = []
+        if here.is_main:
+            if images and record is not None:
+                self.folder.close(record, int(nfe / images))
+            if self.options.grid:
+                pictures.append(self.folder.save_grid(self.seeds))
+            if self.options.return_inters:
+                pictures.append(self.folder.save_strips(self.seeds))
+        kept = len(self.seeds) - len(missing)
+        path = self.folder.path
+        return SamplingResult(path, images, kept, self.sampler.nfe, seconds, tuple(pictures))
+
+    def _make(self, missing: list[int], model: Model, here: World) -> tuple[float, int]:
+        """Make and save the images of the seeds; their metered NFE in all, and how many."""
+        spent = torch.zeros(2, dtype=torch.float64)  # NFE of all images, images
+        with progress(len(missing), self.sampler.label, "img", enabled=here.is_main) as bar:
+            for batch in generate(
+                self.sampler,
+                model,
+                here.shard(missing),
+                batch=here.share(self.options.batch),
+                device=here.device,
+                dtype=self.source.state_dtype,
+                conditions=self.conditions,
+                keep_trajectory=self.options.return_inters,
+                watch=watch_batch(bar),
+            ):
+                self.folder.save(batch)
+                count = len(batch.seeds)
+                spent += torch.tensor([batch.nfe * count, count])
+                bar.update(min(count * here.size, len(missing) - bar.n))
+        nfe, images = here.sum_(spent).tolist()
+        return nfe, int(images)
 
 
 @dataclass(frozen=True)
@@ -117,134 +144,48 @@ class SamplingResult:
 
     folder: Path
     made: int
-    found: int  #: images that were there already
+    kept: int  #: images that were there already
     nfe: int  #: planned, and metered on every batch
     seconds: float
     pictures: tuple[Path, ...]
 
     def __str__(self) -> str:
         rate = f", {self.made / self.seconds:.1f} images/s" if self.made else ""
-        kept = f" ({self.found} were there already)" if self.found else ""
+        kept = f" ({self.kept} were there already)" if self.kept else ""
         lines = [f"{self.folder}: {self.made} images made{kept}, {self.nfe} NFE each{rate}"]
         return "\n".join([*lines, *map(str, self.pictures)])
 
 
-def prepare(
-    options: SamplerOptions, predictor_path: str | None, setup: Setup, world: World
-) -> SamplingJob:
+#: Options that a record holds as they were given.
+RECORDED = (
+    "model_path", "model_family", "companion_path", "seeds", "prompt", "prompt_path", "dtype",
+    "subdirs", "batch", "grid", "return_inters",
+)  # fmt: skip
+
+
+def prepare(options: SampleOptions) -> SamplingJob:
     """Resolve everything that can be wrong before anything is loaded or written.
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    seeds = parse_seeds(setup.seeds)
-    if world.device.type == "mps" and setup.dtype == "float64":
-        raise UserError("device 'mps' has no float64: use --dtype float32, or --device cpu")
-    if predictor_path is None and options.sampler is None:
+    seeds = parse_seeds(options.seeds)
+    spec, asked = options.predictor_path, options.sampler
+    if spec is None and asked.sampler is None:
         raise UserError("nothing says how to sample: give --predictor_path or --sampler")
-    if predictor_path is not None:
-        source, sampler = _learned(options, predictor_path, setup, world)
+    if spec is None:
+        source = options.model.named(DEFAULT_DATASET)
         card = source.card()
+        sampler = build(asked, card)
     else:
-        source = setup.source(setup.dataset_name or DEFAULT_DATASET)
+        student = load_predictor(spec, "exps")
+        source = options.model.named(student.settings.dataset_name)
         card = source.card()
-        sampler = build(options, card)
-    conditions = Conditions.of(
-        card,
-        setup.prompt,
-        setup.prompt_path,
-        setup.label,
-        sampler.guidance_rate,
-        setup.guidance_type,
-    )
+        student.predictor.to(source.state_dtype)
+        sampler = build_learned(asked, student, card)
+    rate = sampler.guidance_rate
+    conditions = options.conditions.at(rate).resolve(card)
     conditions.check(card, seeds)
-    check_coupled(sampler, len(seeds), setup.batch, world.size)
-    path = setup.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
-    folder = Folder(Path(path), setup.subdirs, setup.return_inters)
-    return SamplingJob(sampler, source, card, setup, seeds, folder, conditions)
-
-
-def run(job: SamplingJob, world: World, model: Model | None = None) -> SamplingResult:
-    """Make the images that the folder lacks, on all processes, and complete its record.
-
-    ``model`` is the job's, where it is loaded already.
-    """
-    setup, folder = job.setup, job.folder
-    model = open_model(job, world, model)
-    record, missing = world.broadcast_object(
-        folder.open(job.record(model.sha256, world), job.seeds) if world.is_main else None
-    ) or (None, [])
-    if job.sampler.coupled and missing:
-        missing = job.seeds
-    spent = torch.zeros(2, dtype=torch.float64)  # NFE of all images, images
-    begin = time.perf_counter()
-    with progress(len(missing), job.sampler.label, "img", enabled=world.is_main) as bar:
-        for batch in generate(
-            job.sampler,
-            model,
-            world.shard(missing),
-            batch=-(-setup.batch // world.size),
-            device=world.device,
-            dtype=setup.state_dtype,
-            conditions=job.conditions,
-            keep_trajectory=setup.return_inters,
-            watch=watch_batch(bar),
-        ):
-            folder.save(batch)
-            count = len(batch.seeds)
-            spent += torch.tensor([batch.nfe * count, count])
-            bar.update(min(count * world.size, len(missing) - bar.n))
-    nfe, made = world.sum_(spent).tolist()
-    seconds = time.perf_counter() - begin
-    pictures: list[Path] = []
-    if world.is_main:
-        if made and record is not None:
-            folder.close(record, int(nfe / made))
-        if setup.grid:
-            pictures.append(folder.save_grid(job.seeds))
-        if setup.return_inters:
-            pictures.append(folder.save_strips(job.seeds))
-    found = len(job.seeds) - len(missing)
-    return SamplingResult(folder.path, int(made), found, job.sampler.nfe, seconds, tuple(pictures))
-
-
-def open_model(job: SamplingJob, world: World, model: Model | None = None) -> Model:
-    """The model of a job, loaded unless given; notes where a predictor was trained on another."""
-    model = model or job.source.load(job.setup.dtype, world)
-    note = _other_weights(job.sampler, model.sha256)
-    if note and world.is_main:
-        tqdm.write(note, file=sys.stderr)
-    return model
-
-
-def _learned(
-    options: SamplerOptions, spec: str, setup: Setup, world: World
-) -> tuple[ModelSource, Sampler]:
-    root = Path("exps")
-    predictor, student, record = load_predictor(spec, root)
-    predictor = predictor.to(dtype=setup.state_dtype).to(world.device)
-    source = setup.source(setup.dataset_name or student.dataset_name)
-    name = _name(find_run(spec, root))
-    return source, build_learned(options, predictor, student, record, name, source.card())
-
-
-def _other_weights(sampler: Sampler, sha256: str) -> str | None:
-    """A warning where a predictor was trained on other weights than these.
-
-    No error: the same network in another file has another hash as well.
-    """
-    record = sampler.settings.get("predictor_record", {})
-    trained = record.get("model", {}).get("sha256")
-    if trained in (None, sha256):
-        return None
-    return (
-        f"note: {sampler.label} was trained on weights with the SHA-256 {trained[:12]}..., and "
-        f"these have {sha256[:12]}...: unless they are the same network, train one for them"
-    )
-
-
-def _name(path: Path) -> str:
-    """The folder of a predictor; with the file's stem for a snapshot in it."""
-    path = path.resolve()
-    if path.name == PREDICTOR:
-        path = path.parent
-    return path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
+    check_coupled(sampler, len(seeds), options.batch, environment()[1])
+    path = options.outdir or f"samples/{card.name}/{sampler.label}_nfe{sampler.nfe}"
+    folder = Folder(Path(path), options.subdirs, options.return_inters)
+    return SamplingJob(options, source, card, sampler, seeds, folder, conditions)

@@ -1,20 +1,25 @@
-"""What a person may ask of a sampler, and which sampler takes what."""
+"""The options of samplers, and which sampler takes which."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+from plans.walk import Churn
 from runtime.errors import UserError
+from solvers.grids import Grid
+from solvers.registry import CLASSIC, SOLVERS, SolverOptions
 
-CLASSIC = ("euler", "heun", "dpm", "dpm3", "dpmpp", "dpmpp3c", "ipndm")
 LEARNED = ("main", "restart", "both")
 SAMPLERS = (*CLASSIC, "ddpm", "edm", "restart", "pds")
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Options under the names of their flags; None means the default of the sampler."""
+    """Options under the names of their flags; None means the default of the sampler.
+
+    A `Sampler` carries the same type with every option that it takes filled in.
+    """
 
     sampler: str | None = None
     num_steps: int | None = None  #: nodes of the (main) grid, a final 0 not counted
@@ -50,6 +55,36 @@ class SamplerOptions:
     batch_coupled: bool | None = None
     guidance_rate: float | None = None
 
+    @property
+    def grid(self) -> Grid:
+        """The (main) time grid."""
+        schedule = self.schedule_type or "polynomial"
+        return Grid(schedule, self.num_steps, self.schedule_rho, self.sigma_min, self.sigma_max)
+
+    @property
+    def solver_options(self) -> SolverOptions:
+        form = self.predict_x0, self.lower_order_final, self.thresholding
+        return SolverOptions(self.max_order, *form, self.r)
+
+    @property
+    def churn(self) -> Churn:
+        """EDM's noise settings; without any of them, none."""
+        asked = {name: getattr(self, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
+        return Churn(**{name: value for name, value in asked.items() if value is not None})
+
+    def on(self, grid: Grid, num_steps: int) -> SamplerOptions:
+        """The options with a resolved grid, and the number of its nodes, written into them."""
+        sigma_min, sigma_max = grid.ends
+        return replace(
+            self,
+            num_steps=num_steps,
+            nfe=None,
+            schedule_type=grid.schedule_type,
+            schedule_rho=grid.rho,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+        )
+
     def given(self) -> dict[str, object]:
         """The options that were set, the sampler's name aside."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sampler"}
@@ -57,21 +92,13 @@ class SamplerOptions:
 
 
 _ANY = frozenset({"num_steps", "nfe", "schedule_rho", "sigma_min", "sigma_max", "guidance_rate"})
-_WALK = _ANY | {"afs", "schedule_type"}
-_FORM = {"predict_x0", "lower_order_final", "thresholding"}
 _NOISE = {"S_churn", "S_min", "S_max", "S_noise"}
 _RESTART = {"restart_info", "restart_config", "main_solver", "restart_solver", "restart_gamma"}
 _RESTART |= {"schedule_type", "afs", "final_zero"}
 _PDS = {"speed_up", "freq_mask_path", "space_mask_path", "alpha", "snr", "n_steps", "batch_coupled"}
 
 TAKES: dict[str, frozenset[str]] = {
-    "euler": _WALK,
-    "heun": _WALK,
-    "dpm": _WALK | {"r"},
-    "dpm3": _WALK,
-    "dpmpp": _WALK | _FORM | {"max_order"},
-    "dpmpp3c": _WALK | _FORM,
-    "ipndm": _WALK | {"max_order"},
+    **{name: _ANY | {"afs", "schedule_type"} | SOLVERS[name].options for name in CLASSIC},
     "ddpm": _ANY | {"schedule_type", "eta"},
     "edm": _ANY | _NOISE,
     "restart": _ANY | _NOISE | _RESTART,
@@ -102,7 +129,7 @@ def check_taken(
         users = " or ".join(sampler for sampler in SAMPLERS if name in TAKES[sampler])
         users = users or "restart and --predictor_path"
         raise UserError(
-            f"--{name} {value} means nothing to {what}: leave it out, "
+            f"--{name} {value} is not an option of {what}: leave it out, "
             f"or {remedy or f'use --sampler {users}'}"
         )
 

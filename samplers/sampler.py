@@ -1,24 +1,32 @@
-"""A sampler: a plan with a name and with what a record has to say about it."""
+"""A sampler: a plan with a name and the options that describe it."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from amed.experiments import TrainedStudent
 from plans.plan import AnyPlan, check_plan, plan_nfe, plan_times
 from runtime.errors import UserError
+from runtime.options import Json
+from samplers.options import TAKES, SamplerOptions
+
+#: Options that a record holds in another form, or that are resolved into others.
+_NOT_RECORDED = {"nfe", "guidance_rate", "freq_mask_path", "space_mask_path"}
 
 
 @dataclass(frozen=True, eq=False)  # plans compare by identity
 class Sampler:
-    """A plan that is ready to run, with what a record has to say about it."""
+    """A plan that is ready to run, with what a record says about it."""
 
     label: str  #: names folders and rows of tables
     plan: AnyPlan
-    settings: dict[str, Any] = field(default_factory=dict)  #: all options, resolved; JSON values
+    options: SamplerOptions = field(default_factory=SamplerOptions)  #: all of them resolved
     cost: int = 1  #: evaluations per network call: 2 under classifier-free guidance
-    guidance_rate: float | None = None
-    coupled: bool = False  #: an image depends on the others of its batch
+    student: TrainedStudent | None = None  #: what drives the plan, or segments of it
+    extra: Mapping[str, Json] = field(default_factory=dict)  #: of the record
 
     def __post_init__(self) -> None:
         check_plan(self.plan)
@@ -37,14 +45,42 @@ class Sampler:
         """Planned network evaluations per image."""
         return plan_nfe(self.plan, self.cost)
 
-    def describe(self) -> dict[str, Any]:
-        """For a record: the settings, each part of the plan in words, and every time visited."""
+    @property
+    def guidance_rate(self) -> float | None:
+        return self.options.guidance_rate
+
+    @property
+    def coupled(self) -> bool:
+        """Whether an image depends on the others of its batch."""
+        return bool(self.options.batch_coupled)
+
+    def describe(self) -> dict[str, Json]:
+        """For a record: the options, each segment of the plan in words, every time visited."""
         return {
             "label": self.label,
-            **self.settings,
+            **self._options(),
+            **self.extra,
+            **({} if self.student is None else self.student.describe(self.options.sampler)),
             "guidance_rate": self.guidance_rate,
-            "parts": [str(part) for part in self.plan],
+            "parts": [str(segment) for segment in self.plan],
             # rounded, so that machines whose powers differ in the last bit agree
             "times": [float(f"{t:.12g}") for t in plan_times(self.plan)],
             "nfe_planned": self.nfe,
         }
+
+    def _options(self) -> dict[str, Json]:
+        """Every option of the sampler, resolved, as JSON has it: no upper limit is null."""
+        name = self.options.sampler
+        if name is None:
+            return {}
+        values: dict[str, Json] = {"sampler": name}
+        for key in sorted(TAKES[name] - _NOT_RECORDED):
+            value = getattr(self.options, key)
+            values[key] = None if value == math.inf else value
+        if self.options.restart_config is None:
+            values.pop("restart_config", None)
+        if self.options.restart_info is not None:
+            values["restart_info"] = json.loads(self.options.restart_info)
+        if self.options.learned is not None:
+            values["learned"] = self.options.learned
+        return values

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import FONT_SIZE, image_grid, save_png
 from samplers.folder import read_png
-from samplers.job import SamplingJob, Setup, prepare, run
+from samplers.job import SampleOptions, SamplingJob
+from samplers.job import prepare as prepare_sampling
 from samplers.options import SamplerOptions
 
 PICTURE = "side-by-side.png"
@@ -20,28 +20,59 @@ LEAST_SIDE = 128  #: pixels: smaller images are shown larger
 LINES = 16  #: of text in the height of an image
 
 
-class Spec(NamedTuple):
-    """A row as it was asked for."""
+@dataclass(frozen=True)
+class SampledRow:
+    """A row as it is asked for: its sampler, and what it is called."""
 
     title: str | None  #: None is the sampler's label
-    options: SamplerOptions
+    sampler: SamplerOptions
     predictor_path: str | None = None
 
 
-def line_up(
-    specs: Sequence[Spec], setup: Setup, outdir: Path, world: World
-) -> dict[str, SamplingJob]:
-    """A job for each row by its title; nothing has been loaded or written yet.
+@dataclass(frozen=True)
+class SideBySideOptions:
+    """What ``visualize.py`` is asked for."""
 
-    Its folder in ``outdir`` is named after the title.  Raises UserError or ValueError, one
-    sentence with the remedy.
+    rows: tuple[SampledRow, ...]
+    shared: SampleOptions  #: of every row: model, seeds, conditions
+    columns: int = 8  #: seeds in the picture
+    outdir: Path = Path("samples/visualize")
+
+
+@dataclass(frozen=True)
+class SideBySideJob:
+    """A sampling job for each row by its title; nothing has been loaded or written yet."""
+
+    jobs: dict[str, SamplingJob]
+    options: SideBySideOptions
+
+    def outline(self) -> str:
+        """The record of every row, and what an image of it costs."""
+        prices = (f"{title}: {price(job)}" for title, job in self.jobs.items())
+        return "\n".join([*(job.outline() for job in self.jobs.values()), *prices])
+
+    def run(self, here: World) -> str:
+        """Make what the folders lack, and the picture; a line for each."""
+        model = next(iter(self.jobs.values())).source.load(here)
+        lines = [f"{title}: {job.run(here, model)}" for title, job in self.jobs.items()]
+        if not here.is_main:
+            return ""
+        target = self.options.outdir / PICTURE
+        return "\n".join([*lines, str(_picture(self.jobs, self.options.columns, target))])
+
+
+def prepare(options: SideBySideOptions) -> SideBySideJob:
+    """Resolve every row; its folder in ``outdir`` is named after its title.
+
+    Raises UserError or ValueError, one sentence with the remedy.
     """
     jobs: dict[str, SamplingJob] = {}
-    for spec in specs:
-        job = prepare(spec.options, spec.predictor_path, setup, world)
-        title = spec.title or job.sampler.label
-        path = row_folder(outdir, title)
-        if path in [other.folder.path for other in jobs.values()] or path == outdir:
+    for row in options.rows:
+        asked = replace(options.shared, sampler=row.sampler, predictor_path=row.predictor_path)
+        job = prepare_sampling(asked)
+        title = row.title or job.sampler.label
+        path = row_folder(options.outdir, title)
+        if path in [other.folder.path for other in jobs.values()] or path == options.outdir:
             raise UserError(
                 f"two rows are called {title!r}, or none: give each a name of its own, "
                 "as in --row 'NAME: ddpm --nfe=100'"
@@ -53,11 +84,11 @@ def line_up(
             f"the rows are of the models {' and '.join(models)}: give --dataset_name, and "
             "predictors that were trained for it"
         )
-    return jobs
+    return SideBySideJob(jobs, options)
 
 
 def row_folder(outdir: Path, title: str) -> Path:
-    """Where the images of a row lie: its title without what file systems dislike."""
+    """Where the images of a row lie: its title in lower case, other characters as dashes."""
     return outdir / re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-.")
 
 
@@ -65,16 +96,6 @@ def price(job: SamplingJob) -> str:
     """What an image costs, in words: evaluations, and calls where they are not the same."""
     nfe, cost = job.sampler.nfe, job.sampler.cost
     return f"{nfe} NFE" if cost == 1 else f"{nfe} NFE = {nfe // cost} guided calls"
-
-
-def run_all(jobs: Mapping[str, SamplingJob], columns: int, outdir: Path, world: World) -> str:
-    """Make what the folders lack, and the picture of the first ``columns`` seeds; a summary."""
-    first = next(iter(jobs.values()))
-    model = first.source.load(first.setup.dtype, world)
-    lines = [f"{title}: {run(job, world, model)}" for title, job in jobs.items()]
-    if not world.is_main:
-        return ""
-    return "\n".join([*lines, str(_picture(jobs, columns, outdir / PICTURE))])
 
 
 def _picture(jobs: Mapping[str, SamplingJob], columns: int, target: Path) -> Path:

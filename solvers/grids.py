@@ -4,16 +4,101 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete")
+#: The schedules, and the exponent rho of each where none is given (``logsnr`` has none).
+DEFAULT_RHO: dict[str, float | None] = {
+    "polynomial": 7.0,
+    "logsnr": None,
+    "time_uniform": 1.0,
+    "discrete": 1.0,
+}
+SCHEDULES = tuple(DEFAULT_RHO)
 
 #: Smallest time of the VP process behind ``time_uniform`` (Song et al. 2021, arXiv:2011.13456).
 VP_EPSILON = 1e-3
 
 TimeMap = Callable[[Tensor], Tensor]
+
+
+class TimeMaps(NamedTuple):
+    """A model's own time, for the ``discrete`` schedule."""
+
+    sigma: TimeMap  #: time -> noise level
+    sigma_inv: TimeMap  #: noise level -> time
+
+
+class NoiseRange(Protocol):
+    """What a grid has to know of a model: its card has it."""
+
+    @property
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
+
+    @property
+    def time_maps(self) -> TimeMaps | None: ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A time grid in words: what a record holds and the command line asks for.
+
+    None means the default: the exponent of the schedule, the noise levels of the model.
+    ``resolve`` fills them in; the nodes of a grid exist once it is resolved.
+    """
+
+    schedule_type: str = "polynomial"
+    num_steps: int | None = None  #: nodes; a final 0 does not count
+    rho: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    time_maps: TimeMaps | None = None
+
+    def resolve(self, card: NoiseRange) -> Grid:
+        """The same grid with every default filled in from the schedule and from ``card``."""
+        return replace(
+            self,
+            rho=DEFAULT_RHO.get(self.schedule_type) if self.rho is None else self.rho,
+            sigma_min=card.sigma_min if self.sigma_min is None else self.sigma_min,
+            sigma_max=card.sigma_max if self.sigma_max is None else self.sigma_max,
+            time_maps=card.time_maps if self.time_maps is None else self.time_maps,
+        )
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max).  Raises ValueError before ``resolve``."""
+        if self.sigma_min is None or self.sigma_max is None:
+            raise ValueError("the grid has no noise levels yet: call resolve(card) first")
+        return self.sigma_min, self.sigma_max
+
+    def nodes(self, num_steps: int | None = None) -> Tensor:
+        """The noise levels, (num_steps,) float64; ``num_steps`` replaces the grid's own."""
+        count = self.num_steps if num_steps is None else num_steps
+        if count is None:
+            raise ValueError("the grid has no number of nodes: give num_steps")
+        return get_grid(self.schedule_type, count, *self.ends, self.rho, self.time_maps)
+
+    def closed(self, num_steps: int | None = None) -> Tensor:
+        """The nodes and a final 0, (num_steps + 1,)."""
+        nodes = self.nodes(num_steps)
+        return torch.cat([nodes, nodes.new_zeros(1)])
+
+    def refined(self, inserted: int) -> tuple[Tensor, int]:
+        """The nodes with ``inserted`` (M) more in every interval, in the same schedule.
+
+        Returns ``(M + 1)(num_steps - 1) + 1`` nodes and the stride M + 1: every stride-th node is
+        one of the grid's own (AMED, arXiv:2312.00094, section 3.3).
+        """
+        if inserted < 0:
+            raise ValueError(f"M = {inserted} inserted nodes make no grid; give M >= 0")
+        stride = inserted + 1
+        return self.nodes(stride * ((self.num_steps or 0) - 1) + 1), stride
 
 
 def get_grid(
@@ -22,19 +107,18 @@ def get_grid(
     sigma_min: float,
     sigma_max: float,
     rho: float | None = None,
-    *,
-    sigma: TimeMap | None = None,
-    sigma_inv: TimeMap | None = None,
+    time_maps: TimeMaps | None = None,
 ) -> Tensor:
     """Return ``num_steps`` noise levels from ``sigma_max`` down to ``sigma_min``.
 
     ``polynomial`` is EDM's grid (arXiv:2206.00364, eq. 5), ``logsnr`` is uniform in log sigma,
     ``time_uniform`` is polynomial in the time of a VP process that ends at ``sigma_max``,
-    ``discrete`` is polynomial in the model's own time: it needs the model's ``sigma(t)`` and
-    ``sigma_inv(sigma)``.  ``rho`` is the exponent (``logsnr`` has none).
+    ``discrete`` is polynomial in the model's own time and needs its ``time_maps``.  ``rho`` is
+    the exponent, by default that of `DEFAULT_RHO`.
 
     Returns (num_steps,) float64 on the CPU.  Raises ValueError for settings that make no grid.
     """
+    rho = DEFAULT_RHO.get(schedule_type) if rho is None else rho
     _check(schedule_type, num_steps, sigma_min, sigma_max, rho)
     if schedule_type == "logsnr":
         first, last = math.log(sigma_max), math.log(sigma_min)
@@ -44,14 +128,14 @@ def get_grid(
     elif schedule_type == "time_uniform":
         grid = _vp_sigma(_power_ramp(1.0, VP_EPSILON, num_steps, rho), sigma_min, sigma_max)
     else:
-        if sigma is None or sigma_inv is None:
+        if time_maps is None:
             raise ValueError(
                 "schedule 'discrete' needs a model with its own time, and this model has none; "
                 "choose polynomial, logsnr or time_uniform"
             )
         ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64)
-        t_first, t_last = (float(t) for t in sigma_inv(ends))
-        grid = sigma(_power_ramp(t_first, t_last, num_steps, rho)).to(torch.float64)
+        t_first, t_last = (float(t) for t in time_maps.sigma_inv(ends))
+        grid = time_maps.sigma(_power_ramp(t_first, t_last, num_steps, rho)).to(torch.float64)
     grid[0], grid[-1] = sigma_max, sigma_min  # exact ends, free of the rounding of the powers
     if not bool((grid.diff() < 0).all()):  # a range outside the model's, or no such VP process
         raise ValueError(
@@ -60,20 +144,6 @@ def get_grid(
             "that the model knows, or schedule 'logsnr'"
         )
     return grid
-
-
-def refine(
-    schedule_type: str, num_steps: int, inserted: int, *args: float | None, **maps: TimeMap | None
-) -> tuple[Tensor, slice]:
-    """Insert ``inserted`` nodes (M) into every interval of a grid, in the same schedule.
-
-    Returns the grid of ``(M + 1)(num_steps - 1) + 1`` nodes and the slice that picks the coarse
-    nodes out of it (AMED, arXiv:2312.00094, section 3.3).
-    """
-    if inserted < 0:
-        raise ValueError(f"M = {inserted} inserted nodes make no grid; give M >= 0")
-    fine = get_grid(schedule_type, (inserted + 1) * (num_steps - 1) + 1, *args, **maps)  # type: ignore[arg-type]
-    return fine, slice(None, None, inserted + 1)
 
 
 def _power_ramp(first: float, last: float, num_steps: int, rho: float | None) -> Tensor:
@@ -105,8 +175,5 @@ def _check(
             f"noise levels must satisfy 0 < sigma_min < sigma_max, "
             f"got sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}"
         )
-    if schedule_type != "logsnr" and (rho is None or not rho > 0):
-        raise ValueError(
-            f"schedule {schedule_type!r} needs an exponent rho > 0, got {rho}; "
-            "pass --schedule_rho (7 is usual for polynomial, 1 for the others)"
-        )
+    if rho is not None and not rho > 0:
+        raise ValueError(f"schedule_rho = {rho:g} has to be positive: leave it out for the default")

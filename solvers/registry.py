@@ -2,50 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from solvers.dpmpp import DPMpp
 from solvers.rules import AdamsBashforth, FixedRatio, ThreeStage, TwoStage
 from solvers.types import Solver
 
-DPMPP_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")
+
+@dataclass(frozen=True)
+class SolverKind:
+    """How to make a solver, and the options that it has."""
+
+    make: Callable[..., Solver]
+    options: frozenset[str] = frozenset()
+    needs_guide: bool = False  #: it has no step of its own without a guide
 
 
-def _dpmpp(corrected: bool = False, **options: object) -> Solver:
-    chosen = {k: v for k, v in options.items() if k in DPMPP_OPTIONS and v is not None}
-    return DPMpp(**chosen, corrected=corrected)  # type: ignore[arg-type]
+_FORM = frozenset({"predict_x0", "lower_order_final", "thresholding"})
 
-
-def _ipndm(max_order: int | None = None, **_: object) -> Solver:
-    return AdamsBashforth(max_order=4 if max_order is None else max_order)
-
-
-def _dpm(r: float | None = None, **_: object) -> Solver:
-    return TwoStage(FixedRatio(0.5 if r is None else r))
-
-
-SOLVERS: dict[str, Callable[..., Solver]] = {
-    "euler": lambda **_: AdamsBashforth(max_order=1),
-    "heun": lambda **_: TwoStage(FixedRatio(1.0)),
-    "dpm": _dpm,
-    "dpm3": lambda **_: ThreeStage(FixedRatio(2 / 3)),
-    "dpmpp": _dpmpp,
-    "dpmpp3c": lambda **o: _dpmpp(**{**o, "max_order": 3, "corrected": True}),
-    "ipndm": _ipndm,
-    "amed": lambda **_: TwoStage(None, midpoint=True),
+SOLVERS: Mapping[str, SolverKind] = {
+    "euler": SolverKind(lambda: AdamsBashforth(max_order=1)),
+    "heun": SolverKind(lambda: TwoStage(FixedRatio(1.0))),
+    "dpm": SolverKind(lambda r=0.5: TwoStage(FixedRatio(r)), frozenset({"r"})),
+    "dpm3": SolverKind(lambda: ThreeStage(FixedRatio(2 / 3))),
+    "dpmpp": SolverKind(DPMpp, _FORM | {"max_order"}),
+    "dpmpp3c": SolverKind(lambda **form: DPMpp(max_order=3, corrected=True, **form), _FORM),
+    "ipndm": SolverKind(AdamsBashforth, frozenset({"max_order"})),
+    "amed": SolverKind(lambda: TwoStage(None, midpoint=True), needs_guide=True),
 }
 
-#: Solvers that are nothing without a guide: the AMED rule needs its learned time.
-NEEDS_GUIDE = ("amed",)
+#: Solvers that sample by themselves, in the order of the command line's help.
+CLASSIC = tuple(name for name, kind in SOLVERS.items() if not kind.needs_guide)
 
 
-def make_solver(name: str, **options: object) -> Solver:
-    """The solver called ``name``; options that it does not have are ignored.
+@dataclass(frozen=True)
+class SolverOptions:
+    """The options of all solvers; None is the solver's own default."""
 
-    Options: ``max_order`` (dpmpp, ipndm), ``predict_x0``, ``lower_order_final``,
-    ``thresholding`` (dpmpp, dpmpp3c), ``r`` (dpm).  None means the solver's own default.
-    Raises ValueError for an unknown name or an option out of range.
+    max_order: int | None = None  #: dpmpp, ipndm
+    predict_x0: bool | None = None  #: dpmpp, dpmpp3c: data form instead of noise form
+    lower_order_final: bool | None = None  #: dpmpp, dpmpp3c
+    thresholding: bool | None = None  #: dpmpp, dpmpp3c: dynamic thresholding
+    r: float | None = None  #: dpm: where the inserted node lies
+
+    def make(self, name: str) -> Solver:
+        """The solver called ``name`` with those of the options that it has."""
+        return make_solver(name, **{key: getattr(self, key) for key in _kind(name).options})
+
+
+def make_solver(name: str, **options: int | float | bool | None) -> Solver:
+    """The solver called ``name``, such as ``make_solver("ipndm", max_order=3)``.
+
+    An option of None is the solver's own default; `SOLVERS` says which options there are.
+    Raises ValueError for an unknown name, an option that the solver does not have, or a value out
+    of range.
     """
+    kind = _kind(name)
+    unknown = sorted(set(options) - kind.options)
+    if unknown:
+        has = f"has {', '.join(sorted(kind.options))}" if kind.options else "has no options"
+        raise ValueError(f"solver {name!r} has no option {unknown[0]!r}: it {has}")
+    return kind.make(**{key: value for key, value in options.items() if value is not None})
+
+
+def _kind(name: str) -> SolverKind:
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; choose one of {', '.join(SOLVERS)}")
-    return SOLVERS[name](**options)
+    return SOLVERS[name]

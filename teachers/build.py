@@ -2,65 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
-from plans.plan import with_kernel
+from plans.walk import Churn
 from restart.build import restart_plan
-from restart.intervals import parse_restart_info
+from restart.intervals import Interval
 from solvers.registry import make_solver
 from solvers.types import Solver
 from teachers.supervision import GridTeacher, OracleTeacher, RestartTeacher, Teacher
 
 TEACHERS = ("heun", "dpm", "dpmpp", "euler", "ipndm", "restart", "dopri5")
+TARGETS = ("flow", "trajectory")
+
+
+@dataclass(frozen=True)
+class RestartSupervision:
+    """How Restart supervises; see `RestartTeacher`."""
+
+    intervals: tuple[Interval, ...]
+    target: str = "flow"  #: one of `TARGETS`
+    S_noise: float = 1.0  #: scales the noise of the jumps
 
 
 def build_teacher(
     name: str,
-    solver: Solver | None,
     fine: Tensor,
     stride: int,
     *,
-    restart_info: str | None = None,
-    restart_target: str = "flow",
-    s_noise: float = 1.0,
-    pfgmpp: int | None = None,
+    solver: Solver | None = None,
+    restart: RestartSupervision | None = None,
     histories: bool = True,
 ) -> Teacher:
     """The teacher ``name`` on the refined grid ``fine`` whose every ``stride``-th node is a target.
 
-    ``solver`` walks the grid for the classic teachers; Restart walks with Heun, as published.
-    ``pfgmpp`` is the number of dimensions that a model of PFGM++ adds, for Restart's jumps.
-    ``histories=False`` (for a student without) spares Restart's flow targets their origins.
-    Raises ValueError for an unknown name or a bad restart specification.
+    ``solver`` walks the grid for the classic teachers, by default with its usual options; Restart
+    walks with Heun, as published.  ``histories=False`` (for a student without) spares Restart's
+    flow targets their origins.  Raises ValueError for an unknown name or target, and for Restart
+    without its intervals.
     """
     if name not in TEACHERS:
         raise ValueError(f"no teacher is called {name!r}; choose one of {', '.join(TEACHERS)}")
     if name == "dopri5":
         return OracleTeacher(fine[::stride])
     if name != "restart":
-        assert solver is not None
-        return GridTeacher(solver, fine, stride)
-    if restart_target not in ("flow", "trajectory"):
-        raise ValueError(f"--restart_target is flow or trajectory, got {restart_target!r}")
-    if restart_info is None:
+        return GridTeacher(solver or make_solver(name), fine, stride)
+    if restart is None:
         raise ValueError(
             "the Restart teacher needs its intervals; pass "
             "--restart_info='{\"0\": [N_restart, K, t_min, t_max]}'"
         )
+    if restart.target not in TARGETS:
+        raise ValueError(
+            f"--restart_target {restart.target!r} is unknown; choose {' or '.join(TARGETS)}"
+        )
     heun = make_solver("heun")
     plan = restart_plan(
         fine,
-        parse_restart_info(restart_info),
+        restart.intervals,
         heun,
-        heun,
-        S_noise=s_noise,
-        keep=fine[::stride],
+        churn=Churn(S_noise=restart.S_noise),
+        required_nodes=fine[::stride],
     )
-    return RestartTeacher(
-        with_kernel(plan, pfgmpp),
-        heun,
-        fine,
-        stride,
-        flow=restart_target == "flow",
-        origins=histories,
-    )
+    flow = restart.target == "flow"
+    return RestartTeacher(plan, heun, fine, stride, flow=flow, origins=histories)

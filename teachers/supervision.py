@@ -7,7 +7,6 @@ in two ways; see `RestartTeacher`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,12 +14,10 @@ import torch
 from torch import Tensor
 
 from plans.plan import Plan, run_plan
+from plans.process import Noise
 from solvers.driver import Meter, integrate
 from solvers.oracle import dopri5
 from solvers.types import Denoised, Denoiser, Solver, Trajectory
-
-#: Draws noise by name for every sample of the batch: (B, C, H, W).
-Normal = Callable[[tuple], Tensor]
 
 
 class Supervision(NamedTuple):
@@ -42,11 +39,11 @@ class Teacher(Protocol):
     @property
     def stochastic(self) -> bool: ...
 
-    def visit(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Tensor:
+    def visit(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Tensor:
         """The teacher's states at the student's times, (N, B, C, H, W)."""
         ...
 
-    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision: ...
+    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Supervision: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +55,11 @@ class GridTeacher:
     stride: int  #: M + 1
     stochastic: bool = False
 
-    def visit(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Tensor:
+    def visit(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Tensor:
         return integrate(self.solver, denoiser, x, self.fine).x[:: self.stride]
 
-    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
-        return _chain(self, denoiser, x, normal)
+    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Supervision:
+        return _chain(self, denoiser, x, noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +70,11 @@ class OracleTeacher:
     tol: float = 1e-4
     stochastic: bool = False
 
-    def visit(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Tensor:
+    def visit(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Tensor:
         return dopri5(denoiser, x, self.ts, rtol=self.tol, atol=self.tol).x
 
-    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
-        return _chain(self, denoiser, x, normal)
+    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Supervision:
+        return _chain(self, denoiser, x, noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +96,16 @@ class RestartTeacher:
     origins: bool = False  #: whether flow targets say where their path begins, for histories
     stochastic: bool = True
 
-    def visit(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Tensor:
-        walk = run_plan(self.plan, denoiser, x, normal)
+    def visit(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Tensor:
+        walk = run_plan(self.plan, denoiser, x, noise)
         return walk.x[self._last_visits(walk.t)]
 
-    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
+    def supervise(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Supervision:
         if not self.flow:
-            return _chain(self, denoiser, x, normal)
+            return _chain(self, denoiser, x, noise)
         meter = Meter.of(denoiser)
         spent = meter.nfe
-        walk = run_plan(self.plan, meter, x, normal)
+        walk = run_plan(self.plan, meter, x, noise)
         last = self._last_visits(walk.t)
         targets, origins = [], []
         for n, head in enumerate(last[:-1]):
@@ -138,29 +135,29 @@ class RestartTeacher:
     @property
     def changes_starts(self) -> bool:
         """Whether a jump reaches any state that a flow target starts from."""
-        times = run_plan(self.plan, _Nothing(), torch.zeros(1, 1, 1, 1), _zero).t
+        times = run_plan(self.plan, _CountingDenoiser(), torch.zeros(1, 1, 1, 1), _zero).t
         lift = int(torch.nonzero(times[1:] > times[:-1])[0]) + 1
         return any(i >= lift for i in self._last_visits(times)[:-1])
 
 
-def _chain(teacher: Teacher, denoiser: Denoiser | Meter, x: Tensor, normal: Normal) -> Supervision:
+def _chain(teacher: Teacher, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Supervision:
     meter = Meter.of(denoiser)
     spent = meter.nfe
-    states = teacher.visit(meter, x, normal)
+    states = teacher.visit(meter, x, noise)
     return Supervision(states[:-1], states[1:], meter.nfe - spent)
 
 
 @torch.no_grad()
 def visit_variance(
-    teacher: Teacher, denoiser: Denoiser | Meter, x: Tensor, normals: list[Normal]
+    teacher: Teacher, denoiser: Denoiser | Meter, x: Tensor, noises: list[Noise]
 ) -> Tensor:
     """Variance of the teacher's state given the start, per student time: (N,) float64.
 
-    One visit per entry of ``normals`` from the same ``x``; the unbiased variance over the visits,
+    One visit per entry of ``noises`` from the same ``x``; the unbiased variance over the visits,
     averaged over samples and pixels.  This is the part of a trajectory target's loss that no
     deterministic student can remove.
     """
-    visits = torch.stack([teacher.visit(denoiser, x, normal) for normal in normals])
+    visits = torch.stack([teacher.visit(denoiser, x, noise) for noise in noises])
     return visits.to("cpu", torch.float64).var(dim=0).flatten(1).mean(1)
 
 
@@ -168,10 +165,10 @@ def teacher_nfe(teacher: Teacher, cost: int = 1) -> int | None:
     """Network evaluations per supervised sample, counted on a stand-in; None for dopri5."""
     if isinstance(teacher, OracleTeacher):
         return None
-    return teacher.supervise(_Nothing(), torch.zeros(1, 1, 1, 1), _zero).nfe * cost
+    return teacher.supervise(_CountingDenoiser(), torch.zeros(1, 1, 1, 1), _zero).nfe * cost
 
 
-class _Nothing:
+class _CountingDenoiser:
     """A denoiser that only counts."""
 
     cost = 1

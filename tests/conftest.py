@@ -19,6 +19,7 @@ import torch
 from hypothesis import settings
 
 from runtime import cli
+from tests.golden_nets import draw
 from tests.scripts import Done, Script
 
 torch.set_num_threads(1)
@@ -26,26 +27,25 @@ torch.set_num_threads(1)
 settings.register_profile("house", derandomize=True, deadline=None, database=None)
 settings.load_profile("house")
 
-GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared" / "golden"
-
-
-def _golden_file(name: str) -> Path:
-    path = GOLDEN / name
-    if not path.is_file():
-        pytest.skip(f"recorded vectors {name} are not on this machine")
-    return path
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Any]:
-    """``golden("schedules")`` opens the recorded vectors of that name; skips where absent."""
-    return lambda name: np.load(_golden_file(f"{name}.npz"))
+    """``golden("schedules")`` opens the recorded vectors of that name."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz")
 
 
 @pytest.fixture(scope="session")
 def golden_json() -> Callable[[str], Any]:
-    """``golden_json("net_configs")`` reads the JSON file of that name; skips where absent."""
-    return lambda name: json.loads(_golden_file(f"{name}.json").read_text())
+    """``golden_json("net_configs")`` reads the JSON file of that name."""
+    return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_weights(golden: Any, golden_json: Any) -> Callable[[str], dict[str, torch.Tensor]]:
+    """``golden_weights("adm")`` gives the state dict of the recorded network of that name."""
+    return lambda name: draw(name, golden_json("net_draws")[name], golden("net_constants"))
 
 
 @pytest.fixture

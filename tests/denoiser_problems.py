@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from denoisers.families.edm import EDMPrecond
-from denoisers.families.precond import build
-from denoisers.training.batches import PARTS, Batch
+from denoisers.families.precond import EDMPrecond, build
+from denoisers.training.batches import PARTS, TrainingBatch
 from denoisers.training.trainer import Trainer
 from runtime.dist import World
 from runtime.noise import SeedNoise
@@ -51,13 +50,14 @@ def network(settings: dict[str, Any], **more: Any) -> EDMPrecond:
     return net
 
 
-def flat_batch(first: int, count: int, shape: tuple[int, int, int] = (3, 8, 8)) -> Batch:
+def flat_batch(first: int, count: int, shape: tuple[int, int, int] = (3, 8, 8)) -> TrainingBatch:
     """Images of one grey each, N(0, 1/4) in [-1, 1]; class 0 to 3 by brightness."""
     numbers = range(first, first + count)
     grey = SeedNoise(numbers).normal("grey", (1, 1, 1)) * 0.5
     images = ((grey.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).repeat(1, *shape)
     chance = SeedNoise(numbers).normal("train", (sum(PARTS) + math.prod(shape),))
-    return Batch(images, torch.bucketize(grey.flatten(), torch.tensor([-0.3, 0, 0.3])), chance)
+    classes = torch.bucketize(grey.flatten(), torch.tensor([-0.3, 0, 0.3]))
+    return TrainingBatch(images, classes, chance)
 
 
 def train(trainer: Trainer) -> Trainer:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoisers.families.precond import build
-from denoisers.nets import SongUNet
 from denoisers.nets.ncsnpp import COMMON, UNSEEN, published
+from denoisers.nets.song import SongUNet
 
 #: (encoder_type, decoder_type): published as (progressive_input, progressive)
 KINDS = {"cifar": ("residual", "standard"), "ffhq": ("skip", "skip")}

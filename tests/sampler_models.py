@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from amed.experiments import TrainedStudent
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
@@ -100,8 +101,8 @@ class ClassModel:
 
 def trained(
     dataset_name: str = "tiny", sampler_stu: str = "amed", num_steps: int = 3, afs: bool = False
-) -> tuple[AMEDPredictor, StudentSettings, RunRecord]:
-    """A predictor with random weights, as ``load_predictor`` would give it."""
+) -> TrainedStudent:
+    """A student with a random predictor, as ``load_predictor`` would give it."""
     student = StudentSettings(
         dataset_name,
         sampler_stu,
@@ -114,4 +115,4 @@ def trained(
     )
     predictor = AMEDPredictor(0.05, 0.2, seed=3).requires_grad_(False).eval()
     record = RunRecord.make("train", student.to_options(), {"name": dataset_name}, {})
-    return predictor, student, record
+    return TrainedStudent(predictor, student, record, "1")

@@ -16,8 +16,9 @@ from amed.step import (
     Student,
     train_batch,
 )
+from restart.intervals import parse_restart_info
 from solvers.driver import Meter
-from teachers.build import build_teacher
+from teachers.build import RestartSupervision, build_teacher
 from teachers.supervision import Teacher
 from tests.training_problems import mixture, normals, starts
 
@@ -49,14 +50,15 @@ def settings_of(name: str, **options: Any) -> StudentSettings:
 
 
 def student_of(settings: StudentSettings) -> Student:
-    return Student(settings.solver(), settings.grid(), settings.afs)
+    return Student(settings.solver(), settings.grid.nodes(), settings.afs)
 
 
 def teacher_of(settings: StudentSettings, flow: bool) -> Teacher:
-    fine, stride = settings.teacher_grid()
+    fine, stride = settings.grid.refined(settings.M)
     if flow:
-        return build_teacher("restart", None, fine, stride, restart_info=RESTART)
-    return build_teacher("heun", settings.teacher_solver(), fine, stride)
+        restart = RestartSupervision(parse_restart_info(RESTART))
+        return build_teacher("restart", fine, stride, restart=restart)
+    return build_teacher("heun", fine, stride, solver=settings.teacher_solver())
 
 
 def predictor_of(settings: StudentSettings) -> AMEDPredictor:

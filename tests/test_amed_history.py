@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from functools import partial
 
@@ -17,9 +16,10 @@ from amed.step import (
     student_interval,
     train_batch,
 )
+from restart.intervals import Interval
 from solvers.driver import Meter, State, integrate
 from solvers.registry import make_solver
-from teachers.build import build_teacher
+from teachers.build import RestartSupervision, build_teacher
 from teachers.supervision import Supervision
 from tests.student_problems import (
     HISTORY,
@@ -121,10 +121,10 @@ def test_a_multistep_student_uses_its_history():
 def test_after_a_jump_the_history_is_that_of_the_visited_states_own_path():
     """Old slopes hold the noise that a jump replaced: the student comes down the new path."""
     settings = settings_of("ipndm", num_steps=4, sampler_tea="restart", M=15)
-    fine, stride = settings.teacher_grid()
+    fine, stride = settings.grid.refined(settings.M)
     ts = fine[::stride].tolist()
-    info = json.dumps({"0": [3, 1, ts[2], 3 * ts[2]]})
-    build = partial(build_teacher, "restart", None, fine, stride, restart_info=info)
+    restart = RestartSupervision((Interval(3, 1, ts[2], 3 * ts[2]),))
+    build = partial(build_teacher, "restart", fine, stride, restart=restart)
     meter, x, normal = Meter(mixture()), starts([0, 1]), normals([0, 1])
     given = build(histories=True).supervise(meter, x, normal)
     assert [o is None for o in given.origins] == [True, True, False]

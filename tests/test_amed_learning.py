@@ -16,6 +16,7 @@ from amed.step import Student
 from amed.trainer import Data, Loop, train
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import cards
+from restart.intervals import parse_restart_info
 from runtime.dist import World
 from runtime.log import read_json_lines
 from runtime.record import RunRecord
@@ -23,7 +24,7 @@ from solvers.driver import integrate, planned_nfe
 from solvers.grids import get_grid
 from solvers.oracle import dopri5
 from solvers.registry import make_solver
-from teachers.build import build_teacher
+from teachers.build import RestartSupervision, build_teacher
 from tests.training_problems import SHAPE, mixture, starts
 
 CARD = replace(cards()["cifar10-small"], name="tiny", channels=SHAPE[0], resolution=SHAPE[1])
@@ -41,13 +42,14 @@ class Trained:
 
 
 def train_on(denoiser: MixtureDenoiser, folder: Path, total: int, batch: int, **kw: Any) -> Trained:
-    restart = {k: kw.pop(k) for k in ("restart_info", "restart_target") if k in kw}
+    info, target = kw.pop("restart_info", None), kw.pop("restart_target", "flow")
+    restart = RestartSupervision(parse_restart_info(info), target) if info else None
     settings = StudentSettings(
         "tiny", num_steps=4, sigma_min=0.002, sigma_max=80.0, afs=True, scale_dir=0.01, **kw
     )
-    student = Student(settings.solver(), settings.grid(), settings.afs)
-    walker = None if restart else settings.teacher_solver()
-    teacher = build_teacher(settings.sampler_tea, walker, *settings.teacher_grid(), **restart)
+    student = Student(settings.solver(), settings.grid.nodes(), settings.afs)
+    refined, walker = settings.grid.refined(settings.M), settings.teacher_solver()
+    teacher = build_teacher(settings.sampler_tea, *refined, solver=walker, restart=restart)
     train(
         AMEDPredictor(0.01, 0.0, seed=0).double(),
         student,
@@ -58,9 +60,9 @@ def train_on(denoiser: MixtureDenoiser, folder: Path, total: int, batch: int, **
         folder,
         RunRecord.make("train", settings.to_options(), {}, {}),
     )
-    predictor, found, _ = load_predictor(str(folder / PREDICTOR), folder)
-    assert found == settings
-    return Trained(student, predictor, read_json_lines(folder / "stats.jsonl"))
+    trained = load_predictor(str(folder / PREDICTOR), folder)
+    assert trained.settings == settings
+    return Trained(student, trained.predictor, read_json_lines(folder / "stats.jsonl"))
 
 
 @pytest.mark.parametrize(

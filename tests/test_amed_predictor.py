@@ -58,6 +58,23 @@ def test_recorded_outputs(golden, tag, dtype, tol):
     assert checked == 6 * (3 if TAGS[tag][1] else 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_embedding_is_four_sines_before_four_cosines(dtype):
+    """Channel by channel: [sin(t f), cos(t f)] with f_k = 10^(-4 k / 3), k = 0 .. 3."""
+    predictor = AMEDPredictor().to(dtype)
+    with torch.no_grad():  # the layer passes its input on, lifted to where SiLU is invertible
+        predictor.map_layer0.weight.copy_(torch.eye(8))
+        predictor.map_layer0.bias.fill_(3.0)
+        for t in (0.002, 0.7, 2.5, 10.0, 80.0):
+            angles = [t * 1e-4 ** (k / 3) for k in range(4)]
+            channels = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            lifted = torch.tensor([3.0 + c for c in channels], dtype=torch.float64)
+            found = predictor._embed(at(t), 2)
+            assert found.shape == (2, 8) and found.dtype == dtype
+            # the frequencies are rounded to float32: 2^-24 of an angle of at most 80
+            assert (found.double() - lifted * lifted.sigmoid()).abs().max() < 1e-5
+
+
 def test_parameter_count():
     def count(*scales: float) -> int:
         return nn.utils.parameters_to_vector(AMEDPredictor(*scales).parameters()).numel()

@@ -61,7 +61,8 @@ def test_recorded_outputs_through_a_pickle(tag: str, golden: Any, tmp_path: Path
     tensors = {k[len(prefix) :]: torch.tensor(recorded[k]) for k in recorded.files if prefix in k}
     path = write(tmp_path / "network-snapshot-000010.pkl", tensors, scale_time=scale_time)
     assert SOURCE.encode() in path.read_bytes()  # the code is there, and is not what is read
-    loaded, settings, record = load_predictor(str(path), tmp_path)
+    student = load_predictor(str(path), tmp_path)
+    loaded, settings, record = student.predictor, student.settings, student.record
     assert (settings.scale_dir, settings.scale_time) == (0.01, scale_time)
     assert record.options["total_kimg"] == 10
     feat = torch.tensor(recorded["features"], dtype=torch.float32).reshape(4, 8, 8)
@@ -81,7 +82,8 @@ def test_recorded_outputs_through_a_pickle(tag: str, golden: Any, tmp_path: Path
 def test_settings_and_weights_arrive(protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "network-snapshot-000010.pkl"
     path.write_bytes(predictor(weights(), SETTINGS, protocol))
-    loaded, settings, record = load_predictor(str(path), tmp_path)
+    student = load_predictor(str(path), tmp_path)
+    loaded, settings, record = student.predictor, student.settings, student.record
     assert settings == StudentSettings(
         "cifar10", "ipndm", 4, 0.002, 80.0, "ipndm", 2, afs=True,
         scale_dir=0.01, scale_time=0.2, max_order=4, predict_x0=False,
@@ -91,16 +93,18 @@ def test_settings_and_weights_arrive(protocol: int, tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor)
     assert not any(p.requires_grad for p in loaded.parameters())
     assert record.plan["nfe"] == settings.nfe() == 5
-    assert record == load_predictor(str(path), tmp_path)[2]  # nothing depends on when it is read
+    assert (
+        record == load_predictor(str(path), tmp_path).record
+    )  # nothing depends on when it is read
 
 
 def test_published_dpmpp_students_threshold(tmp_path: Path) -> None:
     """As the published solver does whenever it predicts x0."""
     for solver, x0, expected in (("dpmpp", True, True), ("dpmpp", False, False)):
         path = write(tmp_path / "a.pkl", sampler_stu=solver, predict_x0=x0, max_order=2)
-        assert load_predictor(str(path), tmp_path)[1].thresholding is expected
+        assert load_predictor(str(path), tmp_path).settings.thresholding is expected
     path = write(tmp_path / "b.pkl", sampler_stu="ipndm", predict_x0=True)
-    assert load_predictor(str(path), tmp_path)[1].thresholding is False
+    assert load_predictor(str(path), tmp_path).settings.thresholding is False
 
 
 def test_run_folders_give_the_latest_snapshot(tmp_path: Path) -> None:
@@ -109,7 +113,8 @@ def test_run_folders_give_the_latest_snapshot(tmp_path: Path) -> None:
         write(folder / f"network-snapshot-{kimg:06d}.pkl", M=kimg)
     (folder / "training_options.json").write_text("{}")
     for spec in ("27", str(folder)):
-        _, settings, record = load_predictor(spec, tmp_path)
+        student = load_predictor(spec, tmp_path)
+        settings, record = student.settings, student.record
         assert (settings.M, record.options["total_kimg"]) == (20, 20)
 
 
@@ -142,9 +147,9 @@ def test_conversion_gives_what_train_writes(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(source), str(target)], catch_exceptions=False)
     assert result.output == f"wrote {target}\n"
     theirs, ours = load_predictor(str(source), tmp_path), load_predictor("1", tmp_path)
-    assert theirs[1:] == ours[1:]
-    for name, tensor in theirs[0].state_dict().items():
-        assert torch.equal(ours[0].state_dict()[name], tensor)
+    assert (theirs.settings, theirs.record) == (ours.settings, ours.record)
+    for name, tensor in theirs.predictor.state_dict().items():
+        assert torch.equal(ours.predictor.state_dict()[name], tensor)
     assert not list(tmp_path.rglob("*.card.json"))
 
 

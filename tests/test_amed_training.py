@@ -61,7 +61,7 @@ class RecordedRun:
             {k[3:]: torch.tensor(vectors[k]) for k in vectors.files if k.startswith("sd|")}
         )
         self.denoiser = MixtureDenoiser(torch.tensor(problem["means"]), float(problem["s"]))
-        fine, stride = self.settings.teacher_grid()
+        fine, stride = self.settings.grid.refined(self.settings.M)
         self.teacher = GridTeacher(self.settings.teacher_solver(), fine, stride)
         x = torch.tensor(problem["latents_RandomState1"]) * self.student.ts[0]
         self.supervision = self.teacher.supervise(self.denoiser, x, normals([]))

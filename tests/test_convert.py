@@ -15,11 +15,12 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from checkpoints.pickles.files import read
 from checkpoints.pickles.records import Record, Reference
-from checkpoints.snapshots import read, read_edm, read_state_dict
+from checkpoints.snapshots import find_tensors, read_edm, read_weights
 from checkpoints.weights import read_safetensors
-from denoisers import convert
 from denoisers.cards import Card, cards
+from denoisers.convert import convert
 from denoisers.families.precond import build
 from denoisers.registry import load_model
 from runtime.errors import UserError
@@ -29,10 +30,10 @@ from tests.published import (
     module_state,
     network,
     pickled,
-    predictor,
     pretended,
     snapshot,
 )  # fmt: skip
+from tools.convert import main
 
 TINY: dict[str, Any] = {
     "img_resolution": 8,
@@ -89,11 +90,10 @@ def test_snapshots_of_every_protocol(protocol: int, numpy: int, tmp_path: Path) 
     path.write_bytes(pickled(content, protocol, numpy))
     assert SOURCE.strip()[:20].encode() in path.read_bytes()
     found = read_edm(path)
-    # use_fp16 is no property of the weights, D one of the network that is no setting
+    # use_fp16 is dropped; D is an attribute of the network
     assert found.config == CONFIG | {"D": 2048}
     assert equal(found.tensors, weights())
-    expected = {"sigma_min": 0.0, "sigma_max": float("inf"), "D": 2048, "layers": [1, 2]}
-    assert found.attributes == expected and type(found.attributes["D"]) is int
+    assert type(found.config["D"]) is int
     others = read(path)["dataset_kwargs"]
     assert others["mean"].tolist() == [0, 1, 2] and others["none"].shape == (0, 2)
     loss = read(path)["loss_fn"]
@@ -156,7 +156,7 @@ def test_recorded_network_through_pickle_and_conversion(
     source, target = tmp_path / "snapshot.pkl", tmp_path / "made" / "mine.safetensors"
     source.write_bytes(pickled(snapshot(network("EDMPrecond", settings, tensors)), numpy=1))
     arguments = [str(source), str(target), "--name", "theirs"]
-    result = CliRunner().invoke(convert.main, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     card_file = target.with_suffix(".card.json")
     assert result.output == f"wrote {target}\nwrote {card_file}\n"
     assert sorted(p.name for p in target.parent.iterdir()) == ["mine.card.json", "mine.safetensors"]
@@ -179,22 +179,19 @@ def test_conversion_under_a_published_name(tmp_path: Path) -> None:
     settings |= {"model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1}
     state = build({"class_name": "EDMPrecond", **settings}).state_dict()
     source.write_bytes(pickled(snapshot(network("EDMPrecond", settings, state))))
-    convert.convert(source, target, "ffhq")
+    convert(read(source), source, target, "ffhq")
     entry = json.loads(target.with_suffix(".card.json").read_text())["ffhq"]
     assert entry["restart_info"] == cards()["ffhq"].restart_info
     assert entry["config"] == {"class_name": "EDMPrecond", **settings}
     assert (entry["file"], entry["url"]) == (target.name, None)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"\(3, 64, 64\) with 0 classes where 'cifar10' has"):
-        convert.convert(source, tmp_path / "z.safetensors", "cifar10")
+        convert(read(source), source, tmp_path / "z.safetensors", "cifar10")
     with pytest.raises(UserError, match="give it the suffix .safetensors"):
-        convert.convert(source, tmp_path / "z.pt")
+        convert(read(source), source, tmp_path / "z.pt")
     source.write_bytes(pickled(snapshot(network("EDMPrecond", {"img_resolution": 8}, state))))
     with pytest.raises(UserError, match="has settings that make no network"):
-        convert.convert(source, tmp_path / "z.safetensors")
-    source.write_bytes(predictor({}, {}))
-    with pytest.raises(UserError, match="is a predictor; convert it with tools/convert.py"):
-        convert.convert(source, tmp_path / "z.safetensors")
+        convert(read(source), source, tmp_path / "z.safetensors")
     assert sorted(tmp_path.iterdir()) == before  # nothing half-written
 
 
@@ -222,13 +219,13 @@ def plain() -> dict[str, Any]:
 def test_plain_weights_as_torch_reads_them(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(saved(plain(), zipped))
-    found = read_state_dict(path)
+    found = read_weights(path)[0]
     assert equal(found, torch.load(path, weights_only=True))
     target = tmp_path / "x.safetensors"
-    assert convert.convert(path, target) == [target]  # of no family that we know: no card
-    again = read_state_dict(target)  # in another order
+    assert convert(read(path), path, target) == [target]  # of no family that we know: no card
+    again = read_weights(target)[0]  # in another order
     assert equal({k: again[k] for k in found}, found) and len(again) == len(found)
-    result = CliRunner().invoke(convert.main, [str(path), str(target)], catch_exceptions=False)
+    result = CliRunner().invoke(main, [str(path), str(target)], catch_exceptions=False)
     assert "no card: say with --name which published model" in result.output
 
 
@@ -246,12 +243,12 @@ def test_weights_are_unwrapped(tmp_path: Path) -> None:
     ]
     for content, expected in forms:
         path.write_bytes(saved(content))
-        assert equal(read_state_dict(path), expected)
+        assert equal(read_weights(path)[0], expected)
     nothing: list[Any] = [{}, {"state_dict": {}}, [torch.ones(1)], {1: torch.ones(1)}, {"model": 3}]
     for content in nothing:
         path.write_bytes(saved(content))
         with pytest.raises(UserError, match="holds no weights by name"):
-            read_state_dict(path)
+            read_weights(path)[0]
 
 
 def test_lightning_checkpoints_hold_records(tmp_path: Path) -> None:
@@ -283,8 +280,8 @@ def test_lightning_checkpoints_hold_records(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("lsun/config.yaml", "model: {}")
         made.writestr("lsun/model.ckpt", buffer.getvalue())
-    assert equal(read_state_dict(path), weight)
-    assert equal(read_state_dict(path, "model.ckpt"), weight)
+    assert equal(read_weights(path)[0], weight)
+    assert equal(find_tensors(read(path, "model.ckpt"), "x"), weight)
     found = read(path)
     name = Reference("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
     assert found["callbacks"] == {name: {"best": 1}}
@@ -298,7 +295,7 @@ def test_lightning_checkpoints_hold_records(tmp_path: Path) -> None:
         read(path, "other.ckpt")
     with zipfile.ZipFile(path, "a") as made:
         made.writestr("first.ckpt", saved({"x": torch.ones(1)}))
-    assert list(read_state_dict(path, "first.ckpt")) == ["x"]
+    assert list(find_tensors(read(path, "first.ckpt"), "x")) == ["x"]
     with pytest.raises(UserError, match="not one checkpoint but 2 among"):
         read(path)
 
@@ -316,7 +313,7 @@ def test_score_sde_averages_find_their_names(golden_json: Any, tmp_path: Path) -
     ema = {"decay": 0.9999, "num_updates": 10, "shadow_params": shadows}
     content = {"optimizer": {}, "model": model, "ema": ema, "step": 8}
     path.write_bytes(saved(content))
-    found = read_state_dict(path)
+    found = read_weights(path)[0]
     assert list(found) == ["sigmas", "table", *named]
     assert not found["table"].any() and not found["all_modules.0.W"].any()
     for i, name in enumerate(trained):
@@ -324,5 +321,5 @@ def test_score_sde_averages_find_their_names(golden_json: Any, tmp_path: Path) -
     ema["shadow_params"] = [*shadows, torch.ones(77)]
     path.write_bytes(saved(content))
     with pytest.raises(UserError, match="has 1 averaged weights that match no parameter"):
-        read_state_dict(path)
+        read_weights(path)[0]
     assert read(path)["ema"]["num_updates"] == 10

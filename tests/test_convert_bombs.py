@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from checkpoints.pickles.files import read
-from checkpoints.snapshots import read_edm, read_predictor, read_state_dict
+from checkpoints.snapshots import read_edm, read_predictor, read_weights
 from tests.test_convert_hostile import (
     archive,
     bare,
@@ -145,7 +145,7 @@ def test_storages_need_their_contents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DEEP)
-@pytest.mark.parametrize("reader", [read_edm, read_predictor, read_state_dict])
+@pytest.mark.parametrize("reader", [read_edm, read_predictor, read_weights])
 def test_depth_is_no_danger(name: str, reader: Callable[[Path], Any], tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(bare(b"}" + put("model") + DEEP[name] + b"s"))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoints.pickles.files import read
 from checkpoints.snapshots import (
     find_network,
     find_predictor,
     find_tensors,
-    read,
     read_edm,
     read_predictor,
 )  # fmt: skip

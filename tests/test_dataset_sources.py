@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_data.files import decode
+from image_data.formats import decode
 from image_data.sources import ImageSource
 from runtime.errors import UserError
 from tests.deep_images import png16
@@ -320,7 +320,7 @@ def test_alpha_is_over_white() -> None:
 def test_more_than_8_bits_are_refused_by_name(tmp_path: Path, name: str, data: bytes) -> None:
     """Not skipped either: they are not broken."""
     source = fill(tmp_path / "in", {name: data})
-    with pytest.raises(UserError, match=f"^{name} in .* has more than 8 bits per channel: make"):
+    with pytest.raises(UserError, match=f"^{name} in .* has more than 8 bits per channel: convert"):
         tool(source, tmp_path / "out.zip", "--skip-broken")
 
 

@@ -21,11 +21,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_data.files import Item, Source, open_folder
+from denoisers.training.batches import training_batch
+from image_data.labelled import LabelledImages
+from image_data.raw.dataset import RawDataset, RawImage
+from image_data.raw.files import open_files
 from image_data.sources import ImageSource, image_batches
+from image_data.writer import SquareShape, destination, encode, name_of, write_dataset
 from runtime.errors import UserError
-from tools.dataset_tool import Shape, convert, destination, encode, main, name_of
-from tools.train_denoiser import Images
+from tools.dataset_tool import main
 
 RNG = np.random.default_rng
 
@@ -57,7 +60,7 @@ def ramp(width: int, height: int) -> Image.Image:
 def test_the_crop_is_the_middle(width: int, height: int) -> None:
     """Columns (w - s) // 2 ... as in EDM's tool: of an odd number, one more is cut on the right."""
     side = min(width, height)
-    pixels = Shape(crop=True)(ramp(width, height))
+    pixels = SquareShape(crop=True)(ramp(width, height))
     left, top = (width - side) // 2, (height - side) // 2
     y, x = np.mgrid[top : top + side, left : left + side]
     assert np.array_equal(pixels, np.stack([x, y, 0 * x], -1))
@@ -65,7 +68,7 @@ def test_the_crop_is_the_middle(width: int, height: int) -> None:
 
 def test_resampling_keeps_the_place_of_the_crop() -> None:
     """A symmetric kernel reproduces a ramp: output j sees column left + 3 j + 1 at factor 3."""
-    pixels = Shape(24, crop=True)(ramp(101, 72))
+    pixels = SquareShape(24, crop=True)(ramp(101, 72))
     inner = np.arange(3, 21)  # a Lanczos window is 3 pixels of the output wide on each side
     y, x = np.meshgrid(3 * inner + 1, (101 - 72) // 2 + 3 * inner + 1, indexing="ij")
     assert np.array_equal(pixels[3:21, 3:21], np.stack([x, y, 0 * x], -1))
@@ -81,7 +84,7 @@ def test_resampling_is_by_lanczos(side: int) -> None:
     t = (np.arange(48)[None] + 0.5 - (np.arange(side)[:, None] + 0.5) * factor) / max(factor, 1)
     weights = np.where(np.abs(t) < 3, np.sinc(t) * np.sinc(t / 3), 0)
     known = weights @ columns / weights.sum(1)
-    assert np.abs(Shape(side)(image) - known[None, :, None]).max() <= 1
+    assert np.abs(SquareShape(side)(image) - known[None, :, None]).max() <= 1
 
 
 def test_sizes_that_do_not_fit(tmp_path: Path) -> None:
@@ -114,8 +117,8 @@ def test_what_the_readers_of_the_project_find(tmp_path: Path) -> None:
     assert name_of(1002) == "00001/img00001002.png" and name_of(123456) == "00123/img00123456.png"
     found = np.concatenate(list(image_batches(made, 500)))
     assert np.array_equal(found, image[order].transpose(0, 3, 1, 2))
-    data, some = Images(made, 3, 2, 3), [0, 999, 1000, 1002]
-    batch = data.batch(some, some, "test")
+    data, some = LabelledImages(made, 3, 2, 3), [0, 999, 1000, 1002]
+    batch = training_batch(data, some, some, "test")
     assert np.array_equal(batch.images, found[some])
     assert data.classes.tolist() == [i % 3 for i in order]
 
@@ -215,18 +218,18 @@ class Interruption(Exception):
     pass
 
 
-def numbers(count: int, end: Any = None) -> Iterator[Item]:
+def numbers(count: int, end: Any = None) -> Iterator[RawImage]:
     """``count`` images; then ``end`` happens."""
     for i in range(count):
         image = Image.fromarray(RNG(i).integers(0, 256, (128, 128, 3), dtype=np.uint8))
-        yield Item(str(i), i % 10, lambda image=image: image)
+        yield RawImage(str(i), i % 10, lambda image=image: image)
     if end is not None:
         end()
 
 
-def write_all(dest: Path, items: Iterator[Item]) -> None:
+def write_all(dest: Path, items: Iterator[RawImage]) -> None:
     with destination(dest) as write:
-        convert(Source(Path("numbers"), 9, "", items), write, Shape(), None, False)
+        write_dataset(RawDataset(Path("numbers"), 9, "", items), write, SquareShape(), None, False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and signals")
@@ -241,7 +244,7 @@ def test_a_kill_leaves_no_destination(tmp_path: Path, dest: str) -> None:
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / dest).exists()
     assert all(p.name.startswith(".") for p in tmp_path.iterdir())  # nobody takes it for a result
-    with pytest.raises(UserError, match="holds no image"), open_folder(tmp_path):
+    with pytest.raises(UserError, match="holds no image"), open_files(tmp_path):
         pass
     write_all(tmp_path / dest, numbers(3))
     with ImageSource(tmp_path / dest) as made:

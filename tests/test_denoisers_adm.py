@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
-from denoisers.families.adm import ADMDenoiser, ADMModel, load_adm, read_openai, resolved
+from denoisers.families.adm import ADMDenoiser, ADMModel, load_adm, resolved
 from denoisers.families.cm import CMDenoiser, load_cm
-from denoisers.files import Files
 from denoisers.nets.openai import Classifier, UNet
 from denoisers.noise_schedules import LinearVP
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file
 
@@ -43,10 +44,9 @@ def largest(a: Tensor, b: Any) -> float:
     return float((a.detach() - torch.as_tensor(b)).abs().max())
 
 
-def recorded(name: str, golden: Golden, folder: Path) -> Path:
+def recorded(name: str, golden_weights: Golden, folder: Path) -> Path:
     """Recorded weights in a file as published: a state dict of PyTorch."""
-    arrays = golden(f"net_{name}_weights")
-    torch.save({key: torch.tensor(arrays[key]) for key in arrays.files}, folder / f"{name}.pt")
+    torch.save(golden_weights(name), folder / f"{name}.pt")
     return folder / f"{name}.pt"
 
 
@@ -80,10 +80,11 @@ def states(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(2))
 
 
-def test_adm_matches_its_records(golden: Golden, tmp_path: Path) -> None:
+def test_adm_matches_its_records(golden: Golden, golden_weights: Golden, tmp_path: Path) -> None:
     """In inference mode, as samplers call it; the tolerance is that of eps where sigma > 1."""
     io = golden("net_adm_io")
-    files = Files(recorded("adm", golden, tmp_path), recorded("adm_classifier", golden, tmp_path))
+    names = ("adm", "adm_classifier")
+    files = Files(*(recorded(name, golden_weights, tmp_path) for name in names))
     model = load_adm(ADM, files, CPU, torch.float32)
     assert model.sha256 == sha256_file(files.main)
     with torch.inference_mode():
@@ -104,9 +105,9 @@ def test_adm_matches_its_records(golden: Golden, tmp_path: Path) -> None:
                     assert largest(rate * pull, io[f"cond_grad_rate{rate}_{i}"]) < 1e-6
 
 
-def test_cm_matches_its_records(golden: Golden, tmp_path: Path) -> None:
+def test_cm_matches_its_records(golden: Golden, golden_weights: Golden, tmp_path: Path) -> None:
     io = golden("net_cm_io")
-    model = load_cm(CM, Files(recorded("cm", golden, tmp_path)), CPU, torch.float32)
+    model = load_cm(CM, Files(recorded("cm", golden_weights, tmp_path)), CPU, torch.float32)
     denoise = model.bind()
     for i, sigma in enumerate(io["sigmas"]):
         out = denoise(torch.tensor(io[f"x_{i}"]), torch.tensor(sigma))
@@ -269,7 +270,7 @@ def test_a_network_without_classes_is_guided_by_its_classifier(tmp_path: Path) -
     assert largest(one, plain) > 1e-3 < largest(one, other)
     with pytest.raises(UserError, match="at rate 5 steers towards a class"):
         model.bind(None, 5.0)
-    with pytest.raises(UserError, match="'tiny' is unconditional"):
+    with pytest.raises(UserError, match="'tiny' has no classes"):
         load_small(saved(tmp_path, num_classes=None), guidance=None, label_dim=0).bind(LABELS)
 
 
@@ -289,7 +290,7 @@ def test_conditions_of_consistency_models(tmp_path: Path) -> None:
 def test_ones_own_network_needs_no_settings(tmp_path: Path) -> None:
     """What shapes tell is read off; what they cannot tell may come with a safetensors file."""
     files = saved(tmp_path)
-    card = resolved(replace(ADM, resolution=8), *read_openai(files.main))
+    card = resolved(replace(ADM, resolution=8), *read_weights(files.main))
     assert (card.shape, card.label_dim) == ((3, 8, 8), 5)
     assert card.config == {
         **SMALL, "channel_mult": [1.0, 1.0], "out_channels": 6, "num_classes": 5
@@ -298,7 +299,7 @@ def test_ones_own_network_needs_no_settings(tmp_path: Path) -> None:
     net = UNet(**{**SMALL, "num_head_channels": 8, "out_channels": 3, "attention": "new"})
     config = {"image_size": 8, "num_head_channels": 8, "attention": "new"}
     save_file(net.state_dict(), path, {"config": json.dumps(config)})
-    card = resolved(CM, *read_openai(path))
+    card = resolved(CM, *read_weights(path))
     model = load_cm(card, Files(path), CPU, torch.float64)
     net.cast(torch.float64)
     x, times = states(), torch.tensor([1.0, 500.0], dtype=torch.float64)
@@ -310,7 +311,7 @@ def test_metadata_that_is_no_dict_is_refused(config: str, tmp_path: Path) -> Non
     path = tmp_path / "own.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"config": config})
     with pytest.raises(UserError, match=r"config in the metadata of .*own\.safetensors is '[{[]"):
-        read_openai(path)
+        read_weights(path)
 
 
 def test_files_of_other_models_are_refused(tmp_path: Path) -> None:

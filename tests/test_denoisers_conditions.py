@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from denoisers.cards import Card, cards
-from denoisers.conditions import Conditions
+from denoisers.conditions import ConditionOptions, Conditions
 from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
+from runtime.seeds import SELECTION_START
 
 CPU = torch.device("cpu")
 PLAIN = cards()["cifar10-small"]
@@ -61,6 +62,7 @@ def test_classes_belong_to_seeds_and_streams() -> None:
 def test_prompts_are_rows_of_seeds_when_sampling_and_drawn_when_training() -> None:
     many = Conditions(prompts=ROWS, guidance_rate=7.5)
     assert asked(TEXT, many, [2, 0]) == (None, 7.5, ("a boat, far away", "a cat"))
+    assert asked(TEXT, many, [SELECTION_START + 2, SELECTION_START]) == asked(TEXT, many, [2, 0])
     numbers = list(range(400))
     drawn = asked(TEXT, many, numbers, ("train", 0))[2]
     assert set(drawn) == set(ROWS) and drawn != asked(TEXT, many, numbers, ("train", 1))[2]
@@ -72,9 +74,10 @@ def test_prompts_are_rows_of_seeds_when_sampling_and_drawn_when_training() -> No
 @pytest.mark.parametrize(
     ("card", "conditions", "seeds", "sentence"),
     [
-        (PLAIN, Conditions(label=0), [], "'cifar10-small' is unconditional: leave --class 0 out"),
+        (PLAIN, Conditions(label=0), [], "'cifar10-small' has no classes: leave --class 0 out"),
         (CLASSES, Conditions(label=5), [], "--class 5 is not one of the 5 classes"),
         (PLAIN, Conditions(prompts=("x",)), [], "'cifar10-small' takes no text"),
+        (TEXT, Conditions(prompts=ROWS), [SELECTION_START + 4], "10000004 .* here row 4"),
         (TEXT, Conditions(prompts=ROWS), [0, 4], "seed 4 has no prompt: --prompt_path has 4 rows"),
         (TEXT, Conditions(guidance_type="cg"), [], "'text' has --guidance_type cfg, not 'cg'"),
         (PLAIN, Conditions(guidance_type="cfg"), [], "has no guidance, not 'cfg'"),
@@ -97,12 +100,14 @@ def test_what_a_model_takes() -> None:
 def test_options_become_conditions(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(ROWS) + "\n", encoding="utf-8")
-    assert Conditions.of(TEXT, None, str(file), guidance_rate=2.0) == Conditions(None, ROWS, 2.0)
-    assert Conditions.of(TEXT, "a cat", None).prompts == ("a cat",)
+    assert ConditionOptions(prompt_path=str(file), guidance_rate=2.0).resolve(TEXT) == Conditions(
+        None, ROWS, 2.0
+    )
+    assert ConditionOptions(prompt="a cat").resolve(TEXT).prompts == ("a cat",)
     with pytest.raises(UserError, match=r"--prompt 'a' and --prompt_path .* both say"):
-        Conditions.of(TEXT, "a", str(file))
+        ConditionOptions(prompt="a", prompt_path=str(file)).resolve(TEXT)
     with pytest.raises(UserError, match="takes no text"):
-        Conditions.of(PLAIN, None, str(tmp_path / "never-read"))
+        ConditionOptions(prompt_path=str(tmp_path / "never-read")).resolve(PLAIN)
     hashes = [Conditions(prompts=p).describe() for p in (ROWS, ROWS[::-1], ("a cattwo dogs",))]
     assert len({str(h) for h in hashes}) == 3 and Conditions().describe() is None
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from denoisers.families.edm import EDMPrecond
+from denoisers.families.precond import EDMPrecond
 from denoisers.nets import fused
 from denoisers.nets.fused import fused_norm
 from denoisers.registry import load_model

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.pickles.files import read
 from denoisers.cards import Card, cards
 from denoisers.convert import convert
 from denoisers.families.edm import EDMModel
 from denoisers.families.ncsnpp import describe_ncsnpp, load_ncsnpp
 from denoisers.families.precond import build
-from denoisers.files import Files
 from denoisers.nets.ncsnpp import published, settings_from
+from denoisers.protocol import Files
 from denoisers.recognise import recognise
 from denoisers.registry import ModelSource, load_model
 from runtime.errors import UserError
@@ -43,11 +44,6 @@ def largest(a: Tensor, b: Any) -> float:
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> EDMModel:
     return load_ncsnpp(describe_ncsnpp("mine", path), Files(path), CPU, dtype)
-
-
-def recorded(golden: Golden) -> dict[str, Tensor]:
-    file = golden("net_ncsnpp_weights")
-    return {name: torch.tensor(file[name]) for name in file.files}
 
 
 def translated(meta: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +75,11 @@ def test_names_order_and_shapes_are_the_published_ones(name: str, golden_json: G
     assert settings_from(shapes, {}, "it") == translated(meta)
 
 
-def test_score_matches_the_recorded_network(golden: Golden, tmp_path: Path) -> None:
+def test_score_matches_the_recorded_network(
+    golden: Golden, golden_weights: Golden, tmp_path: Path
+) -> None:
     """The published file holds the average as a list, and something else under its names."""
-    io, path = golden("net_ncsnpp_io"), checkpoint(tmp_path / "c.pth", recorded(golden))
+    io, path = golden("net_ncsnpp_io"), checkpoint(tmp_path / "c.pth", golden_weights("ncsnpp"))
     model = load(path)
     assert (model.card.sigma_min, model.card.sigma_max) == RANGE
     for i, sigma in enumerate(io["sigmas"]):
@@ -94,11 +92,11 @@ def test_score_matches_the_recorded_network(golden: Golden, tmp_path: Path) -> N
 
 
 def test_the_second_implementation_is_the_recorded_network(
-    golden: Golden, golden_json: Golden
+    golden: Golden, golden_json: Golden, golden_weights: Golden
 ) -> None:
     """So it may judge networks that were not recorded."""
     config = translated(golden_json("net_ncsnpp_meta")["ncsnpp_cifar"])
-    io, reference = golden("net_ncsnpp_io"), Reference(recorded(golden), config)
+    io, reference = golden("net_ncsnpp_io"), Reference(golden_weights("ncsnpp"), config)
     for i, sigma in enumerate(io["sigmas"]):
         score, _ = reference(torch.tensor(io[f"x_{i}"]), float(sigma))
         assert largest(score, io[f"score_{i}"]) < 1e-5 * float(score.abs().max())
@@ -206,7 +204,7 @@ def test_converted_files_are_the_same_network(tmp_path: Path) -> None:
     config = settings(channel_mult=[1, 1], img_resolution=32)
     path = checkpoint(tmp_path / "c.pth", weights(config))
     target = tmp_path / "own.safetensors"
-    assert convert(path, target) == [target, tmp_path / "own.card.json"]
+    assert convert(read(path), path, target) == [target, tmp_path / "own.card.json"]
     assert recognise(target) == "ncsnpp"
     entry = json.loads((tmp_path / "own.card.json").read_text())["own"]
     assert Card(name="own", **entry) == describe_ncsnpp("own", target)
@@ -217,7 +215,7 @@ def test_converted_files_are_the_same_network(tmp_path: Path) -> None:
         ("cifar10-ncsnpp", "model_"),
     ):
         with pytest.raises(UserError, match=f"is another model: {path} has .*{has}.* where"):
-            convert(path, tmp_path / "b.safetensors", published_name)
+            convert(read(path), path, tmp_path / "b.safetensors", published_name)
     assert not (tmp_path / "b.safetensors").exists()
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denoisers.families.precond import EDMPrecond, build
-from denoisers.nets import SongUNet
 from denoisers.nets.layers import Conv2d, UNetBlock
+from denoisers.nets.song import SongUNet
 
 Golden = Callable[[str], Any]
 TINY: dict[str, Any] = {
@@ -31,16 +31,26 @@ def largest(a: Tensor, b: Any) -> float:
     return float((a.detach() - torch.as_tensor(b).detach()).abs().max())
 
 
-def recorded(name: str, golden: Golden, golden_json: Golden) -> tuple[EDMPrecond, Any]:
+def recorded(
+    name: str, weights: Any, golden: Golden, golden_json: Golden
+) -> tuple[EDMPrecond, Any]:
     net = EDMPrecond(32, 3, **golden_json("net_configs")[name]["kwargs"])
-    weights = golden(f"net_{name}_weights")
-    net.load_state_dict({key: torch.tensor(weights[key]) for key in weights.files})
+    net.load_state_dict(weights)
     return net.eval().requires_grad_(False), golden(f"net_{name}_io")
 
 
+def test_drawn_weights_are_the_recorded_ones(golden: Golden, golden_weights: Golden) -> None:
+    """One network is stored whole; the others are drawn by the same rule."""
+    stored, drawn = golden("net_edm_song_weights"), golden_weights("edm_song")
+    assert list(drawn) == stored.files
+    assert max(largest(drawn[key], stored[key]) for key in drawn) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["edm_song", "edm_dhariwal"])
-def test_outputs_match_the_recorded_network(name: str, golden: Golden, golden_json: Golden) -> None:
-    net, io = recorded(name, golden, golden_json)
+def test_outputs_match_the_recorded_network(
+    name: str, golden: Golden, golden_json: Golden, golden_weights: Golden
+) -> None:
+    net, io = recorded(name, golden_weights(name), golden, golden_json)
     labels = torch.tensor(io["labels"]) if "labels" in io.files else None
     for i, sigma in enumerate(io["sigmas"]):
         out = net(torch.tensor(io[f"x_{i}"]), torch.tensor(sigma), labels)

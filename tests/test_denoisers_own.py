@@ -78,7 +78,7 @@ def test_own_networks_are_called_under_their_own_name(tmp_path: Path) -> None:
     """The settings found in the file build the network that its weights belong to."""
     path = unet("lsun_bedroom", tmp_path / "m.pt", image_size=16, model_channels=64)
     source = ModelSource("mine", str(path))
-    model = source.load(None, HERE)
+    model = source.load(HERE)
     net = UNet(**dict(source.card().config)).eval()
     net.load_state_dict(torch.load(path, weights_only=True))
     x, sigma = torch.randn(2, 3, 16, 16), torch.tensor(0.7)

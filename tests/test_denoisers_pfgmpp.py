@@ -17,8 +17,8 @@ from torch import Tensor
 from denoisers.cards import Card
 from denoisers.families.edm import describe_edm, load_edm
 from denoisers.families.precond import build
-from denoisers.files import Files
 from denoisers.prior import start, unit_noise
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from tests import published
@@ -161,7 +161,8 @@ def test_training_state_brings_its_dimensions(tmp_path: Path) -> None:
     x, sigma = torch.randn(2, 1, 4, 4), torch.tensor(0.7)
     plain = build(CONFIG).eval()
     plain.load_state_dict(weights())
-    assert torch.equal(model.bind()(x, sigma).x0, plain(x, sigma).x0)
+    # Not bit for bit: without gradients the kernels of the two may differ.
+    torch.testing.assert_close(model.bind()(x, sigma).x0, plain(x, sigma).x0, rtol=0, atol=1e-6)
     # ... and the start is not.
     n, noise = 16, SeedNoise(range(400))
     squares = start(model.card, noise, 1.0, torch.float64, CPU).flatten(1).square().sum(1)

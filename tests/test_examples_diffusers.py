@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from samplers.options import SamplerOptions
+
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
@@ -19,7 +21,8 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import sample, train
 from denoisers.conditions import Conditions
-from denoisers.families.diffusers.loading import from_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import load_diffusers
+from denoisers.families.diffusers.model import from_pipeline
 from denoisers.registry import ModelSource
 from examples import stable_diffusion
 from plans.plan import Solve
@@ -110,7 +113,7 @@ def run(pipe, scheduler, rate=5.0, prompts=PROMPTS, noise=None, **options):
 def test_a_predictor_gives_the_latents_of_our_own_sampler(pipe, model, name, afs, rate) -> None:
     walk = walk_of(model, name, predictor(), afs)
     scheduler = WalkScheduler.install(pipe, walk)
-    sampler = Sampler("x", (walk,), {}, cost=model.card.cost(rate), guidance_rate=rate)
+    sampler = Sampler("x", (walk,), SamplerOptions(guidance_rate=rate), model.card.cost(rate))
     conditions = Conditions(prompts=tuple(PROMPTS))
     (ours,) = generate(sampler, model, [0, 1], batch=2, device=CPU, conditions=conditions)
     theirs = run(pipe, scheduler, rate)
@@ -274,7 +277,8 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
     args += " --guidance_rate=5 --num_steps=3 --schedule_type=discrete --schedule_rho=1 --afs=True"
     args += " --scale_dir=0.01 --scale_time=0.2 --total_kimg=0.012 --batch=4 --tick=0.004"
     train.main(args.split(), standalone_mode=False)
-    guide, student, _ = load_predictor("1", "exps")
+    student_ = load_predictor("1", "exps")
+    guide, student = student_.predictor, student_.settings
     changed = AMEDPredictor(0.01, 0.2, seed=0)
     assert (
         float((guide.fc_r.weight - changed.fc_r.weight).detach().abs().max()) > 1e-3
@@ -283,7 +287,7 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
 
     pipe = open_pipeline(folder)
     scheduler = use_predictor(pipe, 1)
-    grid = student.grid(**model.card.time_maps)
+    grid = student.grid.resolve(model.card).nodes()
     assert (
         torch.allclose(scheduler.walk.ts, grid, rtol=1e-12) and scheduler.num_inference_steps == 3
     )
@@ -305,7 +309,7 @@ def page_blocks(kind: str) -> list[str]:
 
 def own_network(path: Path) -> None:
     """A tiny network of the EDM family in a pickle, as its authors publish it."""
-    from denoisers.families.edm import build
+    from denoisers.families.precond import build
 
     config = {
         "class_name": "EDMPrecond",

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from commands import sample, train
 from denoisers.cards import cards
-from denoisers.families.edm import build
+from denoisers.families.precond import build
 from denoisers.nets.openai import Classifier
 from runtime import cli
 from runtime.record import RunRecord
@@ -118,7 +118,7 @@ def test_pfgmpp_restarts_churns_and_teaches(
     edm_kind(tmp_path / "plain", "EDMPrecond")
     info = '{"0": [3, 2, 0.06, 0.3]}'
     common = ["--seeds=0-1", "--device=cpu"]
-    for folder, kernel in ((".", " (PFGM++, D = 128)"), ("plain", "")):
+    for folder in (".", "plain"):
         model = ["--dataset_name=mine", f"--model_path={folder}/m.pt"]
         restart = ["--sampler=restart", f"--restart_info=6 {info}", f"--outdir=r/{folder}"]
         churn = ["--sampler=edm", "--num_steps=4", "--S_churn=2", f"--outdir=e/{folder}"]
@@ -127,8 +127,7 @@ def test_pfgmpp_restarts_churns_and_teaches(
         for outdir, jumps, nfe in ((f"r/{folder}", 2, 19), (f"e/{folder}", 4, 7)):
             plan = RunRecord.read(Path(outdir) / "run.json").plan
             assert plan["nfe_metered"] == plan["nfe_planned"] == nfe
-            told = [part for part in plan["parts"] if part.startswith("jump")]
-            assert len(told) == jumps and all(part.endswith(kernel) for part in told)
+            assert sum(part.startswith("jump") for part in plan["parts"]) == jumps
     for kind in ("r", "e"):
         for seed in ("000000.png", "000001.png"):
             assert (Path(kind) / seed).read_bytes() != (Path(kind) / "plain" / seed).read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -9,20 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from denoisers.noise_schedules import (
-    DiscreteVP,
-    LinearVP,
-    NoiseSchedule,
-    latent_diffusion,
-    stable_diffusion,
-)
-from solvers.grids import SCHEDULES, get_grid, refine
+from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
+from solvers.grids import SCHEDULES, Grid, TimeMaps, get_grid
 
 F32 = float(np.finfo(np.float32).eps)
 MODELS: dict[str, NoiseSchedule] = {
     "cg": LinearVP(beta_d=19.9, beta_min=0.1),
-    "cfg_sd": stable_diffusion(),
-    "uncond_ldm": latent_diffusion(),
+    "cfg_sd": DiscreteVP.from_betas(0.00085, 0.012),
+    "uncond_ldm": DiscreteVP.from_betas(0.0015, 0.0195),
 }
 TIMES = [0.001, 0.01, 0.1, 0.5, 0.9, 1]
 SIGMAS = [0.03, 0.1, 0.5, 1, 3, 10]
@@ -32,8 +28,8 @@ def double(values: list[float] | np.ndarray) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def maps(model: NoiseSchedule) -> dict:
-    return {"sigma": model.sigma, "sigma_inv": model.sigma_inv}
+def maps(model: NoiseSchedule) -> TimeMaps:
+    return TimeMaps(model.sigma, model.sigma_inv)
 
 
 def assert_same(ours: Tensor, truth: Tensor | np.ndarray) -> None:
@@ -88,7 +84,7 @@ def test_discrete_grids(golden, name, rho, nodes):
     vectors, model = golden("schedules"), MODELS[name]
     for dtype in ("f64", "f32"):
         low, high = (float(v) for v in vectors[f"{dtype}|{name}|sigma_min_max"])
-        grid = get_grid("discrete", nodes, low, high, rho, **maps(model))
+        grid = get_grid("discrete", nodes, low, high, rho, maps(model))
         recorded = vectors[f"{dtype}|discrete:{name}|rho{rho}|n{nodes}"]
         if dtype == "f64":
             assert_same(grid, double(recorded))
@@ -115,9 +111,9 @@ def test_discrete_differs_knowingly_from_the_published_rule(golden, name):
         assert_same(published, recorded)
 
     lower = high / 4  # a walk that starts below the model's last step
-    ours = get_grid("discrete", 6, low, lower, 1, **maps(model))
+    ours = get_grid("discrete", 6, low, lower, 1, maps(model))
     assert_same(ours, published_discrete(model, 6, low, lower, 1))
-    ours = get_grid("discrete", 6, low, lower, 2, **maps(model))
+    ours = get_grid("discrete", 6, low, lower, 2, maps(model))
     assert float(ours[0]) == lower
     t_max = float(model.sigma_inv(double([lower])))
     wrong_start = published_discrete(model, 6, low, lower, 2)[0]
@@ -138,11 +134,11 @@ exponents = st.floats(0.5, 10.0)
 
 def settings_for(
     schedule: str, levels: tuple[float, float], model: NoiseSchedule
-) -> tuple[float, float, dict]:
+) -> tuple[float, float, TimeMaps | None]:
     """A model's own time cannot leave the model's levels."""
     low, high = levels
     if schedule != "discrete":
-        return low, high, {}
+        return low, high, None
     ends = model.sigma(double([2e-3, 0.99]))
     return max(low, float(ends[0])), min(high, float(ends[1])), maps(model)
 
@@ -150,7 +146,7 @@ def settings_for(
 @given(schedules, st.integers(2, 40), ranges, exponents, st.sampled_from(sorted(MODELS)))
 def test_grids_decrease_between_exact_ends(schedule, nodes, levels, rho, name):
     low, high, extra = settings_for(schedule, levels, MODELS[name])
-    grid = get_grid(schedule, nodes, low, high, rho, **extra)
+    grid = get_grid(schedule, nodes, low, high, rho, extra)
     assert grid.shape == (nodes,) and grid.dtype == torch.float64 and grid.device.type == "cpu"
     assert float(grid[0]) == high and float(grid[-1]) == low
     assert bool((grid.diff() < 0).all())
@@ -162,10 +158,10 @@ def test_grids_decrease_between_exact_ends(schedule, nodes, levels, rho, name):
 )  # fmt: skip
 def test_refinement_contains_the_coarse_grid(schedule, nodes, inserted, levels, rho, name):
     low, high, extra = settings_for(schedule, levels, MODELS[name])
-    coarse = get_grid(schedule, nodes, low, high, rho, **extra)
-    fine, pick = refine(schedule, nodes, inserted, low, high, rho, **extra)
+    coarse = get_grid(schedule, nodes, low, high, rho, extra)
+    fine, stride = Grid(schedule, nodes, rho, low, high, extra).refined(inserted)
     assert len(fine) == (inserted + 1) * (nodes - 1) + 1
-    torch.testing.assert_close(fine[pick], coarse)
+    torch.testing.assert_close(fine[::stride], coarse)
 
 
 @given(st.sampled_from(sorted(MODELS)), st.floats(1e-3, 1.0))
@@ -201,10 +197,9 @@ def test_logsnr_and_polynomial_by_hand():
         (("polynomial", 1, 0.002, 80.0, 7), "1 node.* has no interval; give num_steps >= 2"),
         (
             ("polynomial", 6, 0.002, 80.0, 0),
-            "exponent rho > 0, got 0; pass --schedule_rho",
+            "schedule_rho = 0 has to be positive",
         ),
-        (("time_uniform", 6, 0.002, 80.0, None), "needs an exponent rho > 0, got None"),
-        (("polynomial", 6, 0.002, 80.0, float("nan")), "rho > 0, got nan"),
+        (("polynomial", 6, 0.002, 80.0, float("nan")), "schedule_rho = nan"),
         (("logsnr", 6, 80.0, 80.0), "sigma_min < sigma_max, got sigma_min = 80, sigma_max = 80"),
         (("logsnr", 6, 0.0, 80.0), "0 < sigma_min < sigma_max, got sigma_min = 0"),
         (("logsnr", 6, 0.002, float("inf")), "sigma_max = inf"),
@@ -219,7 +214,37 @@ def test_settings_that_make_no_grid(arguments, message):
 
 def test_negative_refinement_is_refused():
     with pytest.raises(ValueError, match="M = -1 inserted nodes make no grid; give M >= 0"):
-        refine("logsnr", 4, -1, 0.002, 80.0)
+        Grid("logsnr", 4, None, 0.002, 80.0).refined(-1)
+
+
+class Levels(NamedTuple):
+    """What a grid asks of a card."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    time_maps: TimeMaps | None = None
+
+
+def test_a_schedule_without_its_exponent_has_one_meaning():
+    for schedule, rho in (("polynomial", 7.0), ("time_uniform", 1.0), ("logsnr", None)):
+        grid = Grid(schedule, 6).resolve(Levels())
+        assert (grid.rho, grid.ends) == (rho, (0.002, 80.0))
+        assert torch.equal(grid.nodes(), get_grid(schedule, 6, 0.002, 80.0))
+        assert torch.equal(grid.nodes(), get_grid(schedule, 6, 0.002, 80.0, rho))
+    model = next(iter(MODELS.values()))
+    own = Levels(0.05, 10.0, maps(model))
+    discrete = Grid("discrete", 6).resolve(own)
+    assert discrete.rho == 1.0
+    assert torch.equal(discrete.nodes(), get_grid("discrete", 6, 0.05, 10.0, 1.0, maps(model)))
+
+
+def test_what_a_grid_states_is_not_replaced():
+    grid = Grid("polynomial", 5, 3.0, 0.1, 9.0).resolve(Levels())
+    assert torch.equal(grid.nodes(), get_grid("polynomial", 5, 0.1, 9.0, 3.0))
+    assert torch.equal(grid.nodes(8), get_grid("polynomial", 8, 0.1, 9.0, 3.0))
+    assert grid.closed().tolist() == [*grid.nodes().tolist(), 0.0]
+    with pytest.raises(ValueError, match="no noise levels yet"):
+        Grid("polynomial", 5).nodes()
 
 
 def test_models_that_make_no_time():

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 from commands import app, visualize
 from denoisers.cards import cards
 from restart.tables import configuration
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.side_by_side import row_folder
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from commands import fid
-from image_data.sources import choose
 from metrics.detectors import Detector, load_detector
+from metrics.draws import choose
 from metrics.extrapolation import fid_infinity
 from metrics.frechet import frechet_distance
 from metrics.kid import kid

@@ -10,6 +10,7 @@ from torch import Tensor
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
 from pds.chain import Chain, langevin, langevin_step, ve_levels
 from pds.operators import Preconditioner
+from plans.process import ForwardProcess
 from solvers.driver import Meter
 from solvers.types import Denoised
 from tests.pds_problems import SHAPE, draw, preconditioners, random_masks
@@ -34,7 +35,7 @@ def mixture() -> MixtureDenoiser:
 
 
 def run(chain: Chain, x: Tensor, normal: Callable[[tuple], Tensor] | None = None) -> list[Tensor]:
-    return list(chain.visit(Meter(mixture()), x, normal or named(len(x))))
+    return list(chain.visit(Meter(mixture()), x, ForwardProcess(normal or named(len(x)))))
 
 
 def test_recorded_run(golden) -> None:
@@ -59,7 +60,7 @@ def test_recorded_run(golden) -> None:
     assert gap(levels.flip(0), torch.from_numpy(file["discrete_sigmas_N20_f64"])) < 1e-10
     chain = Chain(levels, labels, operators, snr=0.16, n_steps=1, batch_coupled=True)
     denoiser = Told(torch.from_numpy(problem["means"]), 0.25)
-    states = list(chain.visit(Meter(denoiser), 50 * noise(), noise))
+    states = list(chain.visit(Meter(denoiser), 50 * noise(), ForwardProcess(noise)))
     recorded = {key: torch.from_numpy(file[f"both|N20|f64|{key}"]) for key in
                 ("x", "x_mean", "predictor0_x", "predictor1_x")}  # fmt: skip
     assert gap(torch.tensor(network_sigma), torch.from_numpy(file["both|N20|f64|labels"])) < 1e-5
@@ -94,8 +95,12 @@ def test_the_chain_is_the_same_in_the_units_of_the_published_models() -> None:
     ours = Chain(*ve_levels(30, 0.02, 100.0), operators)
     theirs = Chain(*ve_levels(30, 0.01, 50.0), operators)
     x = 100 * draw(3, *SHAPE)
-    one = list(ours.visit(Meter(MixtureDenoiser(means, 0.3)), x, named()))
-    two = list(theirs.visit(Meter(MixtureDenoiser((means + 1) / 2, 0.15)), (x + 1) / 2, named()))
+    one = list(ours.visit(Meter(MixtureDenoiser(means, 0.3)), x, ForwardProcess(named())))
+    two = list(
+        theirs.visit(
+            Meter(MixtureDenoiser((means + 1) / 2, 0.15)), (x + 1) / 2, ForwardProcess(named())
+        )
+    )
     for a, b in zip(one, two, strict=True):
         assert gap((a + 1) / 2, b) < 1e-10 * float(x.abs().max())
 
@@ -104,7 +109,9 @@ def test_the_last_state_is_the_denoised_one() -> None:
     """Without preconditioning the last predictor lands on D (Tweedie), as given at the level."""
     levels, _ = ve_levels(4, 0.01, 50.0)
     meter = Meter(mixture())
-    *_, before, last = Chain(levels, levels, n_steps=0).visit(meter, draw(3, *SHAPE), named())
+    *_, before, last = Chain(levels, levels, n_steps=0).visit(
+        meter, draw(3, *SHAPE), ForwardProcess(named())
+    )
     assert gap(last, mixture()(before, levels[-1]).x0) < 1e-12
 
 
@@ -159,7 +166,7 @@ def test_planned_evaluations_are_metered_and_draws_have_their_own_names(n_steps:
             names.append(name)
             return draw(3, *SHAPE)
 
-        states = list(chain.visit(meter, draw(3, *SHAPE), normal))
+        states = list(chain.visit(meter, draw(3, *SHAPE), ForwardProcess(normal)))
         assert meter.nfe == chain.nfe(cost) == 7 * (n_steps + 1) * cost
         assert len(states) == len(chain.times)
         assert len(set(names)) == len(names) == 7 * n_steps + 6

@@ -15,6 +15,7 @@ from denoisers.analytic import GaussianDenoiser
 from pds.chain import Chain, ve_levels
 from pds.masks import load_mask
 from pds.operators import Preconditioner, mirrored, to_filter
+from plans.process import ForwardProcess
 from solvers.driver import Meter
 from solvers.types import Denoised
 from tests.pds_problems import draw, matrix
@@ -68,7 +69,9 @@ def test_the_covariance_of_the_predictor_is_the_recursion() -> None:
             """Of unit noise ``z`` in the draw ``name`` and none in the others."""
             still = torch.zeros_like(z)
             x = levels[0] * z if name == ("latent",) else still
-            *_, last = chain.visit(meter, x, lambda other: z if other == name else still)
+            *_, last = chain.visit(
+                meter, x, ForwardProcess(lambda other, name=name: z if other == name else still)
+            )
             return last
 
         rest = final(("no draw",), torch.zeros(1, *shape, dtype=torch.float64))
@@ -145,7 +148,7 @@ def test_sampled_chains_have_the_variances_of_the_recursion() -> None:
         def normal(name: tuple, generator: torch.Generator = generator) -> Tensor:
             return torch.randn(24, 3, 32, 32, generator=generator, dtype=torch.float64)
 
-        *_, last = chain.visit(Meter(model), levels[0] * normal(()), normal)
+        *_, last = chain.visit(Meter(model), levels[0] * normal(()), ForwardProcess(normal))
         power = (torch.fft.fft2(last).abs().square() / 32**2).mean(0).flatten()
         wanted = variances(model.spectrum, gain, levels, n_steps=1).flatten()
         for band in bands[:3]:  # the widest modes are too few to average

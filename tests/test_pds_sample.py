@@ -16,9 +16,9 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
-from samplers.job import Setup, prepare
+from samplers.job import SampleOptions, prepare
 from samplers.options import SamplerOptions
 from solvers.types import Denoiser
 from tests.scripts import Script
@@ -117,13 +117,12 @@ def test_coupled_batches_are_refused_where_they_would_be_split(run: Script, tmp_
     flags = ("--num_steps=10", "--batch_coupled=True", "--outdir=x")
     code, _, err = run(*flags, "--seeds=0-4", "--batch=4")
     assert code == 1 and "give --batch 5 on one process" in err and not list(tmp_path.iterdir())
-    two = World(0, 2, torch.device("cpu"))
     options = SamplerOptions(sampler="pds", num_steps=10, batch_coupled=True)
     with pytest.raises(UserError, match="--batch_coupled makes an image depend on its batch"):
-        prepare(options, None, Setup("0-3"), two)
-    with pytest.raises(UserError, match="--batch_coupled makes an image depend on its batch"):
         generate(build(options, Model.card), Model(), range(5), batch=4, device="cpu")
-    prepare(options, None, Setup("0-3"), World(0, 1, torch.device("cpu")))
+    job = prepare(SampleOptions(sampler=options, seeds="0-3", outdir="y"))
+    with pytest.raises(UserError, match="--batch_coupled makes an image depend on its batch"):
+        job.run(World(0, 2, torch.device("cpu")))
 
 
 def test_a_coupled_batch_is_made_whole_or_not_at_all(run: Script, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,10 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import denoisers.families.diffusers.loading
 from denoisers.cards import Card
-from denoisers.families.diffusers.files import sha256_pipeline
-from denoisers.families.diffusers.loading import (
-    fetch_pipeline,
-    inspect_diffusers,
-    is_diffusers,
-    load_diffusers,
-)
-from denoisers.files import Files
+from denoisers.families.diffusers.files import describe_diffusers, is_diffusers, sha256_pipeline
+from denoisers.families.diffusers.loading import fetch_pipeline, load_diffusers
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from tests import tiny_pipeline
 
@@ -41,10 +36,13 @@ def folder(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "sd"))
 
 
-def load(main: Path, facts: dict | None = None):
-    facts = facts or inspect_diffusers(main)
-    card = Card(name="mine", file=main.name, url=None, sha256=None, **facts)
+def load(main: Path, **changes: object):
+    card = replace(describe_diffusers("mine", main), **changes)
     return load_diffusers(card, Files(main), torch.device("cpu"), torch.float32)
+
+
+def settings_of(path: Path) -> Card:
+    return replace(describe_diffusers("mine", path), file="")
 
 
 def denoised(model) -> torch.Tensor:
@@ -64,7 +62,7 @@ def test_a_single_file_is_the_folder_in_one(folder: Path) -> None:
     save_file(tiny_pipeline.single_file(whole.pipe), main)
     for file in [*folder.rglob("model.safetensors"), *folder.rglob("diffusion_*.safetensors")]:
         file.unlink()
-    assert is_diffusers(main) and inspect_diffusers(main) == inspect_diffusers(folder)
+    assert is_diffusers(main) and settings_of(main) == settings_of(folder)
     one = load(main)
     assert float((denoised(one) - denoised(whole)).abs().max()) < 1e-6
     z = torch.randn(1, 4, 8, 8)
@@ -131,28 +129,28 @@ def test_a_pipeline_with_no_place_here_is_refused_by_name(folder, file, entries,
 def test_broken_settings_are_named(folder: Path, tmp_path: Path) -> None:
     assert is_diffusers(folder) and not is_diffusers(tmp_path)
     with pytest.raises(UserError, match="has no model_index.json"):
-        inspect_diffusers(tmp_path)
+        describe_diffusers("mine", tmp_path)
     with pytest.raises(UserError, match="is no pipeline of diffusers; give a folder, or a .saf"):
-        inspect_diffusers(tmp_path / "absent")
+        describe_diffusers("mine", tmp_path / "absent")
     index = folder / "model_index.json"
     for text, sentence in (("{", "is no JSON file"), ("[]", "holds no settings")):
         index.write_text(text)
         with pytest.raises(UserError, match=sentence):
-            inspect_diffusers(folder)
+            describe_diffusers("mine", folder)
     index.write_text("{}")
     with pytest.raises(UserError, match="its network is None"):
-        inspect_diffusers(folder)
+        describe_diffusers("mine", folder)
     (folder / "unet/config.json").unlink()
     index.write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
     with pytest.raises(UserError, match="unet/config.json is missing, so the pipeline is not comp"):
-        inspect_diffusers(folder)
+        describe_diffusers("mine", folder)
 
 
 def test_a_process_without_betas_is_refused(folder: Path) -> None:
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(flow))
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no betas"):
-        inspect_diffusers(folder)
+        describe_diffusers("mine", folder)
 
 
 def test_weights_must_all_be_there_and_fit(folder: Path) -> None:
@@ -180,10 +178,9 @@ def test_weights_must_all_be_there_and_fit(folder: Path) -> None:
 
 
 def test_another_models_pipeline_does_not_pass_for_a_known_one(folder: Path) -> None:
-    facts = inspect_diffusers(folder)
     for other in ({"resolution": 64}, {"text": False}, {"sigma_max": 80.0}):
         with pytest.raises(UserError, match="where 'mine' has .*choose the dataset it belongs to"):
-            load(folder, {**facts, **other})
+            load(folder, **other)
 
 
 def test_conditions_that_a_pipeline_does_not_take(folder: Path, tmp_path: Path) -> None:
@@ -259,7 +256,7 @@ def test_without_a_connection_the_way_out_is_named(tmp_path: Path, monkeypatch) 
 
 def test_without_the_extra_its_name_is_said(folder: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert inspect_diffusers(folder)["text"]  # settings need no library
+    assert describe_diffusers("mine", folder).text  # settings need no library
     with pytest.raises(
         UserError, match="need diffusers: pip install 'amed-toolkit\\[diffusion\\]'"
     ):
@@ -271,6 +268,6 @@ def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
         "import sys, denoisers.families.diffusers.loading, samplers.in_diffusers\n"
         "print([m for m in ('diffusers', 'transformers', 'torchvision') if m in sys.modules])"
     )
-    root = Path(denoisers.families.diffusers.loading.__file__).parent.parent
+    root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -12,9 +12,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from denoisers.cards import Card
-from denoisers.families.diffusers.loading import inspect_diffusers, load_diffusers
-from denoisers.files import Files
+from denoisers.families.diffusers.files import describe_diffusers
+from denoisers.families.diffusers.loading import load_diffusers
 from denoisers.noise_schedules import BETAS, DiscreteVP
+from denoisers.protocol import Files
 from solvers.driver import integrate
 from solvers.registry import make_solver
 from tests import tiny_pipeline
@@ -24,8 +25,7 @@ PROMPTS = ["a cat", "an apple"]
 
 
 def card_of(path: Path, **changes) -> Card:
-    facts = {**inspect_diffusers(path), **changes}
-    return Card(name="mine", file=path.name, url=None, sha256=None, **facts)
+    return dataclasses.replace(describe_diffusers("mine", path), **changes)
 
 
 def load(path: Path, dtype=torch.float32):

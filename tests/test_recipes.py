@@ -15,8 +15,8 @@ from PIL import Image
 
 from amed.experiments import load_predictor
 from denoisers.cards import cards
-from denoisers.families.edm import build
 from denoisers.families.first_stage import VQDecoder
+from denoisers.families.precond import build
 from denoisers.nets.openai import UNet
 from metrics.statistics import Statistics
 from runtime.record import RunRecord
@@ -72,7 +72,8 @@ def results(house: Path, nfe: list[int]) -> list[tuple[np.ndarray, Statistics | 
     """Images (and their statistics) of each student, after checks that hold for all of them."""
     found = []
     for run, spent in zip(sorted((house / "exps").glob("0*")), nfe, strict=True):
-        predictor, settings, record = load_predictor(str(run), house / "exps")
+        student = load_predictor(str(run), house / "exps")
+        predictor, settings, record = student.predictor, student.settings, student.record
         assert record.plan["nfe"] == spent and f"-{spent}-" in run.name
         assert not torch.equal(predictor.fc_r.weight, type(predictor)(
             settings.scale_dir, settings.scale_time, seed=0).fc_r.weight)  # fmt: skip

@@ -10,7 +10,14 @@ import torch
 
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
 from plans.plan import Jump, Solve, plan_nfe, run_plan
-from restart.candidates import INTERVALS, WALKS, Walk, candidates, parse_intervals, parse_walks
+from restart.candidates import (
+    INTERVALS,
+    WALKS,
+    RestartWalks,
+    candidates,
+    parse_intervals,
+    parse_walks,
+)
 from runtime.errors import UserError
 from solvers.driver import Meter
 
@@ -60,7 +67,9 @@ def test_no_two_candidates_compute_the_same():
     z = torch.randn(9, 1, 1, 2, 2, generator=generator, dtype=torch.float64)
     # Euler and iPNDM coincide wherever a walk has one interval.
     walks = [
-        (Walk(main, afs=True), down) for main in ("ipndm", "euler") for down in ("ipndm", "euler")
+        RestartWalks.by(main, down, afs=True)
+        for main in ("ipndm", "euler")
+        for down in ("ipndm", "euler")
     ]
     results: dict[tuple, str] = {}
     for candidate in candidates(6, *LIMITS, walks=walks):
@@ -81,10 +90,10 @@ def test_intervals_that_do_not_fit_are_left_out():
 
 
 def test_every_decomposition_is_listed():
-    walk = Walk("euler")
+    walk = RestartWalks.by("euler", "euler")
     found = {
         (len(MAIN), len(jumps), len(down) - 1)
-        for candidate in candidates(8, *LIMITS, intervals=[(0.002, 0.3)], walks=[(walk, "euler")])
+        for candidate in candidates(8, *LIMITS, intervals=[(0.002, 0.3)], walks=[walk])
         for MAIN, jumps, down in [_shape(candidate.plan)]
     }
     # N - 1 on the main walk and K (N_restart - 1) below make 8, with at least 3 main nodes.
@@ -106,7 +115,7 @@ def _shape(plan):
 
 
 def test_plans_of_two_intervals_are_complete():
-    levels, walks = [(0.002, 0.3), (1.09, 5.0)], [(Walk("euler"), "euler")]
+    levels, walks = [(0.002, 0.3), (1.09, 5.0)], [RestartWalks.by("euler", "euler")]
     one = list(candidates(9, *LIMITS, intervals=levels, walks=walks))
     both = list(candidates(9, *LIMITS, intervals=levels, walks=walks, most=2))
     assert {c.label for c in one} < {c.label for c in both} and len(both) == len(
@@ -115,9 +124,9 @@ def test_plans_of_two_intervals_are_complete():
     found = set()
     for candidate in both:
         assert plan_nfe(candidate.plan) == 9
-        info = candidate.options["restart_info"]
-        if len(info) == 2:
-            found.add((candidate.options["num_steps"], *(tuple(info[i][:2]) for i in "01")))
+        chosen = candidate.intervals
+        if len(chosen) == 2:
+            found.add((candidate.num_steps, *((at.n_restart, at.k) for at in chosen)))
             tops = [part.t_to for part in candidate.plan if isinstance(part, Jump)]
             assert tops == sorted(tops, reverse=True) and set(tops) == {0.3, 5.0}
     brute = {
@@ -136,7 +145,7 @@ def test_plans_of_two_intervals_are_complete():
 def test_walks_and_intervals_are_read():
     walks = parse_walks("heun+0/heun,heun+afs/heun,ipndm+afs/heun,ipndm+afs/ipndm")
     assert tuple(walks) == WALKS
-    assert parse_walks("euler/dpm3") == [(Walk("euler"), "dpm3")]
+    assert parse_walks("euler/dpm3") == [RestartWalks.by("euler", "dpm3")]
     assert parse_intervals("0.06:0.3,1.09:5") == [(0.06, 0.3), (1.09, 5.0)]
     for text in ("heun", "heun+1/heun", "amed/heun", "heun/magic", ""):
         with pytest.raises(UserError, match="walk"):

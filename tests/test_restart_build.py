@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 from denoisers.analytic import GaussianDenoiser
 from plans.plan import Jump, Plan, Solve, plan_nfe, run_plan
-from restart.build import edm_plan, restart_plan
+from plans.stochastic import edm_plan
+from plans.walk import Churn, WalkSpec
+from restart.build import restart_plan
 from restart.intervals import (
     Interval,
     parse_restart_info,
@@ -82,14 +85,14 @@ def test_restart_grid_is_polynomial_with_the_given_exponent():
 
 
 def test_without_churn_edm_is_one_walk():
-    for plan in (edm_plan(MAIN), edm_plan(MAIN, S_churn=9.0, S_min=5.0, S_max=7.0)):
+    for plan in (edm_plan(MAIN), edm_plan(MAIN, Churn(9.0, 5.0, 7.0))):
         (only,) = plan
         assert isinstance(only, Solve) and only.solver == HEUN
         assert torch.equal(only.ts, MAIN)
 
 
 def test_churn_interrupts_the_walk_only_where_it_is_active():
-    plan = edm_plan(MAIN, S_churn=1.2, S_min=2.0, S_max=4.0, S_noise=1.1)  # gamma = 1.2 / 6
+    plan = edm_plan(MAIN, Churn(1.2, 2.0, 4.0, 1.1))  # gamma = 1.2 / 6
     assert outline(plan) == [
         [16, 8, 4],
         (4, 4.8, ("churn", 2)),
@@ -103,14 +106,14 @@ def test_churn_interrupts_the_walk_only_where_it_is_active():
 
 
 def test_churn_gamma_is_capped():
-    plan = edm_plan(MAIN, S_churn=100.0, S_min=16.0)
+    plan = edm_plan(MAIN, Churn(100.0, 16.0))
     assert isinstance(plan[0], Jump)
     assert plan[0].t_to == pytest.approx(16 * math.sqrt(2), rel=1e-12)
 
 
 def test_edm_plan_takes_any_solver_guide_and_the_analytic_step():
     guide = FixedRatio(0.5)
-    plan = edm_plan(MAIN, S_churn=1.2, S_min=8.0, S_max=8.0, solver=EULER, guide=guide, afs=True)
+    plan = edm_plan(MAIN, Churn(1.2, 8.0, 8.0), WalkSpec("euler", EULER, guide, afs=True))
     walks = [part for part in plan if isinstance(part, Solve)]
     assert len(walks) == 3
     assert all(walk.solver == EULER and walk.guide is guide for walk in walks)
@@ -120,8 +123,8 @@ def test_edm_plan_takes_any_solver_guide_and_the_analytic_step():
 
 def test_restart_gamma_churns_descents_and_s_churn_the_main_walk():
     interval = Interval(3, 2, 1.0, 3.0)
-    settings: dict[str, Any] = dict(rho=1.0, S_noise=1.01, S_min=1.5, S_max=3.0)
-    plan = restart_plan(MAIN, [interval], HEUN, restart_gamma=0.5, **settings)
+    churn = Churn(S_min=1.5, S_max=3.0, S_noise=1.01)
+    plan = restart_plan(MAIN, [interval], HEUN, churn=churn, restart_gamma=0.5, rho=1.0)
     assert outline(plan) == [
         [16, 8, 4, 2, 1],
         *[
@@ -138,14 +141,14 @@ def test_restart_gamma_churns_descents_and_s_churn_the_main_walk():
         [1, 0.5, 0],
     ]
     assert {part.scale for part in plan if isinstance(part, Jump)} == {1.01}
-    plan = restart_plan(MAIN, [interval], HEUN, S_churn=3.0, **settings)
+    plan = restart_plan(MAIN, [interval], HEUN, churn=replace(churn, S_churn=3.0), rho=1.0)
     names = [part.name for part in plan if isinstance(part, Jump)]
     assert names == [("churn", 3), ("restart", 0, 0), ("restart", 0, 1)]
 
 
 def test_kept_times_are_nodes_of_the_final_descent_only_and_once():
     keep = torch.tensor([16.0, 3.0, 2.5, 2.5, 2.0, 1.25, 1.0, 0.7], dtype=torch.float64)
-    plan = restart_plan(MAIN, [Interval(3, 3, 1.0, 3.0)], HEUN, rho=1.0, keep=keep)
+    plan = restart_plan(MAIN, [Interval(3, 3, 1.0, 3.0)], HEUN, rho=1.0, required_nodes=keep)
     assert [part for part in outline(plan) if isinstance(part, list)] == [
         [16, 8, 4, 2, 1],
         [3, 2, 1],
@@ -159,7 +162,7 @@ def test_kept_times_are_nodes_of_the_final_descent_only_and_once():
 def test_a_kept_time_replaces_the_node_that_rounding_left_beside_it():
     near = 2.0 * (1 + 1e-12)
     keep = torch.tensor([near, 1.0 + 1e-12, 3.0 - 1e-12], dtype=torch.float64)
-    plan = restart_plan(MAIN, [Interval(3, 1, 1.0, 3.0)], HEUN, rho=1.0, keep=keep)
+    plan = restart_plan(MAIN, [Interval(3, 1, 1.0, 3.0)], HEUN, rho=1.0, required_nodes=keep)
     assert grids(plan)[1].tolist() == [3.0, near, 1.0]
 
 
@@ -176,9 +179,13 @@ def test_guides_and_analytic_steps_reach_their_own_walks():
     main = torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64)
     half, whole = FixedRatio(0.5), FixedRatio(1.0)
 
-    def calls(**settings):
+    def calls(main_guide, restart_guide, afs=False, restart_afs=False):
         sigmas.clear()
-        plan = restart_plan(main, [Interval(2, 2, 1.0, 9.0)], amed, amed, **settings)
+        walks = (
+            WalkSpec("amed", amed, main_guide, afs),
+            WalkSpec("amed", amed, restart_guide, restart_afs),
+        )
+        plan = restart_plan(main, [Interval(2, 2, 1.0, 9.0)], *walks)
         assert run_plan(plan, Recorder(0.0, 1.0), x, lambda _: x).nfe == plan_nfe(plan)
         return list(sigmas)
 
@@ -190,9 +197,9 @@ def test_guides_and_analytic_steps_reach_their_own_walks():
 
 
 def test_the_analytic_step_is_the_first_of_all_and_not_the_first_after_a_restart():
-    plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], HEUN, afs=True)
+    plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], WalkSpec("heun", HEUN, afs=True))
     assert [part.afs for part in plan if isinstance(part, Solve)] == [True, False, False, False]
-    plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], HEUN, restart_afs=True)
+    plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], HEUN, WalkSpec("heun", HEUN, afs=True))
     assert [part.afs for part in plan if isinstance(part, Solve)] == [False, True, True, False]
 
 
@@ -212,7 +219,7 @@ def test_restart_info_is_read_in_the_order_of_its_numbers():
 
 
 def test_published_lines_and_files_are_read(tmp_path):
-    assert parse_restart_info(f"18 {TWO}") == parse_restart_info(f" 18 {TWO}\n", 18) == PARSED
+    assert parse_restart_info(f"18 {TWO}") == parse_restart_info(f" 18 {TWO}\n") == PARSED
     assert parse_restart_line(f"18 {TWO}") == (18, PARSED)
     assert parse_restart_line(TWO) == (None, PARSED)
     one, many, pretty = tmp_path / "one.txt", tmp_path / "many.txt", tmp_path / "pretty.json"
@@ -327,15 +334,6 @@ def test_bad_texts_are_refused_in_one_sentence(text, message, tmp_path, monkeypa
     assert str(error.value) == message
 
 
-def test_a_contradicting_number_of_main_nodes_is_refused():
-    with pytest.raises(UserError) as error:
-        parse_restart_info('18 {"0": [2, 1, 1, 2]}', 14)
-    assert str(error.value) == (
-        "restart_info states 18 main nodes, but 14 were asked for; "
-        "drop the number or make them equal"
-    )
-
-
 @pytest.mark.parametrize(
     ("intervals", "message"),
     [
@@ -385,5 +383,6 @@ def test_bad_noise_settings_are_refused(name):
     for value in (-1.0, math.nan) if name == "S_max" else (-1.0, math.nan, math.inf):
         settings: dict[str, Any] = {name: value}
         with pytest.raises(UserError) as error:
-            restart_plan(MAIN, [], HEUN, **settings)
+            gamma = settings.pop("restart_gamma", 0.0)
+            restart_plan(MAIN, [], HEUN, churn=Churn(**settings), restart_gamma=gamma)
         assert str(error.value) == f"{name} = {value:g} has to be a number of at least 0"

@@ -12,7 +12,8 @@ import torch
 
 from denoisers.analytic import MixtureDenoiser
 from plans.plan import Jump, Plan, Solve, plan_nfe, run_plan
-from restart.build import edm_plan
+from plans.stochastic import edm_plan
+from plans.walk import Churn
 from restart.tables import configuration, published_grid
 
 
@@ -85,7 +86,7 @@ def test_the_recorded_cifar10_run_tells_the_rows_apart(golden, name):
     ],
 )
 def test_edm_sampler_is_reproduced(golden, key, settings):
-    plan = edm_plan(published_grid(18), **settings)
+    plan = edm_plan(published_grid(18), Churn(**settings))
     final, sigmas = replay(plan, golden)
     assert np.abs(final - golden("edm_heun")[key]).max() < 1e-10
     np.testing.assert_allclose(sigmas, golden("edm_heun")[f"{key}|sigmas"], rtol=1e-12, atol=0)

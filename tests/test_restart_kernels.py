@@ -18,8 +18,10 @@ from torch import Tensor
 
 from denoisers.prior import unit_noise
 from plans.pfgmpp import spread
-from plans.plan import Jump, Solve, run_plan, with_kernel
-from restart.build import edm_plan
+from plans.plan import Jump, Solve, run_plan
+from plans.process import ForwardProcess
+from plans.stochastic import edm_plan
+from plans.walk import Churn
 from restart.tables import published_grid
 from runtime.noise import SeedNoise
 from solvers.grids import get_grid
@@ -182,8 +184,9 @@ def jumped(D: int, pfgmpp: int | None, low: float, high: float, count: int = 400
     noise = SeedNoise(range(count))
     normal = partial(noise.normal, shape=(1, 2, 2), dtype=torch.float64)
     x = low * unit_noise(card(D), noise, "latent", torch.float64, "cpu")
-    plan = with_kernel((Jump(low, high, ("restart", 0, 0)),), pfgmpp)
-    return run_plan(plan, lambda *_: None, x, normal).x[-1].flatten(1)
+    process = ForwardProcess(normal, pfgmpp)
+    plan = (Jump(low, high, ("restart", 0, 0)),)
+    return run_plan(plan, lambda *_: None, x, process).x[-1].flatten(1)
 
 
 @pytest.mark.parametrize(("D", "low", "high"), [(1, 0.5, 1.0), (3, 0.06, 0.3), (16, 2.0, 2.5)])
@@ -242,7 +245,7 @@ def test_jump_and_descent_keep_the_marginal_of_a_mixture():
         return sum(stats.t(D, m, low).cdf(pixel) for m in (-1, 1)) / 2
 
     for kernel, right in ((D, True), (None, False)):
-        end = run_plan(with_kernel(plan, kernel), Points(D), x, normal).x[-1]
+        end = run_plan(plan, Points(D), x, ForwardProcess(normal, kernel)).x[-1]
         p = fits(end[:, 0, 0, 0].numpy(), cdf)
         assert p > LIKELY if right else p < UNLIKELY
         changed = float((end.mean((1, 2, 3)).sign() != side).double().mean())
@@ -250,26 +253,23 @@ def test_jump_and_descent_keep_the_marginal_of_a_mixture():
 
 
 def test_jumps_belong_to_seed_and_name():
-    plan = with_kernel(edm_plan(published_grid(5), S_churn=3.0), 64)
-    assert str(plan[0]) == "jump 80 -> 113.137 with noise 80 (PFGM++, D = 64)"
+    plan = edm_plan(published_grid(5), Churn(3.0))
+    assert str(plan[0]) == "jump 80 -> 113.137 with noise 80"
 
     def images(seeds, skip=0):
         normal = partial(SeedNoise(seeds).normal, shape=(1, 2, 2), dtype=torch.float64)
         x = plan[skip].start * normal("latent")
-        return run_plan(plan[skip:], Points(64), x, normal)
+        return run_plan(plan[skip:], Points(64), x, ForwardProcess(normal, 64))
 
     whole = images([7, 3, 9])
     parts = torch.cat([images([7]).x, images([3, 9]).x], dim=1)
     torch.testing.assert_close(whole.x, parts, atol=1e-12, rtol=0)
-    assert (
-        whole.nfe
-        == run_plan(with_kernel(plan, None), Points(64), whole.x[0], lambda _: 0 * whole.x[0]).nfe
-    )
+    assert whole.nfe == run_plan(plan, Points(64), whole.x[0], lambda _: 0 * whole.x[0]).nfe
     names: list[tuple] = []
 
     def spy(name):
         names.append(name)
         return torch.zeros(1, 1, 2, 2)
 
-    run_plan(plan, Points(64), torch.zeros(1, 1, 2, 2), spy)
+    run_plan(plan, Points(64), torch.zeros(1, 1, 2, 2), ForwardProcess(spy, 64))
     assert names[:2] == [("churn", 0), ("churn", 0, "spread")] and len(set(names)) == len(names)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from denoisers.analytic import GaussianDenoiser, MixtureDenoiser
 from plans.plan import Jump, Plan, Solve, plan_nfe, run_plan
+from plans.walk import Churn, WalkSpec
 from restart.build import restart_plan
 from restart.intervals import Interval
 from restart.tables import published_grid
@@ -156,7 +157,7 @@ def test_history_ends_at_a_jump():
 
 
 def test_an_image_depends_on_its_seed_alone():
-    plan = restart_plan(published_grid(6), [Interval(3, 2, 0.06, 0.5)], HEUN, S_churn=4.0)
+    plan = restart_plan(published_grid(6), [Interval(3, 2, 0.06, 0.5)], HEUN, churn=Churn(4.0))
     denoiser = MixtureDenoiser(f64(-1.0, 1.0).reshape(2, 1, 1, 1).expand(2, 1, 2, 2), 0.2)
 
     def images(seeds):
@@ -180,22 +181,20 @@ def plans(draw):
             intervals.append(
                 Interval(draw(st.integers(2, 5)), draw(st.integers(1, 3)), t_min, t_max)
             )
-    guide = st.sampled_from([None, FixedRatio(0.4)])
+
+    def walk() -> WalkSpec:
+        name, guide = draw(st.sampled_from(SOLVERS)), draw(st.sampled_from([None, FixedRatio(0.4)]))
+        return WalkSpec(name, make_solver(name), guide, draw(st.booleans()))
+
     keep = draw(st.lists(st.floats(0.01, 20.0), max_size=4))
     plan = restart_plan(
         torch.cat([main, f64(0.0)]) if draw(st.booleans()) else main,
         intervals,
-        make_solver(draw(st.sampled_from(SOLVERS))),
-        make_solver(draw(st.sampled_from(SOLVERS))),
-        main_guide=draw(guide),
-        restart_guide=draw(guide),
-        afs=draw(st.booleans()),
-        restart_afs=draw(st.booleans()),
-        S_churn=draw(st.sampled_from([0.0, 3.0])),
+        walk(),
+        walk(),
+        churn=Churn(draw(st.sampled_from([0.0, 3.0])), S_min=0.1, S_max=5.0),
         restart_gamma=draw(st.sampled_from([0.0, 0.1])),
-        S_min=0.1,
-        S_max=5.0,
-        keep=torch.tensor(keep, dtype=torch.float64) if keep else None,
+        required_nodes=torch.tensor(keep, dtype=torch.float64) if keep else None,
     )
     return plan, draw(st.sampled_from([1, 2]))
 
@@ -246,7 +245,7 @@ def test_nfe_of_heun_inside_heun_is_the_published_formula(n_main, counts):
                 torch.zeros(1, 1, 1, 1),
                 no_draw,
             ),
-            "the plan has a gap: a part ends at 1, the next begins at 1.5",
+            "the plan has a gap: a segment ends at 1, the next begins at 1.5",
         ),
     ],
 )

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from plan_search.halving import Trial, search, search_images, survivors
-from restart.candidates import Candidate
+from restart.candidates import WALKS, Candidate
 from runtime.dist import World
 
 HERE = World(0, 1, torch.device("cpu"))
-FIELD = [Candidate(f"plan {i}", (), {}) for i in range(16)]
+FIELD = [Candidate(f"plan {i}", (), WALKS[0], 2, ()) for i in range(16)]
 ROUNDS = [2, 8, 32]
 IDENTITY = {"model": "m", "images": ROUNDS}
 

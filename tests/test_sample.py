@@ -24,7 +24,7 @@ from runtime import cli
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import ClassModel, GaussianModel, make_card, trained
@@ -187,7 +187,8 @@ def test_class_is_taken_or_drawn_by_seed(
 
 
 def test_a_predictor_by_number_folder_and_file(run: Script, tmp_path: Path) -> None:
-    predictor, student, record = trained(SMALL, "ipndm", num_steps=3, afs=True)
+    trained_ = trained(SMALL, "ipndm", num_steps=3, afs=True)
+    predictor, student, record = trained_.predictor, trained_.settings, trained_.record
     folder = tmp_path / "exps" / f"00003-{student.run_name()}"
     folder.mkdir(parents=True)
     save_predictor(folder / "predictor.safetensors", predictor, record)
@@ -240,7 +241,7 @@ def test_the_help_shows_examples_and_defaults(run: Script) -> None:
         (("--sampler=euler", "--seeds=9-3"), 1, "the range 9-3 falls, write 3-9"),
         (("--sampler=euler", "--seeds=abc"), 1, "'abc' is neither a number nor a range"),
         (("--sampler=magic",), 1, "unknown sampler 'magic'; choose one of euler, heun"),
-        (("--sampler=amed",), 1, "nothing without a learned predictor"),
+        (("--sampler=amed",), 1, "requires a trained predictor"),
         (("--sampler=euler", "--num_steps=1"), 2, "1 is not in the range x>=2"),
         (("--sampler=heun", "--nfe=5"), 1, "exactly 5 NFE: give 4 or 6"),
         (("--sampler=euler", "--batch=0"), 2, "0 is not in the range x>=1"),
@@ -248,7 +249,7 @@ def test_the_help_shows_examples_and_defaults(run: Script) -> None:
         (("--sampler=euler", "--class=0"), 1, "unconditional: leave --class 0 out"),
         (("--sampler=euler", "--model_path=no.safetensors"), 1, "no weights at no.safetensors"),
         (("--sampler=euler", "--device=tpu9"), 1, "device 'tpu9'"),
-        (("--sampler=edm", "--afs=True"), 1, "means nothing to sampler 'edm'"),
+        (("--sampler=edm", "--afs=True"), 1, "is not an option of sampler 'edm'"),
         (("--sampler=restart", "--restart_info={"), 1, "is not valid JSON"),
         (("--predictor_path=7",), 1, "no run 7 in exps"),
         (("--predictor_path=no/such.safetensors",), 1, "there is no predictor at no/such"),

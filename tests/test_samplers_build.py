@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 from denoisers.cards import cards
 from plans.plan import Jump, Solve
 from restart.candidates import candidates
+from restart.intervals import interval_json
 from restart.tables import configurations
 from runtime.errors import UserError
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.options import CLASSIC, SAMPLERS, SamplerOptions
 from samplers.sampler import Sampler
 from solvers.dpmpp import DPMpp
+from solvers.grids import get_grid
 from solvers.rules import FixedRatio
 from tests.sampler_models import RESTART, make_card, trained
 
@@ -91,10 +94,10 @@ def test_published_configurations_keep_their_published_nfe() -> None:
         options = SamplerOptions(sampler="restart", restart_config=config.name, guidance_rate=1.0)
         built = build(options, card)
         assert built.nfe == config.nfe
-        assert built.settings["num_steps"] == config.n_main
-        assert built.settings["main_solver"] == config.main_solver
+        assert built.options.num_steps == config.n_main
+        assert built.options.main_solver == config.main_solver
         options = dataclasses.replace(options, main_solver="dpm3")
-        assert build(options, card).settings["main_solver"] == "dpm3"
+        assert build(options, card).options.main_solver == "dpm3"
 
 
 def test_defaults() -> None:
@@ -104,10 +107,10 @@ def test_defaults() -> None:
         rho7 = (80 ** (1 / 7) + torch.arange(6) / 5 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
         assert torch.allclose(walk.ts, rho7.double(), rtol=1e-5)
     for name in ("ddpm", "edm", "restart"):
-        assert sampler(name).settings["num_steps"] == 18
-        assert sampler(name).describe()["times"][-1] == 0
-    assert sampler("restart").settings["restart_info"] == RESTART
-    assert sampler("restart", restart_info=f"7 {INFO}").settings["num_steps"] == 7
+        assert sampler(name).options.num_steps == 18
+        assert sampler(name).plan[-1].times[-1] == 0
+    assert sampler("restart").describe()["restart_info"] == RESTART
+    assert sampler("restart", restart_info=f"7 {INFO}").options.num_steps == 7
 
 
 def test_a_line_of_a_published_file_is_a_whole_configuration(tmp_path: Path) -> None:
@@ -120,7 +123,7 @@ def test_a_line_of_a_published_file_is_a_whole_configuration(tmp_path: Path) -> 
         sampler("restart", **options, **noise),
         sampler("restart", restart_config=row.name),
     )
-    assert (built.nfe, built.settings["num_steps"]) == (39, 14)
+    assert (built.nfe, built.options.num_steps) == (39, 14)
     assert built.describe()["parts"] == named.describe()["parts"]
     assert built.describe()["times"] == named.describe()["times"]
     with pytest.raises(UserError, match="contradicts the 14 main nodes"):
@@ -130,14 +133,22 @@ def test_a_line_of_a_published_file_is_a_whole_configuration(tmp_path: Path) -> 
 @pytest.mark.parametrize(("budget", "most"), [(5, 1), (8, 2)])
 def test_options_reach_every_plan_of_a_budget(budget: int, most: int) -> None:
     for candidate in candidates(budget, 0.002, 80.0, most=most):
-        info = json.dumps(candidate.options["restart_info"])
-        built = sampler("restart", **{**candidate.options, "restart_info": info})
+        walks = candidate.walks
+        built = sampler(
+            "restart",
+            num_steps=candidate.num_steps,
+            restart_info=interval_json(candidate.intervals),
+            main_solver=walks.main.name,
+            restart_solver=walks.descent.name,
+            afs=walks.main.afs,
+            final_zero=walks.final_zero,
+        )
         assert built.nfe == budget
         assert [str(part) for part in built.plan] == [str(part) for part in candidate.plan]
         assert built.describe()["times"] == Sampler("", candidate.plan).describe()["times"]
-        walks = [[p.solver for p in plan if isinstance(p, Solve)]
-                 for plan in (built.plan, candidate.plan)]  # fmt: skip
-        assert walks[0] == walks[1]
+        solvers = [[p.solver for p in plan if isinstance(p, Solve)]
+                   for plan in (built.plan, candidate.plan)]  # fmt: skip
+        assert solvers[0] == solvers[1]
 
 
 def test_options_reach_the_plan() -> None:
@@ -211,7 +222,7 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
             assert sampler(name, **{option: value}).describe() != sampler(name).describe()
         elif option != "nfe":
             with pytest.raises(
-                UserError, match=f"^--{option} .* means nothing to sampler '{name}'"
+                UserError, match=f"^--{option} .* is not an option of sampler '{name}'"
             ):
                 sampler(name, **{option: value})
 
@@ -220,7 +231,7 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
     ("options", "sentence"),
     [
         ({"sampler": "magic"}, "unknown sampler 'magic'; choose one of euler, heun, dpm"),
-        ({"sampler": "amed"}, "nothing without a learned predictor: train one with train.py"),
+        ({"sampler": "amed"}, "requires a trained predictor"),
         ({"sampler": "euler", "num_steps": 1}, "give num_steps >= 2"),
         ({"sampler": "euler", "num_steps": 2, "afs": True}, "give --num_steps 3 or more"),
         ({"sampler": "euler", "num_steps": 6, "nfe": 5}, "give one of them"),
@@ -230,21 +241,21 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "euler", "sigma_max": math.nan}, "--sigma_max nan is not a number"),
         ({"sampler": "euler", "schedule_type": "cosine"}, "unknown schedule 'cosine'"),
         ({"sampler": "euler", "schedule_type": "discrete"}, "needs a model with its own time"),
-        ({"sampler": "edm", "afs": True}, "--afs True means nothing to sampler 'edm'"),
+        ({"sampler": "edm", "afs": True}, "--afs True is not an option of sampler 'edm'"),
         ({"sampler": "restart", "restart_info": "{0: 1"}, "is not valid JSON"),
         ({"sampler": "restart", "restart_info": '{"0": [3, 1, 2, 1]}'}, "has to be below t_max"),
         ({"sampler": "restart", "num_steps": 9, "restart_info": f"18 {INFO}"}, "contradicts the"),
         ({"sampler": "restart", "restart_config": "magic-1"}, "unknown restart configuration"),
         ({"sampler": "restart", "restart_config": "cifar10-vp-43", "nfe": 43},
-         "--nfe 43 means nothing to restart configuration 'cifar10-vp-43', which is complete"),
+         "--nfe 43 is not an option of restart configuration 'cifar10-vp-43', which is complete"),
         ({"sampler": "restart", "nfe": 5, "restart_info": '{"0": [2, 1, 90, 95]}'},
          "lies outside the grid"),
         ({"sampler": "restart", "main_solver": "amed"}, "no solver 'amed' walks a restart grid"),
         ({"sampler": "pds"}, "'tiny' has no bundled masks: fit one with python -m tools.fit_masks"),
-        ({"sampler": "pds", "freq_mask_path": "none", "alpha": 4.0}, "--alpha 4 means nothing"),
+        ({"sampler": "pds", "freq_mask_path": "none", "alpha": 4.0}, "--alpha 4 needs a mask"),
         ({"sampler": "pds", "speed_up": 600}, "leaves 1 of 1000 iterations: give 500 or less"),
         ({"sampler": "pds", "speed_up": 2, "nfe": 50}, "both fix the length of the chain"),
-        ({"sampler": "pds", "schedule_rho": 7.0}, "--schedule_rho 7.0 means nothing to"),
+        ({"sampler": "pds", "schedule_rho": 7.0}, "--schedule_rho 7.0 is not an option of"),
         ({"sampler": "pds", "sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
     ],
 )  # fmt: skip
@@ -258,31 +269,31 @@ def test_the_chain_of_pds_has_the_settings_of_its_card() -> None:
     """Those published for CIFAR-10, where a card has none; the published speed-ups round down."""
     options = SamplerOptions(sampler="pds", freq_mask_path="none")
     built = build(options, make_card())
-    assert built.nfe == 2000 and built.settings["snr"] == 0.16 and built.label == "pds-plain"
+    assert built.nfe == 2000 and built.options.snr == 0.16 and built.label == "pds-plain"
     langevin = {"N": 2000, "n_steps": 1, "snr": 0.075}
     card = dataclasses.replace(make_card(), langevin=langevin)
     fast = build(dataclasses.replace(options, speed_up=30), card)
-    assert fast.nfe == 2 * 66 and fast.settings["snr"] == 0.075
+    assert fast.nfe == 2 * 66 and fast.options.snr == 0.075
     with pytest.raises(UserError, match="by the kernels of PFGM"):
         build(options, dataclasses.replace(make_card(), pfgmpp=128))
 
 
 @pytest.mark.parametrize(("afs", "nfe"), [(False, 4), (True, 3)])
 def test_a_predictor_brings_its_own_walk(afs: bool, nfe: int) -> None:
-    predictor, student, record = trained(num_steps=3, afs=afs)
-    built = build_learned(SamplerOptions(), predictor, student, record, "00007-tiny-3", make_card())
+    student = replace(trained(num_steps=3, afs=afs), name="00007-tiny-3")
+    built = build_learned(SamplerOptions(), student, make_card())
     (walk,) = built.plan
-    assert isinstance(walk, Solve) and walk.guide is predictor
-    assert torch.equal(walk.ts, student.grid()) and walk.afs == afs
-    assert built.nfe == nfe == student.nfe()
+    assert isinstance(walk, Solve) and walk.guide is student.predictor
+    assert torch.equal(walk.ts, student.settings.grid.nodes()) and walk.afs == afs
+    assert built.nfe == nfe == student.settings.nfe()
     assert built.label == "amed-00007"
     text = json.dumps(built.describe())
-    other = trained(num_steps=3, afs=afs)[0]
-    same = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3", make_card())
+    other = replace(student, predictor=trained(num_steps=3, afs=afs).predictor)
+    same = build_learned(SamplerOptions(), other, make_card())
     assert json.dumps(same.describe()) == text  # equal weights, equal record
     with torch.no_grad():
-        other.fc_r.bias.add_(1e-3)
-    changed = build_learned(SamplerOptions(), other, student, record, "00007-tiny-3", make_card())
+        other.predictor.fc_r.bias.add_(1e-3)
+    changed = build_learned(SamplerOptions(), other, make_card())
     assert json.dumps(changed.describe()) != text
 
 
@@ -290,8 +301,8 @@ def test_a_predictor_brings_its_own_walk(afs: bool, nfe: int) -> None:
     ("options", "dataset", "sentence"),
     [
         ({"sampler": "euler"}, None, "are two samplers: give one"),
-        ({"num_steps": 5}, None, "--num_steps 5 means nothing to a predictor"),
-        ({"afs": False}, None, "--afs False means nothing to a predictor"),
+        ({"num_steps": 5}, None, "--num_steps 5 is not an option of a predictor"),
+        ({"afs": False}, None, "--afs False is not an option of a predictor"),
         ({}, "cifar10", "was trained for 'tiny', not for 'cifar10'"),
     ],
 )
@@ -300,12 +311,28 @@ def test_a_predictor_is_not_to_be_contradicted(
 ) -> None:
     card = dataclasses.replace(make_card(), name=dataset or "tiny")
     with pytest.raises(UserError, match=sentence):
-        build_learned(SamplerOptions(**options), *trained(), name="1", card=card)
+        build_learned(SamplerOptions(**options), trained(), card)
 
 
 def test_a_snapshot_has_a_label_of_its_own() -> None:
     labels = [
-        build_learned(SamplerOptions(), *trained(), name=name, card=make_card()).label
+        build_learned(SamplerOptions(), replace(trained(), name=name), make_card()).label
         for name in ("00012-tiny", "00012-tiny/predictor-000100", "mine")
     ]
     assert labels == ["amed-00012", "amed-00012-predictor-000100", "amed-mine"]
+
+
+def test_descents_have_the_exponent_of_a_polynomial_main_walk() -> None:
+    """``--schedule_rho`` reaches them; on another schedule they have the usual 7."""
+    for asked, rho in (
+        ({"schedule_rho": 3.0}, 3.0),
+        ({}, 7.0),
+        ({"schedule_type": "time_uniform", "schedule_rho": 2.0}, 7.0),
+        ({"schedule_type": "logsnr"}, 7.0),
+    ):
+        plan = sampler("restart", restart_info='{"0": [5, 1, 0.5, 5]}', **asked).plan
+        (at,) = [i for i, segment in enumerate(plan) if isinstance(segment, Jump)]
+        descent = plan[at + 1]
+        assert isinstance(descent, Solve)
+        nodes = get_grid("polynomial", 5, float(descent.ts[-1]), 5.0, rho)
+        assert torch.allclose(descent.ts, nodes, rtol=1e-12, atol=0)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from denoisers.conditions import Conditions
 from denoisers.prior import start
-from denoisers.registry import Model, load_model
-from plans.plan import run_plan, with_kernel
+from denoisers.protocol import Model
+from denoisers.registry import load_model
+from plans.plan import Jump, run_plan
+from plans.process import ForwardProcess
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.generate import SampleBatch, generate
 from samplers.options import SamplerOptions
@@ -56,8 +58,8 @@ def sampler(name: str, **options: object) -> Sampler:
 
 
 def learned() -> Sampler:
-    predictor, student, record = trained(sampler_stu="ipndm", afs=True)
-    return build_learned(SamplerOptions(), predictor.double(), student, record, "mine", make_card())
+    student = trained(sampler_stu="ipndm", afs=True).to(torch.device("cpu"), torch.float64)
+    return build_learned(SamplerOptions(), student, make_card())
 
 
 def samplers() -> dict[str, Sampler]:
@@ -184,7 +186,7 @@ def test_a_plan_that_miscounts_is_a_defect() -> None:
     with pytest.raises(RuntimeError, match="spent 5 NFE where its plan says 6"):
         images(Miscounted(right.label, right.plan), GaussianModel(), 10)
     with pytest.raises(UserError, match="costs 1 evaluations but the plan counts 2"):
-        images(Sampler(right.label, right.plan, {}, 2), GaussianModel(), 10)
+        images(Sampler(right.label, right.plan, cost=2), GaussianModel(), 10)
 
 
 @pytest.mark.parametrize("name", ["restart", "edm", "ipndm", "pds"])
@@ -224,7 +226,7 @@ def test_classes_belong_to_seeds_or_are_given() -> None:
         (
             MixtureModel,
             {"conditions": Conditions(0)},
-            "'tiny' is unconditional: leave --class 0 out",
+            "'tiny' has no classes: leave --class 0 out",
         ),
         (
             ClassModel,
@@ -244,9 +246,10 @@ def test_nonsense_is_refused_before_any_work(
 
 WORLD = """
 import sys, torch
-from denoisers.registry import Model, load_model
+from denoisers.protocol import Model
+from denoisers.registry import load_model
 from runtime.dist import world
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 with world("cpu") as w:
@@ -293,11 +296,10 @@ def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
     ],
 )
 def test_jumps_follow_the_model(name: str, options: dict, jumps: int) -> None:
-    """Whatever the plan was built for, PFGM++ adds noise by its own kernels, at no evaluation."""
+    """PFGM++ adds noise by its own kernels, at no evaluation."""
     card = dataclasses.replace(make_card(), pfgmpp=128)
     plain, built = sampler(name, **options), build(SamplerOptions(name, **options), card)
-    assert sum("(PFGM++, D = 128)" in part for part in built.describe()["parts"]) == jumps
-    assert not any("PFGM" in part for part in plain.describe()["parts"])
+    assert sum(isinstance(segment, Jump) for segment in built.plan) == jumps
     model = GaussianModel(card)
     whole, batches = images(built, model, 10)
     assert torch.equal(images(plain, model, 10)[0], whole)
@@ -307,5 +309,5 @@ def test_jumps_follow_the_model(name: str, options: dict, jumps: int) -> None:
     normal = lambda name: noise.normal(name, SHAPE, torch.float64)  # noqa: E731
     x = start(card, noise, built.start, torch.float64, "cpu")
     for D, same in ((128, True), (64, False), (None, False)):
-        end = run_plan(with_kernel(plain.plan, D), model.bind(), x, normal).x[-1]
+        end = run_plan(plain.plan, model.bind(), x, ForwardProcess(normal, D)).x[-1]
         assert torch.equal(end, whole) is same

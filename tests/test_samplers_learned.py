@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from amed.experiments import save_predictor
 from commands import sample
 from plans.plan import Jump, Solve
 from runtime.errors import UserError
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.generate import generate
 from samplers.options import SamplerOptions
@@ -29,10 +29,10 @@ SEEDS = [3, 14, 15]
 
 
 def learned(which: str | None, student=None, info: str | None = INFO, **options) -> Sampler:
-    predictor, settings, record = student or trained("tiny", "amed", 4, True)
+    student = student or trained("tiny", "amed", 4, True)
     asked = SamplerOptions(sampler="restart", learned=which, restart_info=info, **options)
-    name = "00007-tiny-4"
-    return build_learned(asked, predictor.double(), settings, record, name, make_card())
+    student = replace(student, name="00007-tiny-4").to(torch.device("cpu"), torch.float64)
+    return build_learned(asked, student, make_card())
 
 
 def walks(sampler: Sampler) -> tuple[list[Solve], list[Solve]]:
@@ -50,7 +50,7 @@ def test_the_predictor_walks_what_it_is_asked_to(which):
     student = trained("tiny", "amed", 4, True)
     sampler = learned(which, student)
     main, down = walks(sampler)
-    predictor, settings, _ = student
+    predictor, settings = student.predictor, student.settings
     for segments, by_student in ((main, which != "restart"), (down, which != "main")):
         for walk in segments:
             assert walk.guide is (predictor if by_student else None)
@@ -61,7 +61,7 @@ def test_the_predictor_walks_what_it_is_asked_to(which):
         assert len(nodes) == 19 and nodes[-1] == 0 and not any(walk.afs for walk in main)
         assert sampler.nfe == 35 + 8
     else:  # its own grid, its free first step, and no 0 that it was not trained to reach
-        assert torch.equal(nodes, settings.grid())
+        assert torch.equal(nodes, settings.grid.nodes())
         assert [walk.afs for walk in main] == [True, False]
         assert sampler.nfe == settings.nfe() + 8 == 13
     t_lo = float(down[0].ts[-1])
@@ -90,11 +90,11 @@ def test_planned_nfe_is_metered_and_that_of_heun_segments(kind, which):
 @pytest.mark.parametrize("afs", [False, True])
 def test_a_predictor_that_always_says_half_is_dpm_solver_2(which, main, down, afs):
     """With every weight 0: r = 1/2, c = a = 1, on every grid."""
-    predictor, settings, record = trained("tiny", "dpm", 4, afs)
-    for weight in predictor.parameters():
+    student = trained("tiny", "dpm", 4, afs)
+    for weight in student.predictor.parameters():
         weight.zero_()
     more = {"num_steps": 5} if which == "restart" else {}
-    chosen = learned(which, (predictor, settings, record), **more)
+    chosen = learned(which, student, **more)
     own = {} if which == "restart" else {"afs": afs, "final_zero": False}
     options = {"num_steps": 4, **own, **more, "main_solver": main, "restart_solver": down}
     classic = build(SamplerOptions(sampler="restart", restart_info=INFO, **options), make_card())
@@ -130,34 +130,34 @@ def test_the_record_says_who_walked_what():
 
 
 def test_guidance_is_the_predictors_unless_given():
-    predictor, settings, record = trained("tiny", "amed", 4, True)
-    guided = dataclasses.replace(settings, guidance_rate=2.0)
+    student = trained("tiny", "amed", 4, True)
+    guided = replace(student, settings=replace(student.settings, guidance_rate=2.0))
     for which in ("main", "restart", "both"):
-        sampler = learned(which, (predictor, guided, record))
+        sampler = learned(which, guided)
         assert (sampler.cost, sampler.guidance_rate) == (2, 2.0)
         assert sampler.nfe == 2 * learned(which).nfe
-        assert learned(which, (predictor, guided, record), guidance_rate=1.0).cost == 1
+        assert learned(which, guided, guidance_rate=1.0).cost == 1
 
 
 @pytest.mark.parametrize(
     ("which", "options", "sentence"),
     [
-        ("main", {"num_steps": 9}, "--num_steps 9 means nothing to --learned main, where the"),
-        ("main", {"nfe": 9}, "--nfe 9 means nothing to --learned main"),
-        ("main", {"afs": False}, "--afs False means nothing to --learned main"),
-        ("main", {"final_zero": True}, "--final_zero True means nothing to --learned main"),
-        ("main", {"schedule_type": "logsnr"}, "--schedule_type logsnr means nothing to --learned"),
-        ("main", {"sigma_max": 70.0}, "--sigma_max 70.0 means nothing to --learned main"),
-        ("main", {"S_churn": 1.0}, "--S_churn 1.0 means nothing to --learned main"),
-        ("main", {"main_solver": "euler"}, "--main_solver euler means nothing to --learned main"),
+        ("main", {"num_steps": 9}, "--num_steps 9 is not an option of --learned main,"),
+        ("main", {"nfe": 9}, "--nfe 9 is not an option of --learned main"),
+        ("main", {"afs": False}, "--afs False is not an option of --learned main"),
+        ("main", {"final_zero": True}, "--final_zero True is not an option of --learned main"),
+        ("main", {"schedule_type": "logsnr"}, "--schedule_type logsnr is not an option"),
+        ("main", {"sigma_max": 70.0}, "--sigma_max 70.0 is not an option of --learned main"),
+        ("main", {"S_churn": 1.0}, "--S_churn 1.0 is not an option of --learned main"),
+        ("main", {"main_solver": "euler"}, "--main_solver euler is not an option of"),
         ("main", {"restart_config": "cifar10-vp-43"}, "use --learned restart"),
         ("main", {"info": f"18 {INFO}"}, "states 18 main nodes, and amed-00007 walks its own 4"),
         ("main", {"info": '{"0": [3, 1, 1, 90]}'}, "t_max = 90 is above its first node 80"),
-        ("restart", {"restart_solver": "heun"}, "--restart_solver heun means nothing to --learned"),
+        ("restart", {"restart_solver": "heun"}, "--restart_solver heun is not an option"),
         ("restart", {"num_steps": 9, "nfe": 9}, "both fix the length"),
         ("restart", {"restart_config": "cifar10-vp-43", "num_steps": 9}, "which is complete"),
-        ("both", {"restart_solver": "heun"}, "--restart_solver heun means nothing to --learned"),
-        ("both", {"num_steps": 9}, "--num_steps 9 means nothing to --learned both"),
+        ("both", {"restart_solver": "heun"}, "--restart_solver heun is not an option"),
+        ("both", {"num_steps": 9}, "--num_steps 9 is not an option of --learned both"),
     ],
 )  # fmt: skip
 def test_contradictions_are_one_sentence(which, options, sentence):
@@ -173,18 +173,15 @@ def test_a_walk_without_a_predictor_or_without_restart_is_refused():
     ):
         with pytest.raises(UserError, match="or use --sampler restart and --predictor_path$"):
             build(SamplerOptions(**options), make_card())
-    predictor, settings, record = trained("tiny", "amed", 4, True)
-    with pytest.raises(UserError, match="--learned main means nothing to a predictor, which"):
-        build_learned(
-            SamplerOptions(learned="main"), predictor, settings, record, "mine", make_card()
-        )
+    with pytest.raises(UserError, match="--learned main is not an option of a predictor, which"):
+        build_learned(SamplerOptions(learned="main"), trained("tiny", "amed", 4, True), make_card())
     assert learned("main", info=f"4 {INFO}").nfe == 13  # its own number is no contradiction
 
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    predictor, settings, record = trained("cifar10-small", "amed", 4, True)
-    save_predictor("exps/00002-small/predictor.safetensors", predictor, record)
+    student = trained("cifar10-small", "amed", 4, True)
+    save_predictor("exps/00002-small/predictor.safetensors", student.predictor, student.record)
     flags = ["-n", "--sampler=restart", "--predictor_path=2", "--device=cpu", "--seeds=0-1"]
     done = CliRunner().invoke(sample.main, [*flags, f"--restart_info={INFO}", "--learned=both"])
     assert done.exit_code == 0, done.output

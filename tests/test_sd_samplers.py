@@ -11,12 +11,12 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from denoisers.cards import Card
 from denoisers.conditions import Conditions
-from denoisers.families.diffusers.loading import inspect_diffusers, load_diffusers
-from denoisers.files import Files
+from denoisers.families.diffusers.files import describe_diffusers
+from denoisers.families.diffusers.loading import load_diffusers
+from denoisers.protocol import Files
 from plans.plan import run_plan
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
@@ -29,8 +29,7 @@ RESTART = '{"0": [3, 2, 0.1, 0.5]}'
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tiny_pipeline.stable_diffusion(tmp_path_factory.mktemp("sd"))
-    facts = inspect_diffusers(path)
-    card = Card(name="mine", file=path.name, url=None, sha256=None, **facts)
+    card = describe_diffusers("mine", path)
     return load_diffusers(card, Files(path), torch.device("cpu"), torch.float32)
 
 

@@ -106,7 +106,7 @@ def test_every_recorded_trajectory(golden, problem):
     assert len(keys) == 72, "the recorded set has changed; look at what this test covers"
     for key in keys:
         trajectory, sigmas = run(problem, *key.split("|"))
-        assert_recorded(trajectory.x, vectors[key], key)
+        assert_recorded(trajectory.x[:, :2], vectors[key], key)  # two of the four are kept
         recorded_sigmas = vectors[f"{key}|sigmas"]
         assert len(sigmas) == len(recorded_sigmas), key
         torch.testing.assert_close(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from solvers.dpmpp import DPMpp, threshold
 from solvers.driver import Meter, State, advance, integrate
-from solvers.registry import make_solver
+from solvers.registry import SolverOptions, make_solver
 from solvers.rules import ADAMS_BASHFORTH, AdamsBashforth, FixedRatio, ThreeStage, TwoStage
 from solvers.types import Denoised, InsertedNode
 from tests.solver_problem import (
@@ -251,10 +251,28 @@ def test_settings_that_no_method_has():
 
 
 def test_names_give_the_methods_they_promise():
-    assert make_solver("dpm", max_order=3, r=None) == TwoStage(FixedRatio(0.5))
-    assert make_solver("heun", r=0.2) == TwoStage(FixedRatio(1.0))
+    assert make_solver("dpm", r=None) == TwoStage(FixedRatio(0.5))
+    assert make_solver("heun") == TwoStage(FixedRatio(1.0))
     assert make_solver("ipndm", max_order=None) == AdamsBashforth(4)
     assert make_solver("dpmpp", max_order=2, predict_x0=None) == DPMpp(2)
-    assert make_solver("dpmpp3c", max_order=2) == DPMpp(3, corrected=True)
-    assert make_solver("dpm3", max_order=2, r=0.5) == ThreeStage(FixedRatio(2 / 3))
+    assert make_solver("dpmpp3c") == DPMpp(3, corrected=True)
+    assert make_solver("dpm3") == ThreeStage(FixedRatio(2 / 3))
     assert make_solver("amed") == TwoStage(None, midpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("ipndm", {"max_ordr": 2}), ("heun", {"r": 0.2}), ("dpmpp3c", {"max_order": 2}),
+     ("ipndm", {"predict_x0": None})],
+)  # fmt: skip
+def test_options_that_a_solver_does_not_have_are_refused(name, options):
+    with pytest.raises(ValueError, match=f"{name!r} has no option '{next(iter(options))}'"):
+        make_solver(name, **options)
+
+
+def test_a_solver_takes_those_of_all_options_that_it_has():
+    options = SolverOptions(max_order=2, predict_x0=False, r=0.3)
+    assert options.make("ipndm") == AdamsBashforth(2)
+    assert options.make("dpmpp") == DPMpp(2, predict_x0=False)
+    assert options.make("dpm") == TwoStage(FixedRatio(0.3))
+    assert options.make("heun") == TwoStage(FixedRatio(1.0))

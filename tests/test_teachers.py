@@ -14,10 +14,12 @@ from torch import Tensor
 from amed.settings import StudentSettings
 from denoisers.analytic import GaussianDenoiser
 from plans.plan import plan_nfe
+from plans.process import ForwardProcess
+from restart.intervals import Interval, parse_restart_info
 from solvers.driver import Meter, integrate
 from solvers.registry import make_solver
 from solvers.types import Denoiser
-from teachers.build import TEACHERS, build_teacher
+from teachers.build import TEACHERS, RestartSupervision, build_teacher
 from teachers.supervision import RestartTeacher, Teacher, teacher_nfe, visit_variance
 from tests.training_problems import SHAPE, Recorder, largest, mixture, normals, starts
 
@@ -45,10 +47,13 @@ def settings_of(num_steps: int = 4, M: int = 2, grid: int = 0, **options) -> Stu
 
 
 def teacher_of(name: str, settings: StudentSettings, info: dict | None = None, **kw) -> Teacher:
-    fine, stride = settings.teacher_grid()
-    solver = make_solver(name) if name in CLASSIC else None
-    text = None if info is None else json.dumps(info)
-    return build_teacher(name, solver, fine, stride, restart_info=text, **kw)
+    fine, stride = settings.grid.refined(settings.M)
+    restart = None
+    target, noise = kw.pop("restart_target", "flow"), kw.pop("s_noise", 1.0)
+    if info is not None:
+        intervals = parse_restart_info(json.dumps(info))
+        restart = RestartSupervision(intervals, target, noise)
+    return build_teacher(name, fine, stride, restart=restart, **kw)
 
 
 def restart_of(info: dict, target: str = "flow", **kw) -> tuple[RestartTeacher, StudentSettings]:
@@ -68,9 +73,7 @@ def test_restart_teaches_by_the_jumps_of_the_model():
         return plain(name)
 
     gaussian = teacher_of("restart", settings, AROUND)
-    pfgmpp = teacher_of("restart", settings, AROUND, pfgmpp=16)
-    assert teacher_nfe(pfgmpp) == teacher_nfe(gaussian)
-    states, other = (t.visit(mixture(), x, spy) for t in (pfgmpp, gaussian))
+    states, other = (gaussian.visit(mixture(), x, ForwardProcess(spy, D)) for D in (16, None))
     assert {("restart", 0, 0, "spread"), ("restart", 0, 1, "spread")} < names
     assert torch.equal(states[1], other[1]) and largest(states[2:], other[2:]) > 1e-3
 
@@ -83,9 +86,9 @@ def test_restart_teaches_by_the_jumps_of_the_model():
 @pytest.mark.parametrize("name", CLASSIC)
 def test_a_classic_teacher_is_its_refined_walk_at_the_students_times(name, grid, M):
     settings = settings_of(M=M, grid=grid)
-    fine = settings.teacher_grid()[0].tolist()
+    fine = settings.grid.refined(settings.M)[0].tolist()
     assert len(fine) == (M + 1) * 3 + 1
-    student = settings.grid().tolist()
+    student = settings.grid.nodes().tolist()
     at = [min(range(len(fine)), key=lambda i: abs(fine[i] / t - 1)) for t in student]
     assert [fine[i] for i in at] == pytest.approx(student, rel=1e-12)
     x, denoiser = starts(range(2)), mixture()
@@ -128,7 +131,7 @@ def test_dopri5_teacher_solves_the_gaussian_ode():
     got = teacher_of("dopri5", settings).supervise(denoiser, x, normals(range(3)))
     assert not got.origins and not teacher_of("dopri5", settings).stochastic
     heun = teacher_of("heun", settings).supervise(denoiser, x, normals(range(3)))
-    for n, t in enumerate(settings.grid()[1:]):
+    for n, t in enumerate(settings.grid.nodes()[1:]):
         exact = denoiser.solution(x, 80.0, t)
         assert largest(got.target[n], exact) < 5e-4  # the tolerance is 1e-4 a step
     assert largest(heun.target[-1], exact) > 5e-3  # what nine Heun steps make of it
@@ -191,7 +194,7 @@ def test_trajectory_targets_are_the_last_visits(info, s_noise):
     teacher, settings = restart_of(info, "trajectory", s_noise=s_noise)
     seeds, denoiser = [4, 9], mixture()
     x = starts(seeds)
-    fine, student = teacher.fine.tolist(), settings.grid().tolist()
+    fine, student = teacher.fine.tolist(), settings.grid.nodes().tolist()
     last = plain_restart(denoiser, x, fine, teacher.fine[::3].tolist(), info, seeds, s_noise)
     got = teacher.supervise(denoiser, x, normals(seeds))
     assert not got.origins and teacher.stochastic
@@ -274,7 +277,7 @@ def test_a_flow_target_is_deterministic_given_the_visited_state():
     ],
 )
 def test_changes_starts_tells_a_restart_teacher_from_a_heun_teacher(info, changes):
-    ts = settings_of().teacher_grid()[0][::3].tolist()
+    ts = settings_of().grid.refined(2)[0][::3].tolist()
     info = {k: [ts[2] if v == "ts[2]" else v for v in row] for k, row in info.items()}
     teacher, settings = restart_of(info)
     assert teacher.changes_starts == changes
@@ -352,33 +355,30 @@ def test_a_deterministic_teacher_has_no_variance(name):
 
 def test_what_makes_no_teacher_is_refused():
     settings = settings_of()
-    fine, stride = settings.teacher_grid()
+    fine, stride = settings.grid.refined(settings.M)
 
     def refused(message: str, *args, **kw) -> None:
         with pytest.raises(ValueError) as error:
             build_teacher(*args, **kw)
         assert str(error.value).startswith(message), error.value
 
-    refused("no teacher is called 'amed'; choose one of heun, dpm", "amed", None, fine, stride)
+    refused("no teacher is called 'amed'; choose one of heun, dpm", "amed", fine, stride)
     refused(
         "the Restart teacher needs its intervals; pass --restart_info=",
         "restart",
-        None,
         fine,
         stride,
     )
-    bad = {"restart_info": json.dumps(BELOW), "restart_target": "states"}
-    refused(
-        "--restart_target is flow or trajectory, got 'states'", "restart", None, fine, stride, **bad
-    )
-    high = {"restart_info": '{"0": [3, 2, 0.06, 100]}'}
+    bad = RestartSupervision((Interval(3, 2, 0.06, 0.3),), "states")
+    message = "--restart_target 'states' is unknown; choose flow or trajectory"
+    refused(message, "restart", fine, stride, restart=bad)
+    high = RestartSupervision((Interval(3, 2, 0.06, 100),))
     refused(
         "restart interval 0 [3, 2, 0.06, 100] lies outside the grid",
         "restart",
-        None,
         fine,
         stride,
-        **high,
+        restart=high,
     )
 
 

@@ -123,12 +123,6 @@ REFUSED = [
         f"error: unknown dataset 'cifar11'; known: {', '.join(cards())}",
     ),
     (["--M=0"], 1, "error: M = 0 inserts no node for the teacher"),
-    (
-        ["--schedule_type=polynomial"],
-        1,
-        "error: schedule 'polynomial' needs an exponent rho > 0, got None; pass --schedule_rho",
-    ),
-    (["--schedule_type=time_uniform"], 1, "error: schedule 'time_uniform' needs an exponent"),
     (["--schedule_type=discrete", "--schedule_rho=1"], 1, "error: schedule 'discrete' needs a mod"),
     (
         ["--sampler_stu=dpmpp", "--max_order=4"],
@@ -332,7 +326,7 @@ def test_what_is_no_predictor_is_refused(what, tmp_path):
 
 def test_an_unknown_number_lists_the_known_ones(tmp_path):
     write(create_run(tmp_path, "mine") / "predictor.safetensors")
-    assert load_predictor("1", tmp_path)[1] == settings()
+    assert load_predictor("1", tmp_path).settings == settings()
     with pytest.raises(ValueError) as refused:
         load_predictor("2", tmp_path)
     assert str(refused.value).startswith(f"no run 2 in {tmp_path} (there: 1)")

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource
 from denoisers.training import report as training_report
-from denoisers.training.batches import Images, TrainingBatches
+from denoisers.training.batches import TrainingBatches
 from denoisers.training.report import Reporter, loss_curve, sample_grid
 from denoisers.training.trainer import Recipe, Trainer
+from image_data.labelled import LabelledImages
 from image_data.sources import ImageSource
 from runtime import cli
 from runtime.dist import World
@@ -124,7 +125,7 @@ def test_a_run_leaves_a_model_its_card_and_its_figures(run, monkeypatch) -> None
         assert line.get_xydata().tolist() == [[row["step"], row[name]] for row in found]
     assert Image.open(folder / "loss.png").size == (600, 350)
     source = ModelSource("mine", model_path=str(folder / "model.safetensors"))
-    model = source.load(None, World(0, 1, torch.device("cpu")))
+    model = source.load(World(0, 1, torch.device("cpu")))
     averaged = state(folder)["ema"]
     for name, parameter in model.net.named_parameters():
         assert torch.equal(parameter, averaged[name].half().float())
@@ -169,14 +170,14 @@ def test_weights_are_continued_and_images_are_counted_on(run) -> None:
 
 def test_a_known_card_gives_its_settings() -> None:
     recipe = Recipe(kimg=1, augment=0.1, seed=1)
-    net, about = train_denoiser.first_network(None, None, "cifar10-small", recipe)
+    net, about = train_denoiser.first_network(None, None, "cifar10-small", recipe, "a.zip")
     card = cards()["cifar10-small"]
-    assert about["config"] == {**card.config, "augment_dim": 9} and about["images_before"] == 0
-    assert about["bottleneck"] == card.bottleneck == net.model.bottleneck
-    again, _ = train_denoiser.first_network(None, None, "cifar10-small", recipe)
+    assert about.config == {**card.config, "augment_dim": 9} and about.images_before == 0
+    assert about.bottleneck == card.bottleneck == net.model.bottleneck
+    again, _ = train_denoiser.first_network(None, None, "cifar10-small", recipe, "a.zip")
     assert all(map(torch.equal, net.parameters(), again.parameters()))
     other, _ = train_denoiser.first_network(
-        None, None, "cifar10-small", Recipe(kimg=1, augment=0.1)
+        None, None, "cifar10-small", Recipe(kimg=1, augment=0.1), "a.zip"
     )
     assert not torch.equal(other.model.map_layer0.weight, net.model.map_layer0.weight)
 
@@ -187,13 +188,14 @@ def test_a_published_pickle_can_be_continued(tmp_path) -> None:
     published_net = published.network("EDMPrecond", settings, net.state_dict())
     path = tmp_path / "edm.pkl"
     path.write_bytes(published.pickled(published.snapshot(published_net)))
-    again, about = train_denoiser.first_network(path, None, None, Recipe(kimg=1, augment=0.1))
+    recipe = Recipe(kimg=1, augment=0.1)
+    again, about = train_denoiser.first_network(path, None, None, recipe, "a.zip")
     assert all(map(torch.equal, again.state_dict().values(), net.state_dict().values()))
-    assert about["images_before"] == 0 and about["config"]["label_dim"] == 4
+    assert about.images_before == 0 and about.config["label_dim"] == 4
 
 
 def test_an_image_is_known_by_its_number_alone(files) -> None:
-    images = Images(files / "train.zip", 3, 8, 4)
+    images = LabelledImages(files / "train.zip", 3, 8, 4)
     stream = TrainingBatches(images, 3)
     numbers = [27, 3, 41]
     batch = stream[numbers]
@@ -361,7 +363,7 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
     "a slip": (
         [],
         lambda folder: (folder / "song.json").write_text(json.dumps({**SONG, "blocks": 1})),
-        "no network has these settings (SongUNet.__init__() got an unexpected keyword",
+        "{}/song.json has settings that make no network: SongSettings.__init__() got an unexp",
     ),
     "no weights": (["--init={}/nothing"], None, "{}/nothing: No such file or directory"),
     "not told": (

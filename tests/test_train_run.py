@@ -15,11 +15,12 @@ from torch import Tensor
 import amed.job
 import amed.trainer
 from amed.experiments import load_predictor
-from amed.job import prepare
+from amed.job import TrainOptions, prepare
 from amed.settings import StudentSettings
 from amed.trainer import Data, Loop
 from commands import train
 from denoisers.conditions import Conditions
+from denoisers.registry import ModelSource
 from runtime import cli
 from runtime.dist import World
 from runtime.log import read_json_lines
@@ -129,7 +130,8 @@ def test_a_predictor_is_found_by_number_folder_and_file(command, tmp_path):
     folder = command("--sampler_stu=ipndm", "--max_order=2", "--M=3").folder
     stored = weights(folder)
     for spec in ("1", str(folder), str(folder / "predictor.safetensors")):
-        predictor, settings, record = load_predictor(spec, tmp_path / "exps")
+        student = load_predictor(spec, tmp_path / "exps")
+        predictor, settings, record = student.predictor, student.settings, student.record
         state = predictor.state_dict()
         assert all(torch.equal(state[k], stored[k]) for k in stored) and set(state) == set(stored)
         assert state["fc_r.weight"].dtype == torch.float64  # nothing lost of a float64 run
@@ -173,15 +175,16 @@ def test_a_sample_is_known_by_its_number_alone():
         return Conditions().bind(model, noise, CPU, stream)
 
     data = Data(bind, model.card, 5, torch.float64, CPU)
-    _, x, normal = data.draw([7, 3, 11])
+    drawn = data.draw([7, 3, 11])
+    x = drawn.start(80.0)
     for i, number in enumerate([7, 3, 11]):
-        _, alone, own = data.draw([number])
-        assert torch.equal(alone[0], x[i]) and bound[-1] == [bound[0][i]]
-        assert torch.equal(own(("restart", 0, 1))[0], normal(("restart", 0, 1))[i])
+        own = data.draw([number])
+        assert torch.equal(own.start(80.0)[0], x[i]) and bound[-1] == [bound[0][i]]
+        assert torch.equal(own.normal(("restart", 0, 1))[0], drawn.normal(("restart", 0, 1))[i])
     assert len({label for labels in bound for label in labels}) > 1
-    assert not torch.equal(data.draw([7], "variance")[1][0], x[0])
+    assert not torch.equal(data.draw([7], "variance").start(80.0)[0], x[0])
     other = Data(bind, model.card, 6, torch.float64, CPU)
-    assert not torch.equal(other.draw([7])[1][0], x[0])
+    assert not torch.equal(other.draw([7]).start(80.0)[0], x[0])
     sampled = SeedNoise([7]).normal("latent", model.card.shape, torch.float64)
     assert not torch.equal(80 * sampled[0], x[0])  # never a latent that a sampler starts from
     assert float(x.std()) == pytest.approx(80, rel=0.2)
@@ -201,7 +204,7 @@ def test_every_trajectory_is_drawn_once(monkeypatch, size):
 
     monkeypatch.setattr(Data, "draw", lambda self, n: real(self, noted(n)))
     student = StudentSettings("tiny", "amed", 3, 0.002, 80.0)
-    teacher = build_teacher("heun", student.teacher_solver(), *student.teacher_grid())
+    teacher = build_teacher("heun", *student.grid.refined(student.M))
     loop = Loop(total=18, batch=5, micro=2, tick=100, snap=0, lr=1e-3)
     assert loop.iterations == 4  # no trajectory less than asked for
     for it in range(loop.iterations):
@@ -321,10 +324,9 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(command, tmp_path):
 
 
 def test_more_processes_than_trajectories_are_refused():
-    options = train.main.make_context("train.py", ["--dataset_name=tiny", "--batch=3"]).params
-    options = {k: v for k, v in options.items() if k not in ("dry_run", "device", "resume")}
+    options = TrainOptions(ModelSource("cifar10-small"), batch=3)
     with pytest.raises(ValueError) as refused:
-        prepare(options, World(0, 4, CPU))
+        prepare(options).run(World(0, 4, CPU))
     assert str(refused.value) == (
         "--batch=3 leaves some of 4 processes without work; give --batch 4 or more"
     )

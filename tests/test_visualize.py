@@ -17,7 +17,7 @@ from denoisers.registry import ModelSource
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
-from samplers.builders.classic import build
+from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.sampler_models import GaussianModel, trained
@@ -82,8 +82,9 @@ def test_the_picture_shows_the_images_that_sample_would_make(
 
 
 def test_a_learned_sampler_is_a_row_like_any_other(run: Script, tmp_path: Path) -> None:
-    predictor, student, record = trained(SMALL, num_steps=3)
-    save_predictor(tmp_path / "exps/00004-mine/predictor.safetensors", predictor, record)
+    student = trained(SMALL, num_steps=3)
+    path = tmp_path / "exps/00004-mine/predictor.safetensors"
+    save_predictor(path, student.predictor, student.record)
     rows = ["--row=--predictor_path=4", "--row=Once more: --predictor_path=4"]
     code, out, err = run(*rows, "--row=euler --nfe=4", "--seeds=0-1", "--outdir=x")
     assert code == 0, err
@@ -130,7 +131,7 @@ def test_a_dry_run_prints_plans_and_touches_nothing(run: Script, tmp_path: Path)
 )  # fmt: skip
 def test_a_row_has_the_flags_of_sample(text: str, title: str | None, expected: dict) -> None:
     spec = visualize.read_row(text, 2.0)
-    assert (spec.title, spec.options) == (title, SamplerOptions(**expected))
+    assert (spec.title, spec.sampler) == (title, SamplerOptions(**expected))
     assert spec.predictor_path is None
     assert visualize.read_row(f"{text} --predictor_path=3", 2.0).predictor_path == "3"
 

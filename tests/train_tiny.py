@@ -66,10 +66,14 @@ class TinySource(ModelSource):
     """Stands in for `ModelSource`."""
 
     def card(self) -> Card:
-        return tiny_model(self.dataset_name).card
+        return tiny_model(str(self.dataset_name)).card
 
-    def load(self, dtype: str | None, world: World) -> TinyModel:
-        return tiny_model(self.dataset_name)
+    @property
+    def known_sha256(self) -> str:
+        return tiny_model(str(self.dataset_name)).sha256
+
+    def load(self, here: World) -> TinyModel:
+        return tiny_model(str(self.dataset_name))
 
 
 if __name__ == "__main__":

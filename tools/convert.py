@@ -10,13 +10,15 @@ from pathlib import Path
 import click
 
 from amed.experiments import load_predictor, save_predictor
-from checkpoints.snapshots import is_predictor, read
-from denoisers.convert import check_target, convert, report
+from checkpoints.pickles.files import read
+from checkpoints.snapshots import is_predictor
+from denoisers.convert import check_target, convert
 from runtime import cli
 
 EXAMPLES = """\b
 Examples:
   python -m tools.convert edm-ffhq-64x64-uncond-vp.pkl ffhq.safetensors --name ffhq
+  python -m tools.convert training-state-010000.pt mine.safetensors
   python -m tools.convert network-snapshot-000010.pkl exps/00001-theirs/predictor.safetensors
 """
 
@@ -34,12 +36,16 @@ def main(source: Path, target: Path, name: str | None) -> None:
     """
     check_target(target)
     content = read(source)
-    if not is_predictor(content):
-        report(convert(source, target, name, content))
+    if is_predictor(content):
+        student = load_predictor(str(source), source.parent)
+        save_predictor(target, student.predictor, student.record)
+        click.echo(f"wrote {target}")
         return
-    predictor, _, record = load_predictor(str(source), source.parent)
-    save_predictor(target, predictor, record)
-    click.echo(f"wrote {target}")
+    written = convert(content, source, target, name)
+    for path in written:
+        click.echo(f"wrote {path}")
+    if len(written) == 1:
+        click.echo("no card: say with --name which published model the weights belong to")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from commands.options import dry_run_option
 from runtime import cli
 from runtime.errors import UserError
 from toy.experiment import Settings, outline, plans, run
@@ -62,7 +63,7 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.option(
     "--outdir", type=click.Path(path_type=Path), default=Path("exps/toy"), help="results folder"
 )
-@cli.dry_run_option
+@dry_run_option
 def main(budgets: str, outdir: Path, dry_run: bool, **options: float) -> int:
     """Run the Restart paper's synthetic experiment (arXiv:2306.14878, section 4.1, figure 2).
 

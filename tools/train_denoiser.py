@@ -18,13 +18,16 @@ import click
 import torch
 from torch.utils.data import DataLoader
 
-from checkpoints.weights import fill, read_safetensors
+from checkpoints.weights import constructing, fill, read_safetensors
+from commands.options import device_option
 from denoisers.cards import cards
-from denoisers.families.edm import EDMPrecond, build, read_checkpoint
+from denoisers.families.edm import read_checkpoint
+from denoisers.families.precond import EDMPrecond, build
 from denoisers.training.augment import LABELS
-from denoisers.training.batches import Images, TrainingBatches, shares
-from denoisers.training.report import STATE, Reporter
+from denoisers.training.batches import TrainingBatches, shares, training_batch
+from denoisers.training.report import STATE, Reporter, TrainedNetwork
 from denoisers.training.trainer import Recipe, Trainer
+from image_data.labelled import LabelledImages
 from runtime import cli
 from runtime.dist import world
 from runtime.errors import UserError
@@ -44,22 +47,22 @@ Examples:
 
 
 def first_network(
-    init: Path | None, config: Path | None, like: str | None, recipe: Recipe
-) -> tuple[EDMPrecond, dict[str, Any]]:
-    """The network to train, and its description in JSON values.
+    init: Path | None, config: Path | None, like: str | None, recipe: Recipe, data: str
+) -> tuple[EDMPrecond, TrainedNetwork]:
+    """The network to train on the data set called ``data``, and its description.
 
-    Raises UserError unless exactly one of ``init``, ``config`` and ``like`` is given, and for
-    settings that no network has.
+    Raises UserError unless exactly one option says what to train, and for invalid settings.
     """
     if sum(x is not None for x in (init, config, like)) != 1:
         raise UserError("choose the network to train: give one of --init, --config and --like")
     tensors = None
     seen = 0
     if init is not None:
-        found = read_checkpoint(init)
-        if found.config is None:
+        checkpoint = read_checkpoint(init)
+        if checkpoint.config is None:
             raise UserError(f"{init} does not hold the settings of its network; give --config")
-        settings, bottleneck, tensors = found.config, found.bottleneck, found.tensors
+        settings, bottleneck = checkpoint.config, checkpoint.bottleneck
+        tensors = checkpoint.tensors
         if init.suffix == ".safetensors":
             seen = int(read_safetensors(init)[1].get("images_seen", "0"))
     else:
@@ -67,10 +70,8 @@ def first_network(
         if recipe.augment:
             settings.setdefault("augment_dim", LABELS)
     torch.manual_seed(recipe.seed)
-    try:
+    with constructing(str(init or config or like), "settings"):
         net = build(settings, bottleneck)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"no network has these settings ({error}): correct them") from error
     if not isinstance(net, EDMPrecond) or net.D is not None:
         raise UserError(
             "the loss is for networks with EDM's preconditioning and Gaussian noise, not for "
@@ -78,13 +79,8 @@ def first_network(
         )
     if tensors is not None:
         fill(net, tensors, str(init))
-    about = {
-        "config": settings,
-        "bottleneck": net.model.bottleneck,
-        "init": init and sha256_file(init),
-        "images_before": seen,
-    }
-    return net, about
+    digest = None if init is None else sha256_file(init)
+    return net, TrainedNetwork(settings, net.model.bottleneck, digest, seen, data)
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -130,15 +126,15 @@ def fit(
                 return
 
 
-def prepare_folder(folder: Path, trainer: Trainer, about: dict[str, Any]) -> None:
-    """Continue the run in ``folder``, or start one in a new or empty folder."""
+def prepare_folder(folder: Path, trainer: Trainer, network: TrainedNetwork) -> None:
+    """Continue the run in ``folder``, or begin one in a new or empty folder."""
     if (folder / STATE).is_file():
-        trainer.resume(folder / STATE, about)
+        trainer.resume(folder / STATE, network.identity())
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {STATE}; choose another --outdir")
-    trainer.world.barrier()  # every rank has looked
+    trainer.world.barrier()  # until all ranks have checked the folder
     if trainer.world.is_main and trainer.images == 0:
-        trainer.save(folder / STATE, about)  # first of all files: it marks a run
+        trainer.save(folder / STATE, network.identity())  # first of all: it marks the folder
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +160,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--workers", type=click.IntRange(min=0), default=1, help="image-loading processes")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
-@cli.device_option
+@device_option
 @recipe_options
 def main(
     data: Path, valid: Path | None, outdir: Path, init: Path | None, config: Path | None,
@@ -180,17 +176,16 @@ def main(
     recipe = Recipe(**settings)
     with world(device) as here:
         torch.backends.cudnn.benchmark = True  # all batches have one shape
-        net, about = first_network(init, config, like, recipe)
-        about["data"] = data.name
+        net, network = first_network(init, config, like, recipe, data.name)
         wanted = (net.img_channels, net.img_resolution, net.label_dim)
-        images = Images(data, *wanted)
+        images = LabelledImages(data, *wanted)
         held_out = None
         if valid is not None:
-            others = Images(valid, *wanted)
+            others = LabelledImages(valid, *wanted)
             numbers = range(min(HELD_OUT, len(others)))
-            held_out = others.batch(numbers, numbers, ("valid", recipe.seed))
+            held_out = training_batch(others, numbers, numbers, ("valid", recipe.seed))
         trainer = Trainer(net, recipe, here, compiled=compiled)
-        prepare_folder(outdir, trainer, about)
+        prepare_folder(outdir, trainer, network)
         if trainer.done:
             if here.is_main:
                 click.echo(f"already trained: {outdir}; give a larger --kimg to continue", err=True)
@@ -199,8 +194,8 @@ def main(
             k: str(v) if isinstance(v, Path) else v
             for k, v in click.get_current_context().params.items()
         }
-        record = RunRecord.make("train_denoiser", options, {"init": about["init"]}, {})
-        with closing(Reporter(outdir, trainer, about, held_out, record)) as reporter:
+        record = RunRecord.make("train_denoiser", options, {"init": network.init}, {})
+        with closing(Reporter(outdir, trainer, network, held_out, record)) as reporter:
             fit(trainer, TrainingBatches(images, recipe.seed), reporter, workers, tick)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from denoisers.families.edm import EDMPrecond, build
+from denoisers.families.precond import EDMPrecond, build
 from denoisers.training.batches import PARTS, TrainingBatch
 from denoisers.training.trainer import Recipe, Trainer
 from runtime.dist import World

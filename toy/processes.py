@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from plans.plan import Plan, Solve, plan_nfe
-from restart.build import edm_plan, restart_plan
+from plans.stochastic import edm_plan
+from plans.walk import Churn
+from restart.build import restart_plan
 from restart.intervals import Interval
 from runtime.errors import UserError
 from solvers.grids import get_grid
@@ -69,9 +71,11 @@ class Levels:
         ts = self.main(steps)
         return edm_plan(
             ts,
-            S_churn=gamma * int((ts > 0).sum()),
-            S_min=math.nextafter(self.t_min, math.inf),
-            S_max=self.t_max if wide else self.t_max / (1 + gamma),
+            Churn(
+                S_churn=gamma * int((ts > 0).sum()),
+                S_min=math.nextafter(self.t_min, math.inf),
+                S_max=self.t_max if wide else self.t_max / (1 + gamma),
+            ),
         )
 
     def restart(self, n_restart: int, k: int) -> Plan:

@@ -1,7 +1,7 @@
 """U-Nets of consistency models (Song et al. 2023, arXiv:2303.01469), as denoisers.
 
-The published checkpoints include the EDM teachers on which consistency models were distilled;
-both are called alike.
+The published checkpoints include the EDM teachers from which consistency models were distilled;
+both are evaluated in the same way.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.conditions import check_batch, refuse_guidance
-from denoisers.families.adm import check_conditions, load_unet
-from denoisers.files import Files
+from denoisers.families.adm import load_unet
+from denoisers.families.common import LoadedModel, check_batch, require_labels
+from denoisers.families.precond import edm_scaling
 from denoisers.nets.openai import UNet
+from denoisers.precision import widened
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from solvers.types import Denoised
 
@@ -35,44 +37,28 @@ class CMDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
         """Denoise ``x`` (B, C, H, W) at ``sigma``, 0-d or (B, 1, 1, 1); ``x0`` has its dtype.
 
-        EDM's preconditioning (arXiv:2206.00364, table 1) around a time of ``1000 ln(sigma) / 4``.
+        EDM's preconditioning (arXiv:2206.00364, table 1) at the network time
+        ``1000 ln(sigma) / 4``.
         """
         check_batch(self.labels, x)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        state, sigma = x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
-        total = sigma**2 + SIGMA_DATA**2
+        state, sigma = widened(x, sigma)
+        c_skip, c_out, root = edm_scaling(sigma, SIGMA_DATA)
         times = 250 * (sigma + TINY).log().reshape(-1).expand(len(x))
-        raw, feat = self.net(state / total.sqrt(), times, self.labels)
-        c_out = sigma * SIGMA_DATA / total.sqrt()
-        x0 = SIGMA_DATA**2 / total * state + c_out * raw.to(x.device).to(wide)
+        raw, feat = self.net(state / root, times, self.labels)
+        x0 = c_skip * state + c_out * raw.to(x.device).to(state.dtype)
         return Denoised(x0.to(x.dtype), feat.to(x.device).to(x.dtype))
 
 
 @dataclass(frozen=True, eq=False)
-class CMModel:
+class CMModel(LoadedModel):
     """A loaded network of this family."""
 
-    card: Card
-    sha256: str  #: of the weights that were loaded
     net: UNet
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Samples of these models are images."""
-        return x
-
-    def bind(
-        self,
-        labels: Tensor | None = None,
-        guidance_rate: float | None = None,
-        prompts: Sequence[str] | None = None,
+    def _denoiser(
+        self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None
     ) -> CMDenoiser:
-        """Fix the classes, (B,) int64, of a network that has them.
-
-        Raises UserError for labels that are missing, unwanted or out of range, guidance, or
-        prompts.
-        """
-        refuse_guidance(self.card, guidance_rate)
-        check_conditions(self.card, self.net, labels, prompts)
+        require_labels(self.card, labels, self.net.num_classes)
         return CMDenoiser(self.net, labels)
 
 

@@ -21,15 +21,15 @@ from denoisers.nets.layers import attention
 from denoisers.nets.openai_blocks import Upsample
 from runtime.errors import UserError
 
-DECODING = ("quantize.", "post_quant_conv.", "decoder.")  #: the parts of a first stage used here
-CHUNK = 4  #: images decoded at a time: the distances to 8192 codes take 128 MiB for each
+DECODING = ("quantize.", "post_quant_conv.", "decoder.")  #: the parts that are used here
+CHUNK = 4  #: images decoded at a time: the distances to 8192 codes take 128 MiB each
 
 
 class VQDecoder(nn.Module):
     """``decoder(post_quant_conv(nearest code))``.
 
-    ``codes`` vectors of ``embed_dim`` channels; ``widths`` are the channels of each level, finest
-    first, all with ``num_blocks`` residual blocks; every level but the finest doubles the sides.
+    There are ``codes`` vectors of ``embed_dim`` channels.  ``widths`` are the channels of the
+    levels, finest first, each with ``num_blocks`` residual blocks; all but the finest upsample.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class VQDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        self.factor = 2 ** (len(widths) - 1)  #: by which the sides grow
+        self.factor = 2 ** (len(widths) - 1)  #: resolution of images over that of latents
         self.quantize = Quantizer(codes, embed_dim)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         self.decoder = Decoder(z_channels, out_channels, widths, num_blocks)
@@ -53,7 +53,7 @@ class VQDecoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Images (B, out_channels, H, W), nominally in [-1, 1], of latents (B, embed_dim, h, w).
 
-        Latents of any dtype and device; the images have those of the weights.
+        Latents may have any dtype and device; images have those of the weights.
         """
         weight = self.quantize.embedding.weight
         parts = z.to(weight.dtype).to(weight.device).split(CHUNK)
@@ -61,7 +61,7 @@ class VQDecoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Each vector of a latent becomes the closest of ``codes`` vectors."""
+    """Replaces each vector of a latent by the closest of ``codes`` vectors."""
 
     def __init__(self, codes: int, embed_dim: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Quantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         vectors = z.permute(0, 2, 3, 1)
-        # The expanded square |z|^2 - 2 z e + |e|^2 would let rounding choose between close codes.
+        # With the expanded square |z|^2 - 2 z e + |e|^2, rounding would decide between close codes.
         distances = torch.cdist(
             vectors.flatten(0, 2),
             self.embedding.weight,
@@ -79,7 +79,7 @@ class Quantizer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the coarsest level up; ``up[i]`` is level i, 0 the finest."""
+    """A convolutional decoder; ``up[i]`` is level i, of which 0 is the finest."""
 
     def __init__(
         self, in_channels: int, out_channels: int, widths: Sequence[int], num_blocks: int
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
             }
         )
         self.up = nn.ModuleList(
-            Level(before, width, num_blocks, doubles=i > 0)
+            DecoderLevel(before, width, num_blocks, upsample=i > 0)
             for i, (before, width) in enumerate(zip([*widths[1:], coarse], widths, strict=True))
         )
         self.norm_out = normalize(widths[0])
@@ -108,21 +108,21 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, then twice the sides."""
+class DecoderLevel(nn.Module):
+    """Residual blocks at one resolution, then upsampling by 2."""
 
-    def __init__(self, in_channels: int, width: int, num_blocks: int, *, doubles: bool) -> None:
+    def __init__(self, in_channels: int, width: int, num_blocks: int, *, upsample: bool) -> None:
         super().__init__()
         inputs = [in_channels] + [width] * (num_blocks - 1)
         self.block = nn.Sequential(*(ResnetBlock(channels, width) for channels in inputs))
-        self.upsample = Upsample(width) if doubles else nn.Identity()
+        self.upsample = Upsample(width) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.upsample(self.block(x))
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised convolutions, added to the input."""
+    """Two normalised convolutions with a residual connection."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over pixels with a single head, added to the input."""
+    """Self-attention over pixels with a single head and a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -156,14 +156,14 @@ class AttnBlock(nn.Module):
 
 
 def normalize(channels: int) -> nn.GroupNorm:
-    """32 groups, as published, with the first stage's own epsilon."""
+    """Group normalisation with 32 groups and the epsilon of published first stages."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 def load_first_stage(tensors: Mapping[str, Tensor], source: str) -> VQDecoder:
-    """The decoder among ``tensors`` of a first stage; UserError if they are of another kind.
+    """The decoder of a first stage; UserError if ``tensors`` are of another kind of network.
 
-    Every name under ``quantize``, ``post_quant_conv`` and ``decoder`` must be known and there.
+    Names under ``quantize``, ``post_quant_conv`` and ``decoder`` must match; others are ignored.
     """
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(DECODING)}
     settings = settings_from(own, source)
@@ -171,18 +171,18 @@ def load_first_stage(tensors: Mapping[str, Tensor], source: str) -> VQDecoder:
 
 
 def settings_from(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Arguments of :class:`VQDecoder`, from names and shapes."""
+    """Arguments of :class:`VQDecoder`, inferred from names and shapes."""
 
     def size(name: str, axis: int = 0) -> int:
         if name not in tensors or tensors[name].ndim <= axis:
             raise UserError(
-                f"{source} has no '{name}' as a vector-quantised first stage has it; give the one "
+                f"{source} has no '{name}' as in a vector-quantised first stage; give the one "
                 "that the model was trained on"
             )
         return tensors[name].shape[axis]
 
     def count(pattern: str) -> int:
-        """How many different numbers stand in ``pattern``."""
+        """The number of different values of the group in ``pattern``."""
         return len({m[1] for name in tensors if (m := re.match(pattern, name))})
 
     levels = count(r"decoder\.up\.(\d+)\.block\.0\.") or 1

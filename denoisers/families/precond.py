@@ -1,6 +1,6 @@
-"""The EDM family: what stands around its networks (Karras et al. 2022, arXiv:2206.00364, table 1).
+"""The EDM family's preconditioning (Karras et al. 2022, arXiv:2206.00364, table 1).
 
-``D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)``: one forward, and four rules for the four
+``D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)``: one forward pass, and four rules for the four
 coefficients.  The classes and their settings have the names of the published checkpoints.
 """
 
@@ -13,19 +13,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from denoisers.nets import NETWORKS, Network
-from denoisers.nets.layers import Conv2d
+from denoisers.nets.dhariwal import DhariwalUNet
+from denoisers.nets.layers import Conv2d, one_of
+from denoisers.nets.mlp import MLP
+from denoisers.nets.song import SongUNet
+from denoisers.nets.unet import EDMNetwork
 from denoisers.noise_schedules import LinearVP
+from denoisers.precision import wide_dtype, widened
 from solvers.types import Denoised
+
+#: Architectures, by their published names.
+NETWORKS: dict[str, type[EDMNetwork]] = {
+    "SongUNet": SongUNet,
+    "DhariwalUNet": DhariwalUNet,
+    "MLP": MLP,
+}
 
 
 class Coefficients(NamedTuple):
-    """Of one noise level or of a batch of them; tensors have the shape of sigma."""
+    """The coefficients at one noise level, or at a batch of them in the shape of sigma."""
 
     c_skip: Tensor | float
     c_out: Tensor
     c_in: Tensor | float
-    c_noise: Tensor  #: what the network is told of the noise level
+    c_noise: Tensor  #: the noise label that the network is conditioned on
 
 
 class Precond(nn.Module):
@@ -33,14 +44,14 @@ class Precond(nn.Module):
 
     The network ``F`` has a dtype of its own (see :meth:`cast`).  The arithmetic around it runs on
     the device of ``x`` in its dtype, in float32 at least.  Derivatives in ``x`` and ``sigma`` are
-    exact.  ``sigma_min`` and ``sigma_max`` say what the network was trained for, and ``use_fp16``
-    that it was published to run in half precision; none of them changes what is computed.
+    exact.  ``sigma_min`` and ``sigma_max`` are the noise levels of training; the output does not
+    depend on them.  ``use_fp16``, a published setting, is ignored.
 
-    Raises ValueError for an unknown ``model_type`` and for settings that make no network.
+    Raises ValueError for an unknown ``model_type`` and for invalid settings.
     """
 
-    outputs = 1  #: of the network, per channel of the image; the first ones are used
-    D: int | None = None  #: dimensions that PFGM++ adds to the data's
+    outputs = 1  #: network outputs per image channel, of which the first ones are used
+    D: int | None = None  #: dimensions that PFGM++ adds to those of the data
 
     def __init__(
         self,
@@ -55,8 +66,7 @@ class Precond(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if model_type not in NETWORKS:
-            raise ValueError(f"model_type is '{model_type}'; known: {', '.join(NETWORKS)}")
+        one_of("model_type", model_type, tuple(NETWORKS))
         if not 0 <= sigma_min < sigma_max:
             raise ValueError(f"the noise levels go from {sigma_min} up to {sigma_max}")
         self.img_resolution = img_resolution
@@ -64,9 +74,8 @@ class Precond(nn.Module):
         self.label_dim = label_dim
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-        self.use_fp16 = use_fp16
         self.dtype = torch.float32
-        self.model: Network = NETWORKS[model_type](
+        self.model = NETWORKS[model_type](
             img_resolution,
             img_channels,
             img_channels * self.outputs,
@@ -75,13 +84,13 @@ class Precond(nn.Module):
         )
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """At ``sigma`` > 0, of any shape, in its dtype; differentiable."""
+        """At ``sigma`` > 0, of any shape, in the dtype of ``sigma``; differentiable."""
         raise NotImplementedError
 
     def cast(self, dtype: torch.dtype) -> Precond:
         """Run the network in ``dtype``; below float32, embedding and norms keep float32 weights."""
         self.dtype = dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = wide_dtype(dtype)
         self.to(wide)
         if dtype != wide:
             for module in self.modules():
@@ -99,14 +108,13 @@ class Precond(nn.Module):
     ) -> Denoised:
         """Denoise ``x`` (B, C, H, W) at ``sigma`` (0-d or (B, 1, 1, 1)); labels one-hot (B, K).
 
-        A network with classes takes none for the zero vector.  ``augment_labels`` (B, K) are those
-        of the training images; a sample has none.
+        For a network with classes, no labels are the same as zeros.  ``augment_labels`` (B, K)
+        describe how training images were augmented; samples have none.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        state, sigma = x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
+        state, sigma = widened(x, sigma)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         raw, feat = self.network(c_in * state, c_noise.reshape(-1), class_labels, augment_labels)
-        x0 = c_skip * state + c_out * raw[:, : self.img_channels].to(wide)
+        x0 = c_skip * state + c_out * raw[:, : self.img_channels].to(state.dtype)
         return Denoised(x0.to(x.dtype), feat)
 
     def network(
@@ -116,7 +124,7 @@ class Precond(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``F`` and the bottleneck's mean, on the device and in the (wide) dtype of ``x``."""
+        """``F`` and the bottleneck's channel mean, on the device and in the dtype of ``x``."""
         weight = self.model.map_layer0.weight
         if self.label_dim and class_labels is None:
             class_labels = weight.new_zeros(1, self.label_dim)
@@ -125,7 +133,7 @@ class Precond(nn.Module):
             return labels.to(weight.dtype).to(weight.device)
 
         inputs = x.to(self.dtype).to(weight.device)
-        if self.dtype != weight.dtype:  # half precision: the layout its kernels are fast in
+        if self.dtype != weight.dtype:  # half precision: its kernels are fastest in this layout
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         raw, feat = self.model(
             inputs,
@@ -136,12 +144,19 @@ class Precond(nn.Module):
         return raw.to(x.device), feat.to(x.device).to(x.dtype)
 
 
+def edm_scaling(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``c_skip``, ``c_out`` and ``1 / c_in`` of EDM's own preconditioning."""
+    total = sigma**2 + sigma_data**2
+    root = total.sqrt()
+    return sigma_data**2 / total, sigma * sigma_data / root, root
+
+
 class EDMPrecond(Precond):
-    """EDM's own: unit variance at both ends of a network for data of deviation ``sigma_data``.
+    """EDM's own: input and target have unit variance for data of standard deviation ``sigma_data``.
 
     ``D`` is the number of dimensions that PFGM++ adds (arXiv:2302.04265): with
-    ``r = sigma sqrt(D)`` its networks have these very coefficients, and only where sampling starts
-    and how noise is added differ.
+    ``r = sigma sqrt(D)`` its networks have the same coefficients, and only the start of sampling
+    and the noise that is added differ.
     """
 
     def __init__(
@@ -167,15 +182,14 @@ class EDMPrecond(Precond):
         self.D = None if D is None else int(D)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        total = sigma**2 + self.sigma_data**2
-        c_out = sigma * self.sigma_data / total.sqrt()
-        return Coefficients(self.sigma_data**2 / total, c_out, 1 / total.sqrt(), sigma.log() / 4)
+        c_skip, c_out, root = edm_scaling(sigma, self.sigma_data)
+        return Coefficients(c_skip, c_out, 1 / root, sigma.log() / 4)
 
 
 class VPPrecond(Precond):
     """The variance-preserving SDE (arXiv:2011.13456): ``F`` predicts the noise from ``alpha x``.
 
-    ``M - 1`` times the process's time, in [epsilon_t, 1], is the network's label.
+    The noise label is ``M - 1`` times the time of the process, which lies in [epsilon_t, 1].
     """
 
     def __init__(
@@ -228,11 +242,10 @@ class IDDPMPrecond(Precond):
     """Improved DDPM (arXiv:2102.09672) with its cosine schedule: ``F`` predicts the noise.
 
     The network was trained at the ``M`` levels ``u``, whose labels are whole numbers, and predicts
-    variances as well, which are not used.  A published walk stays on these levels (see
-    :meth:`round_sigma`).  A learned one has to go anywhere, and its network time needs a gradient:
-    between two levels the label is a fraction, linear in ``ln alpha = -ln(1 + sigma^2) / 2`` as in
-    :class:`noise_schedules.DiscreteVP`; at a level it is the published one, and beyond both ends
-    that of the end.
+    variances as well, which are not used.  Published samplers stay on these levels.  Learned ones
+    do not, and need the gradient of the label: between two levels it is linear in
+    ``ln alpha = -ln(1 + sigma^2) / 2``, as in :class:`noise_schedules.DiscreteVP`; at a level it is
+    the published label, and beyond either end that of the end.
     """
 
     outputs = 2
@@ -265,11 +278,6 @@ class IDDPMPrecond(Precond):
         low, high = levels[above - 1], levels[above]
         return (above - 1 + (value - low) / (high - low)).clamp(0, len(levels) - 1)
 
-    def round_sigma(self, sigma: Tensor) -> Tensor:
-        """The nearest level of the table, as published; for grids that are to stay on it."""
-        u = self.u.to(sigma.dtype).to(sigma.device)
-        return u[(sigma[..., None] - u).abs().argmin(-1)]
-
 
 def cosine_levels(C_1: float, C_2: float, M: int) -> Tensor:
     """Noise levels (M + 1,) of table 1's iDDPM column, by its recursion in float32, as published.
@@ -294,10 +302,10 @@ PRECONDITIONINGS: dict[str, type[Precond]] = {
 
 
 def build(config: Mapping[str, Any], bottleneck: str | None = None) -> Precond:
-    """An untrained network from published constructor settings, ``class_name`` among them.
+    """An untrained network from published constructor settings, including ``class_name``.
 
     ``bottleneck`` names the module whose channel mean is returned; the default is the last encoder
-    block.  Raises ValueError, KeyError or TypeError for settings that make no network.
+    block.  Raises ValueError, KeyError or TypeError for invalid settings.
     """
     settings = dict(config)
     name = settings.pop("class_name", None)

@@ -1,9 +1,9 @@
 """Layers shared by the two U-Nets of the EDM family (Karras et al. 2022, arXiv:2206.00364).
 
 Parameter names, and the buffers ``resample_filter`` and ``freqs``, are those of the published
-checkpoints.  The arithmetic is arranged for speed where an identity allows it: a box filter is a
-2x2 mean, or nearest-neighbour upsampling; a 1x1 convolution commutes with the latter, and a 3x3
-one merges with it.  Results agree with the plain form to rounding.
+checkpoints.  Some operations are replaced by faster ones that are mathematically the same: a box
+filter is a 2x2 mean, or nearest-neighbour upsampling; a 1x1 convolution commutes with the latter,
+and a 3x3 convolution is merged with it.  Results agree with the published form up to rounding.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from denoisers.nets.fused import fused_norm
+from denoisers.precision import wide_dtype
 
 
 class Linear(nn.Module):
-    """Affine map of the last axis with published names ``weight`` and ``bias``."""
+    """Affine map of the last axis."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class GroupNorm(nn.Module):
         after: Tensor | None = None,
         silu: bool = False,
     ) -> Tensor:
-        """``(1 + scale) norm(x + before) + after``, then SiLU if asked; vectors (B or 1, C)."""
+        """``(1 + scale) norm(x + before) + after``, then SiLU if ``silu``; vectors (B or 1, C)."""
         if x.dtype == torch.bfloat16 and x.device.type == "cpu":
             gain, offset = self.weight[None], self.bias[None]
             if scale is not None:
@@ -73,8 +74,8 @@ class GroupNorm(nn.Module):
 class Conv2d(nn.Module):
     """Convolution with optional resampling by 2; ``kernel=0`` resamples only.
 
-    Resampling comes before the convolution, except that ``conv_first`` (used by the residual
-    encoder when downsampling) pads once for both and filters last.
+    Resampling comes first, except with ``conv_first`` (in the downsampling of the residual
+    encoder), which pads once for both and resamples last.
     """
 
     resample_filter: Tensor
@@ -122,7 +123,7 @@ class Conv2d(nn.Module):
             x = F.conv2d(x, self.weight, padding=self.kernel // 2 + pad)
             return self._resample(x, 0) + self.bias[:, None, None]
         if self.kernel == 1 and self.up and self.box:
-            # Equal, at a quarter of the work: every output pixel is a copy.
+            # The same at a quarter of the cost, as upsampling only copies pixels.
             return self._resample(F.conv2d(x, self.weight, self.bias), pad)
         if self.kernel == 3 and self.up and self.box:
             return F.conv_transpose2d(x, self._doubled(), self.bias, stride=2, padding=1)
@@ -131,15 +132,15 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2) if self.kernel else x
 
     def _doubled(self) -> Tensor:
-        """The 4x4 kernel that does nearest-neighbour upsampling and the 3x3 convolution at once."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        """The 4x4 kernel of nearest-neighbour upsampling followed by the 3x3 convolution."""
+        wide = wide_dtype(self.weight.dtype)
         weight = self.weight.to(wide).flip(2, 3).transpose(0, 1)
         rows = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
         return (F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))).to(self.weight.dtype)
 
 
 class PositionalEmbedding(nn.Module):
-    """``[cos, sin]`` of the label times ``C/2`` frequencies from 1 down to 1e-4."""
+    """``[cos, sin]`` of the label times ``C/2`` frequencies, decreasing from 1 to 1e-4."""
 
     def __init__(self, channels: int, endpoint: bool = False) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """``[cos, sin]`` of the label times ``2 pi`` times random frequencies kept with the weights."""
+    """``[cos, sin]`` of the label times ``2 pi freqs``, random frequencies stored as a buffer."""
 
     freqs: Tensor
 
@@ -169,8 +170,8 @@ class FourierEmbedding(nn.Module):
 class UNetBlock(nn.Module):
     """Residual block with optional resampling and self-attention.
 
-    ``adaptive_scale`` modulates the second normalisation by the embedding (scale and shift);
-    otherwise the embedding is added before it.
+    With ``adaptive_scale`` the embedding gives scale and shift of the second normalisation;
+    otherwise it is added to the input of that normalisation.
     """
 
     def __init__(
@@ -234,8 +235,8 @@ class UNetBlock(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Self-attention over pixels, (B, C, H, W) -> the same, before the projection."""
         batch, channels, height, width = x.shape
-        # Published channel order is (head, channel, q/k/v); reordering the small weight makes
-        # q, k and v plain slices of the result instead of strided copies.
+        # The published channel order is (head, channel, q/k/v).  Reordering the small weight makes
+        # q, k and v contiguous slices of the result instead of strided copies.
         weight = self.qkv.weight.view(self.heads, -1, 3, channels).permute(2, 0, 1, 3)
         bias = self.qkv.bias.view(self.heads, -1, 3).permute(2, 0, 1).reshape(-1)
         tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -248,7 +249,7 @@ class UNetBlock(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of (B, heads, N, c) tensors."""
     if q.device.type == "cpu" and q.shape[2] <= 256:
-        # Twice as fast as the fused kernel without matrix hardware, and small enough to hold.
+        # Twice as fast as the fused kernel on CPUs without matrix units; the scores are small.
         scores = torch.matmul(q, k.transpose(-1, -2)).mul_(1 / math.sqrt(q.shape[-1]))
         return torch.matmul(scores.softmax(-1), v)
     return F.scaled_dot_product_attention(q, k, v)
@@ -256,10 +257,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def channel_mean(x: Tensor) -> Tensor:
     """Mean over channels, (B, C, h, w) -> (B, h, w), in float32 at least."""
-    return x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.mean(1, dtype=wide_dtype(x.dtype))
 
 
 def one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ValueError naming the known values unless ``value`` is one of them."""
+    """Raise ValueError, listing the known values, unless ``value`` is one of them."""
     if value not in known:
         raise ValueError(f"{what} is '{value}'; known: {', '.join(known)}")

@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from denoisers.nets.layers import Linear, PositionalEmbedding, channel_mean, one_of
+from denoisers.nets.unet import EDMNetwork
 
 
-class MLP(nn.Module):
+class MLP(EDMNetwork):
     """``layers`` affine maps of ``width`` units with SiLU between them, over all pixels at once.
 
-    Every hidden layer is told the noise level.  What the forward returns as the bottleneck is the
-    mean of the last hidden layer.  It has no classes: raises ValueError where ``label_dim`` asks
-    for some, and where there is no hidden layer.
+    The embedding of the noise level is added to every hidden layer.  The bottleneck is the last
+    hidden layer.  Classes are not supported: raises ValueError if ``label_dim`` is not 0, and if
+    there is no hidden layer.
     """
 
     map_augment = None
@@ -44,15 +45,14 @@ class MLP(nn.Module):
         self.hidden = nn.ModuleList(Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
         self.out = Linear(width, out_channels * pixels)
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
+        """Of the noise labels (B,) alone, (B, width)."""
+        return F.silu(self.map_layer0(self.map_noise(noise_labels)))
+
+    def apply_to(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, H, W) -> ``F`` (B, C', H, W) and the hidden mean (B, 1, 1)."""
-        emb = F.silu(self.map_layer0(self.map_noise(noise_labels)))
         h = x.flatten(1)
         for layer in self.hidden:
             h = F.silu(layer(h) + emb)

@@ -1,8 +1,8 @@
 """NCSN++ (Song et al. 2021, arXiv:2011.13456) under the names of its published checkpoints.
 
-The published NCSN++ for continuous noise levels *is* :class:`SongUNet` with Fourier features, a
-(1, 3, 3, 1) filter and a second pyramid beside its encoder, so there is no second network here.
-Only names differ, and attention, whose four matrices are transposed and apart.
+The published NCSN++ for continuous noise levels is :class:`SongUNet` with Fourier features, a
+(1, 3, 3, 1) filter and a second pyramid beside its encoder.  Only the names differ, and the layout
+of attention, whose four matrices are transposed and stored separately.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from denoisers.nets.layers import Conv2d, UNetBlock
 from denoisers.nets.song import SongUNet
 from runtime.errors import UserError
 
-ATTENTION = 16  #: pixels along a side where every published network has it
-#: Settings that tensors do not show; a file may come with others.
+ATTENTION = 16  #: resolution with attention in every published network
+#: Settings that cannot be inferred from the tensors, unless the file states others.
 UNSEEN: Mapping[str, Any] = {"resample_filter": [1, 3, 3, 1], "attn_resolutions": [ATTENTION]}
-#: Settings of them all.
+#: Settings of all published networks.
 COMMON: Mapping[str, Any] = {
     "class_name": "VEPrecond",
     "model_type": "SongUNet",
     "embedding_type": "fourier",
     "channel_mult_noise": 2,
 }
-#: Names within a published module that has but one layer; others have none.
+#: Names of the single layer in modules of these kinds; in others it has no name of its own.
 INNER = {"aux_skip": "Conv_0.", "aux_residual": "Conv2d_0."}
 
-#: What a module of a kind has, and none before it in this list.
+#: The kind of a module is that of the first of these names that it has.
 MARKS = {
     "Dense_0.weight": "block",
     "NIN_0.W": "attention",
@@ -41,10 +41,7 @@ MARKS = {
 
 
 def published(net: SongUNet) -> dict[str, Tensor]:
-    """The weights of ``net`` under their published names, in their order and shapes.
-
-    They are views: what is copied into them is in the network.
-    """
+    """Views of the weights of ``net``, with their published names, order and shapes."""
     modules = [{"W": net.map_noise.get_buffer("freqs")}]
     modules += [_affine(net.map_layer0), _affine(net.map_layer1)]
     for name, module in (*net.enc.items(), *net.dec.items()):
@@ -52,7 +49,7 @@ def published(net: SongUNet) -> dict[str, Tensor]:
             modules.append(_block(module))
             if module.heads:
                 modules.append(_attention(module))
-        elif not isinstance(module, Conv2d) or module.kernel:  # a filter alone has no weights
+        elif not isinstance(module, Conv2d) or module.kernel:  # pure resampling has no weights
             modules.append(_affine(module, INNER.get(name.partition("_")[2], "")))
     return {
         f"all_modules.{index}.{name}": tensor
@@ -74,12 +71,12 @@ def _block(block: UNetBlock) -> dict[str, Tensor]:
         "Conv_1.": block.conv1,
         "Conv_2.": block.skip,
     }
-    found = [_affine(layer, prefix) for prefix, layer in layers.items() if layer is not None]
-    return {name: tensor for layer in found for name, tensor in layer.items()}
+    views = [_affine(layer, prefix) for prefix, layer in layers.items() if layer is not None]
+    return {name: tensor for layer in views for name, tensor in layer.items()}
 
 
 def _attention(block: UNetBlock) -> dict[str, Tensor]:
-    """One head: queries, keys, values and projection, ``y = x W + b`` over channels."""
+    """Queries, keys, values and projection of the single head, as ``y = x W + b``."""
     width = block.out_channels
     weight = block.qkv.weight.detach().view(width, 3, width)  # outputs: channel, then q/k/v
     bias = block.qkv.bias.detach().view(width, 3)
@@ -92,7 +89,7 @@ def _attention(block: UNetBlock) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Modules:
-    """The weights of a published network by the number and the kind of its modules."""
+    """The weights of a published network by the index and the kind of its modules."""
 
     source: str  #: names the file in errors
     tensors: Mapping[int, Mapping[str, Tensor]]  #: in ascending order
@@ -101,30 +98,34 @@ class Modules:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], source: str) -> Modules:
         """Raises UserError unless the first module is that of Fourier features."""
-        found: dict[int, dict[str, Tensor]] = {}
+        modules: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if match := re.fullmatch(r"all_modules\.(\d{1,4})\.(.+)", name):
-                found.setdefault(int(match[1]), {})[match[2]] = tensor
-        if "W" not in found.get(0, {}):
+                modules.setdefault(int(match[1]), {})[match[2]] = tensor
+        if "W" not in modules.get(0, {}):
             raise UserError(
                 f"{source} holds no Fourier features of the noise level (all_modules.0.W); give an "
                 "NCSN++ of score-SDE for continuous noise levels"
             )
-        ordered = {index: found[index] for index in sorted(found)}
+        ordered = {index: modules[index] for index in sorted(modules)}
         return cls(source, ordered, {index: _kind(module) for index, module in ordered.items()})
 
     def size(self, index: int, name: str, axis: int = 0) -> int:
-        """Of an axis of a tensor, 1 or more; UserError if there is none."""
+        """The length of an axis of a tensor, 1 or more; UserError if it does not exist."""
         tensor = self.tensors.get(index, {}).get(name)
         if tensor is None or tensor.ndim <= axis or not tensor.shape[axis]:
-            raise UserError(f"{self.source} has no 'all_modules.{index}.{name}' as NCSN++ has it")
+            raise UserError(
+                f"{self.source} has no 'all_modules.{index}.{name}' as in NCSN++; it holds the "
+                "weights of another network"
+            )
         return tensor.shape[axis]
 
     def levels(self) -> tuple[int, list[int]]:
-        """Blocks per level of the encoder, and the first of each level's.
+        """The number of blocks per level of the encoder, and the index of each level's first one.
 
-        One block more per level makes the decoder, two the middle.  Those that resample are the
-        only ones with a second path between equal widths.  Raises UserError if these do not add up.
+        The decoder has one block more per level, the middle has two.  Blocks that resample are the
+        only ones with a convolution on the second path between equal widths.  Raises UserError if
+        the numbers are inconsistent.
         """
         blocks = [index for index, kind in self.kinds.items() if kind == "block"]
         plain = [index for index in blocks if not self._resamples(index)]
@@ -152,24 +153,24 @@ def _kind(module: Mapping[str, Tensor]) -> str:
 def settings_from(
     tensors: Mapping[str, Tensor], base: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-    """Settings, as for :func:`precond.build`, of the network with these published tensors.
+    """Settings, for :func:`precond.build`, of the network with these published tensors.
 
-    ``base`` holds those that come with the file ``source``.  An image is so large that attention
-    is at 16 x 16 pixels, unless ``base`` says ``img_resolution``.  Raises UserError if the network
-    is of another kind, its blocks do not add up, or ``base`` says something else than they.
+    ``base`` holds settings stored in the file ``source``.  Without ``img_resolution`` among them,
+    the resolution is such that attention is at 16 x 16 pixels.  Raises UserError if the network is
+    of another kind, or differs from ``base``.
     """
     modules = Modules.of(tensors, source)
     per_level, firsts = modules.levels()
     attended = [i for i, k in enumerate(firsts) if modules.kinds.get(k + 1) == "attention"]
-    told = {**UNSEEN, **base}
-    resolution = told.get("img_resolution", ATTENTION << max(attended, default=0))
-    if type(resolution) is not int or not (attended or "img_resolution" in told):
+    stated = {**UNSEEN, **base}
+    resolution = stated.get("img_resolution", ATTENTION << max(attended, default=0))
+    if type(resolution) is not int or not (attended or "img_resolution" in stated):
         raise UserError(
             f"nothing in {source} tells the size of its images; give safetensors whose metadata "
             "hold it as img_resolution, a whole number, in their config"
         )
     features, kinds = modules.size(0, "W"), list(modules.kinds.values())
-    found = {
+    inferred = {
         **COMMON,
         "img_resolution": resolution,
         "img_channels": modules.size(3, "weight", 1),
@@ -180,10 +181,10 @@ def settings_from(
         "encoder_type": next((k for k in ("residual", "skip") if k in kinds), "standard"),
         "decoder_type": "skip" if kinds.count("norm") == len(firsts) > 1 else "standard",
     }
-    for name, value in found.items():
-        if told.get(name, value) != value:
+    for name, value in inferred.items():
+        if stated.get(name, value) != value:
             raise UserError(
-                f"{source} has {name} {value} where its settings say {told[name]}; it holds the "
+                f"{source} has {name} {value} where its settings say {stated[name]}; it holds the "
                 "weights of another network"
             )
-    return {**told, **found}
+    return {**stated, **inferred}

@@ -1,8 +1,8 @@
 """The U-Net of guided diffusion (Dhariwal and Nichol 2021, arXiv:2105.05233) and its classifier.
 
-One class serves the checkpoints of guided diffusion ("ADM"), of consistency models
-(arXiv:2303.01469) and of unconditional latent diffusion (arXiv:2112.10752), under their published
-parameter names; :func:`settings_from` reads most settings off the weights.
+The same class is used for guided diffusion ("ADM"), consistency models (arXiv:2303.01469) and
+unconditional latent diffusion (arXiv:2112.10752), under their published parameter names;
+:func:`settings_from` infers most settings from the weights.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from denoisers.nets.openai_blocks import (
     ResBlock,
     Upsample,
 )
+from denoisers.precision import wide_dtype
 from runtime.errors import UserError
 
 
 class Encoder(nn.Module):
-    """The half that the U-Net and the classifier share: embedding, encoder and middle.
+    """The common part of the U-Net and the classifier: embedding, encoder and middle block.
 
     ``attention_resolutions`` are downsampling factors (1, 2, 4, ...); level i has
-    ``channel_mult[i] * model_channels`` channels; ``resblock_updown`` resamples in residual blocks
-    instead of by single convolutions.  Raises ValueError for an unknown ``attention``.
+    ``channel_mult[i] * model_channels`` channels; with ``resblock_updown`` residual blocks
+    resample, otherwise single convolutions.  Raises ValueError for an unknown ``attention``.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
         self.num_res_blocks = num_res_blocks
         self.resblock_updown = resblock_updown
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
-        self.dtype = torch.float32  #: of the convolutions between the first and the last
+        self.dtype = torch.float32  #: of the convolutions, except the last
         emb_channels = 4 * model_channels
         #: (downsampling, channels) of each level, finest first
         self.levels = [(1 << i, int(mult * model_channels)) for i, mult in enumerate(channel_mult)]
@@ -87,7 +88,7 @@ class Encoder(nn.Module):
         self.label_emb = nn.Embedding(num_classes, emb_channels) if num_classes else None
         width = self.levels[0][1]
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, width, 3, padding=1))])
-        self.widths = [width]  #: of what each input block hands to the decoder
+        self.widths = [width]  #: channels of each input block, which the decoder concatenates
         for factor, channels in self.levels:
             if factor > 1:
                 down = self._res(width, resample="down") if resblock_updown else Downsample(width)
@@ -105,9 +106,10 @@ class Encoder(nn.Module):
         return Block(self._res(width, channels), *attend)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Run in ``dtype``; below float32 as published: only the torso's convolutions are narrow.
+        """Run the convolutions in ``dtype``.
 
-        Embeddings, normalisations and what comes after the last block stay in float32.
+        Below float32, embeddings, normalisations and the output layers stay in float32, as in the
+        published code.
         """
         self.dtype = dtype
         self.to(self.wide)
@@ -117,8 +119,8 @@ class Encoder(nn.Module):
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of everything around the torso: float32 at least."""
-        return torch.promote_types(self.dtype, torch.float32)
+        """The dtype of everything but the convolutions: float32 at least."""
+        return wide_dtype(self.dtype)
 
     def embed(self, times: Tensor, labels: Tensor | None) -> Tensor:
         """Embedding (B, 4 model_channels) of times (B,) and, with classes, labels (B,) int64."""
@@ -130,16 +132,16 @@ class Encoder(nn.Module):
         return emb + self.label_emb(labels.to(device))
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """(model_channels / 2,) from 1 down to almost 1e-4.
+        """(model_channels / 2,), decreasing from 1 to almost 1e-4.
 
-        Times reach 1000, so the rounding shows in the sixth digit: this is the published form.
+        In the published form: times reach 1000, so rounding shows in the sixth digit.
         """
         half = self.model_channels // 2
         steps = torch.arange(half, dtype=self.wide, device=device)
         return (-math.log(1e4) * steps / half).exp()
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The middle's output, and what each input block hands to the decoder."""
+        """The output of the middle block, and those of the input blocks."""
         h = x.to(self.dtype).to(emb.device)
         skips = []
         for block in self.input_blocks:
@@ -149,7 +151,7 @@ class Encoder(nn.Module):
 
 
 class UNet(Encoder):
-    """The network that predicts; its bottleneck is ``middle_block``."""
+    """The denoising network; its bottleneck is ``middle_block``."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -202,7 +204,7 @@ class Classifier(Encoder):
 
 
 def is_openai(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict holds a U-Net or a classifier of this family (no text attention)."""
+    """Whether a state dict holds a U-Net or a classifier of this family, without text attention."""
     marks = ("time_embed.2.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight")
     return all(mark in tensors for mark in marks)
 
@@ -210,32 +212,41 @@ def is_openai(tensors: Mapping[str, Tensor]) -> bool:
 def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor settings of the network in a state dict, from its names and shapes.
 
-    ``base`` says what these cannot tell: ``image_size``, ``num_heads``, ``num_head_channels``,
-    ``dropout`` and whether attention is "legacy" or "new".  Raises UserError if an entry is
-    missing, the blocks do not add up, or ``base`` has an unknown setting.
+    ``base`` has those that cannot be inferred: ``image_size``, ``num_heads``,
+    ``num_head_channels``, ``dropout`` and whether attention is "legacy" or "new".  Raises UserError
+    if an entry is missing, the blocks are of no such network, or ``base`` has an unknown setting.
     """
     unknown = sorted(set(base) - set(inspect.signature(Encoder).parameters))
     if unknown:
-        raise UserError(f"'{unknown[0]}' is no setting of the U-Net of guided diffusion")
+        raise UserError(
+            f"'{unknown[0]}' is no setting of the U-Net of guided diffusion; remove it from its "
+            "config"
+        )
 
     def size(name: str, axis: int = 0) -> int:
         if name not in tensors or tensors[name].ndim <= axis:
-            raise UserError(f"the weights have no '{name}' as the U-Net of guided diffusion has it")
+            raise UserError(
+                f"the weights have no '{name}' as in the U-Net of guided diffusion; they are of "
+                "another network"
+            )
         return tensors[name].shape[axis]
 
-    def found(pattern: str) -> int:
+    def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in tensors)
 
     is_classifier = "out.2.positional_embedding" in tensors
-    if is_classifier:  # no decoder, but it knows the side of its coarsest level
+    if is_classifier:  # it has no decoder, but a position for each pixel of its coarsest level
         side = math.isqrt(size("out.2.positional_embedding", 1) - 1)
         depth = (base["image_size"] // max(side, 1)).bit_length()
-    else:  # every level but the finest ends in a third or second part that doubles the sides
-        depth = 1 + found(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
+    else:  # the last module of every level but the finest is an upsampling
+        depth = 1 + count(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
     # the first convolution; then per level its blocks and, but for the last, a downsampling
-    stages = found(r"input_blocks\.\d+\.0\.(in_layers\.2\.|op\.|)weight")
+    stages = count(r"input_blocks\.\d+\.0\.(in_layers\.2\.|op\.|)weight")
     if depth < 1 or stages % depth or stages // depth < 2:
-        raise UserError(f"{stages} input blocks cannot be {depth} levels of equally many blocks")
+        raise UserError(
+            f"{stages} input blocks cannot be {depth} levels with the same number of blocks; the "
+            "weights are of another network"
+        )
     stride = stages // depth
     first = [f"input_blocks.{1 + level * stride}" for level in range(depth)]
     model_channels = size("time_embed.0.weight", 1)

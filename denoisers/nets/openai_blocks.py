@@ -1,4 +1,4 @@
-"""The parts of the U-Net of guided diffusion (Dhariwal and Nichol 2021, arXiv:2105.05233).
+"""Modules of the U-Net of guided diffusion (Dhariwal and Nichol 2021, arXiv:2105.05233).
 
 Attribute names are those of the published checkpoints.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from denoisers.nets.layers import attention
+from denoisers.precision import wide_dtype
 from runtime.errors import UserError
 
 GROUPS = 32  #: of every normalisation
@@ -27,12 +28,11 @@ class Float32GroupNorm(nn.GroupNorm):
         super().__init__(GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return super().forward(wide).to(x.dtype)
+        return super().forward(x.to(wide_dtype(x.dtype))).to(x.dtype)
 
 
 class Downsample(nn.Module):
-    """Halve the sides by a convolution of stride 2."""
+    """Downsampling by 2: a convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the sides (nearest neighbour), then convolve."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -54,16 +54,16 @@ class Upsample(nn.Module):
 
 
 def double(x: Tensor) -> Tensor:
-    """Twice the sides by nearest neighbour."""
+    """Nearest-neighbour upsampling by 2."""
     return F.interpolate(x, scale_factor=2)
 
 
 def halve(x: Tensor) -> Tensor:
-    """Half the sides by the mean of 2x2 pixels."""
+    """Downsampling by 2: the mean of 2x2 pixels."""
     return F.avg_pool2d(x, 2)
 
 
-#: What a residual block may do to the sides on both paths.
+#: Resampling of a residual block, applied to both of its paths.
 RESAMPLERS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "up": double,
     "down": halve,
@@ -72,7 +72,7 @@ RESAMPLERS: dict[str | None, Callable[[Tensor], Tensor]] = {
 
 
 class ResBlock(nn.Module):
-    """Residual block, modulated by the embedding; ``resample`` changes the sides on both paths."""
+    """Residual block, modulated by the embedding, with optional resampling of both paths."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class AttentionBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The attention of the mean over pixels to itself and the pixels (CLIP's pooling)."""
+    """Attention pooling as in CLIP: the mean over pixels attends to itself and to the pixels."""
 
     def __init__(
         self, side: int, channels: int, outputs: int, num_heads: int, num_head_channels: int | None
@@ -156,14 +156,14 @@ class AttentionPool(nn.Module):
         x = x.flatten(2)
         x = torch.cat([x.mean(-1, keepdim=True), x], dim=-1) + self.positional_embedding
         q, k, v = split(pointwise(self.qkv_proj, x.mT), self.heads, legacy=False)
-        pooled = merge(attention(q[:, :, :1], k, v))  # only the mean asks
+        pooled = merge(attention(q[:, :, :1], k, v))  # the query of the mean alone
         return pointwise(self.c_proj, pooled)[:, 0]
 
 
 def heads(channels: int, num_heads: int, num_head_channels: int | None) -> int:
-    """Attention heads of a block: ``num_head_channels`` wins where it is given.
+    """Number of attention heads of a block, from ``num_head_channels`` if it is given.
 
-    Raises UserError if the heads do not share the channels evenly.
+    Raises UserError if the channels are not divisible.
     """
     if channels % (num_head_channels or num_heads):
         wrong = (
@@ -177,7 +177,7 @@ def heads(channels: int, num_heads: int, num_head_channels: int | None) -> int:
 
 
 def pointwise(conv: nn.Conv1d | nn.Conv2d, tokens: Tensor) -> Tensor:
-    """A convolution of kernel 1 on (B, N, C): a matrix product, whatever its published shape."""
+    """A convolution of kernel size 1, one- or two-dimensional, on tokens (B, N, C)."""
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
@@ -193,7 +193,7 @@ def merge(parts: Tensor) -> Tensor:
 
 
 class Block(nn.Sequential):
-    """Layers in a row, of which the residual blocks take the embedding as well."""
+    """A sequence of layers; residual blocks also receive the embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:

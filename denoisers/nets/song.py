@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,173 +21,108 @@ from denoisers.nets.layers import (
     channel_mean,
     one_of,
 )
+from denoisers.nets.unet import EDMUNet, UNetLevel, UNetSettings, decode_block
 
 
-class SongUNet(nn.Module):
+@dataclass(frozen=True, kw_only=True)
+class SongSettings(UNetSettings):
+    """Its constructor settings, by default those of DDPM++ for CIFAR-10.
+
+    Raises ValueError for an unknown embedding, encoder or decoder.
+    """
+
+    model_channels: int = 128
+    channel_mult: Sequence[int] = (1, 2, 2, 2)
+    num_blocks: int = 4
+    attn_resolutions: Sequence[int] = (16,)
+    embedding_type: str = "positional"
+    channel_mult_noise: int = 1
+    encoder_type: str = "standard"
+    decoder_type: str = "standard"
+    resample_filter: Sequence[int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        one_of("embedding_type", self.embedding_type, ("positional", "fourier"))
+        one_of("encoder_type", self.encoder_type, ("standard", "skip", "residual"))
+        one_of("decoder_type", self.decoder_type, ("standard", "skip"))
+
+
+class SongUNet(EDMUNet):
     """DDPM++ by default; NCSN++ with Fourier embedding, residual encoder and a (1,3,3,1) filter.
 
-    ``bottleneck`` names the module whose channel mean the forward returns as well: an encoder block
-    (the default is the last one), or the end of the middle, ``<size>_in1``.  Raises ValueError for
-    an unknown embedding, encoder, decoder or block.
+    ``settings`` are those of :class:`SongSettings`.  The bottleneck is an encoder block, or the end
+    of the middle, ``<size>_in1``.  Raises ValueError for an unknown embedding, encoder, decoder or
+    block, TypeError for an unknown setting.
     """
 
     def __init__(
-        self,
-        img_resolution: int,
-        in_channels: int,
-        out_channels: int,
-        *,
-        label_dim: int = 0,
-        augment_dim: int = 0,
-        model_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 4,
-        attn_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.10,
-        label_dropout: float = 0.0,
-        embedding_type: str = "positional",
-        channel_mult_noise: int = 1,
-        encoder_type: str = "standard",
-        decoder_type: str = "standard",
-        resample_filter: Sequence[int] = (1, 1),
-        bottleneck: str | None = None,
+        self, img_resolution: int, in_channels: int, out_channels: int, **settings: Any
     ) -> None:
-        super().__init__()
-        one_of("embedding_type", embedding_type, ("positional", "fourier"))
-        one_of("encoder_type", encoder_type, ("standard", "skip", "residual"))
-        one_of("decoder_type", decoder_type, ("standard", "skip"))
-        self.label_dropout = label_dropout
-        self.resample_filter = tuple(resample_filter)
-        noise_channels = model_channels * channel_mult_noise
-        emb_channels = model_channels * channel_mult_emb
+        own = SongSettings(**settings)
+        super().__init__(img_resolution, own)
+        self.encoder_type, self.decoder_type = own.encoder_type, own.decoder_type
+        self.in_channels, self.out_channels = in_channels, out_channels
+        noise_channels = own.model_channels * own.channel_mult_noise
+        emb_channels = own.model_channels * own.channel_mult_emb
         self.map_noise: nn.Module = (
             PositionalEmbedding(noise_channels, endpoint=True)
-            if embedding_type == "positional"
+            if own.embedding_type == "positional"
             else FourierEmbedding(noise_channels)
         )
-        self.map_label = Linear(label_dim, noise_channels) if label_dim else None
+        self.map_label = Linear(own.label_dim, noise_channels) if own.label_dim else None
+        augment_dim = own.augment_dim
         self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
-
+        self._resampler = partial(Conv2d, resample_filter=tuple(own.resample_filter))
         block = partial(
             UNetBlock,
             emb_channels=emb_channels,
             num_heads=1,
-            dropout=dropout,
+            dropout=own.dropout,
             skip_scale=math.sqrt(0.5),
             eps=1e-6,
-            resample_filter=resample_filter,
+            resample_filter=own.resample_filter,
             resample_proj=True,
             adaptive_scale=False,
         )
-        # (resolution, channels, attention) of each level, finest first
-        levels = [
-            (img_resolution >> i, model_channels * mult, img_resolution >> i in attn_resolutions)
-            for i, mult in enumerate(channel_mult)
-        ]
-        self.enc = nn.ModuleDict()
-        skips = self._build_encoder(
-            block, levels, in_channels, model_channels, num_blocks, encoder_type
-        )
-        self.bottleneck = bottleneck or list(self.enc)[-1]
-        coarsest = levels[-1][0]
-        one_of("bottleneck", self.bottleneck, (*self.enc, f"{coarsest}x{coarsest}_in1"))
-        self.dec = nn.ModuleDict()
-        self._build_decoder(block, levels, out_channels, num_blocks, decoder_type, skips)
+        skips = self._build_encoder(block, in_channels, own.model_channels)
+        self._set_bottleneck(own.bottleneck, f"{self.levels[-1].name}_in1")
+        self._build_decoder(block, skips, attend_everywhere=False)
 
-    def _build_encoder(
-        self,
-        block: Callable[..., UNetBlock],
-        levels: Sequence[tuple[int, int, bool]],
-        in_channels: int,
-        model_channels: int,
-        num_blocks: int,
-        encoder_type: str,
-    ) -> list[int]:
-        """Fill ``enc``; return the widths of what the decoder takes over.
+    def _extend_encoder(self, level: UNetLevel, width: int) -> None:
+        """A second pyramid, of the downsampled input, joins the skip and the residual encoder."""
+        down = partial(self._resampler, down=True)
+        if self.encoder_type == "skip":
+            self.enc[f"{level.name}_aux_down"] = down(self.in_channels, self.in_channels, 0)
+            self.enc[f"{level.name}_aux_skip"] = Conv2d(self.in_channels, width, 1)
+        elif self.encoder_type == "residual":
+            before = [m for name, m in self.enc.items() if name.endswith("aux_residual")]
+            channels = before[-1].out_channels if before else self.in_channels
+            self.enc[f"{level.name}_aux_residual"] = down(channels, width, 3, conv_first=True)
 
-        A second pyramid of the input feeds the skip and the residual encoder.
-        """
-        aux = partial(Conv2d, down=True, resample_filter=self.resample_filter)
-        width, aux_width = model_channels, in_channels
-        skips = []
-        for res, channels, attention in levels:
-            name = f"{res}x{res}"
-            if res == levels[0][0]:
-                self.enc[f"{name}_conv"] = Conv2d(in_channels, width, 3)
-            else:
-                self.enc[f"{name}_down"] = block(width, width, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{name}_aux_down"] = aux(aux_width, aux_width, 0)
-                    self.enc[f"{name}_aux_skip"] = Conv2d(aux_width, width, 1)
-                elif encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = aux(aux_width, width, 3, conv_first=True)
-                    aux_width = width
-            skips.append(width)
-            for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = block(width, channels, attention=attention)
-                width = channels
-                skips.append(width)
-        return skips
-
-    def _build_decoder(
-        self,
-        block: Callable[..., UNetBlock],
-        levels: Sequence[tuple[int, int, bool]],
-        out_channels: int,
-        num_blocks: int,
-        decoder_type: str,
-        skips: list[int],
-    ) -> None:
-        """Fill ``dec``; the skip decoder sums one image per level, the standard one ends in one."""
-        aux_up = partial(Conv2d, up=True, resample_filter=self.resample_filter)
-        coarsest, finest = levels[-1][0], levels[0][0]
-        width = levels[-1][1]
-        for res, channels, attention in reversed(levels):
-            name = f"{res}x{res}"
-            if res == coarsest:
-                self.dec[f"{name}_in0"] = block(width, width, attention=True)
-                self.dec[f"{name}_in1"] = block(width, width)
-            else:
-                self.dec[f"{name}_up"] = block(width, width, up=True)
-            for i in range(num_blocks + 1):
-                last = i == num_blocks
-                self.dec[f"{name}_block{i}"] = block(
-                    width + skips.pop(), channels, attention=attention and last
-                )
-                width = channels
-            if decoder_type == "skip" and res != coarsest:
-                self.dec[f"{name}_aux_up"] = aux_up(out_channels, out_channels, 0)
-            if decoder_type == "skip" or res == finest:
-                self.dec[f"{name}_aux_norm"] = GroupNorm(width, eps=1e-6)
-                self.dec[f"{name}_aux_conv"] = Conv2d(width, out_channels, 3)
+    def _extend_decoder(self, level: UNetLevel, width: int) -> None:
+        """The skip decoder sums one image per level; the standard one ends in a single image."""
+        if self.decoder_type == "skip" and level is not self.levels[-1]:
+            up = self._resampler(self.out_channels, self.out_channels, 0, up=True)
+            self.dec[f"{level.name}_aux_up"] = up
+        if self.decoder_type == "skip" or level is self.levels[0]:
+            self.dec[f"{level.name}_aux_norm"] = GroupNorm(width, eps=1e-6)
+            self.dec[f"{level.name}_aux_conv"] = Conv2d(width, self.out_channels, 3)
 
     def embed(
         self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
     ) -> Tensor:
-        """Embedding (B, emb_channels) of noise labels (B,), one-hot classes and augmentations."""
         emb = self.map_noise(noise_labels)
         emb = emb.reshape(emb.shape[0], 2, -1).flip(1).flatten(1)  # this family: [sin, cos]
         if self.map_label is not None and class_labels is not None:
-            if self.training and self.label_dropout:
-                keep = torch.rand_like(class_labels[:, :1]) >= self.label_dropout
-                class_labels = class_labels * keep
-            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
+            classes = self._withhold(class_labels) * math.sqrt(self.map_label.in_features)
+            emb = emb + self.map_label(classes)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Raw output (B, out_channels, H, W) and the bottleneck's channel mean (B, h, w)."""
-        emb = self.embed(noise_labels, class_labels, augment_labels)
+    def apply_to(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
         skips, feat = self._encode(x, emb)
         x = skips[-1]
         image, hidden = None, x
@@ -199,16 +135,13 @@ class SongUNet(nn.Module):
                 new = module(hidden)
                 image = new if image is None else image + new
             else:
-                if x.shape[1] != module.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = module(x, emb)
+                x = decode_block(module, x, emb, skips)
             if name == self.bottleneck and name not in self.enc:  # blocks of both share names
                 feat = channel_mean(x)
         assert image is not None  # every decoder ends with an image
         return image, feat
 
     def _encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
-        """States kept for the decoder, and the channel mean of the bottleneck."""
         aux = x
         skips: list[Tensor] = []
         feat = channel_mean(x)

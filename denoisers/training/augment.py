@@ -1,9 +1,9 @@
 """Non-leaky augmentation of training images (Karras et al. 2022, arXiv:2206.00364, appendix F.2).
 
-A network is told what was done to an image by 9 labels, and a sample asks for the image to which
-nothing was done: all zeros.  So samples are not mirrored, turned or blurred, however much the
-training images are.  The transformations, their strengths and their labels are the published ones;
-images are sampled by bicubic interpolation where the published code filters with a wavelet.
+The network is conditioned on 9 labels that describe the transformation of an image; samples have
+labels of zero, those of an unchanged image, so that transformations do not leak into them.  The
+transformations, their strengths and their labels are the published ones, except that images are
+resampled by bicubic interpolation instead of the published wavelet filter.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LABELS = 9  #: ``augment_dim`` of a network that is told
-DRAWS = 12  #: random numbers that an image needs
-OCTAVES = 0.2  #: deviation of log2 of a scale
-SHIFT = 1 / 8  #: deviation of a translation, in sides of the image
+LABELS = 9  #: ``augment_dim`` of a network conditioned on them
+DRAWS = 12  #: random numbers per image
+OCTAVES = 0.2  #: standard deviation of log2 of a scale
+SHIFT = 1 / 8  #: standard deviation of a translation, in image widths
 
 
 class Change(NamedTuple):
-    """What is done to each of B images, in this order; (B,) tensors in which 0 does nothing."""
+    """Transformations of B images, applied in this order: (B,) tensors; 0 is the identity."""
 
-    mirror: Tensor  #: 1: left and right are exchanged
-    upend: Tensor  #: 1: top and bottom are
-    scale: Tensor  #: the image grows 2^(OCTAVES scale) times
-    angle: Tensor  #: it turns counter-clockwise, in radians
-    stretch: Tensor  #: it grows 2^(OCTAVES stretch) times along ``axis`` and shrinks so across it
+    mirror: Tensor  #: 1: flip horizontally
+    upend: Tensor  #: 1: flip vertically
+    scale: Tensor  #: scale by 2^(OCTAVES scale)
+    angle: Tensor  #: rotate counter-clockwise, in radians
+    stretch: Tensor  #: scale by 2^(OCTAVES stretch) along ``axis``, by its inverse across it
     axis: Tensor  #: counter-clockwise from the horizontal, in radians
-    right: Tensor  #: it moves, in units of SHIFT sides
+    right: Tensor  #: translate, in units of SHIFT image widths
     down: Tensor
 
     @classmethod
     def draw(cls, z: Tensor, p: float, mirror: bool) -> Change:
         """From standard normal numbers ``z`` (B, DRAWS).
 
-        Each transformation is done with probability ``p``; only mirroring, if it is allowed at
-        all, always has probability 1/2, and turning upside down p/2.
+        Each transformation is applied with probability ``p``, except the flips: horizontal ones
+        have probability 1/2 if ``mirror`` is set, else 0, and vertical ones p/2.
         """
         u = torch.special.ndtr(z)
         turn = (2 * u - 1) * math.pi
@@ -55,7 +55,7 @@ class Change(NamedTuple):
         )
 
     def labels(self) -> Tensor:
-        """(B, LABELS), zero where nothing is done, without a jump where a turn is complete."""
+        """(B, LABELS), zero for the identity, continuous at a full turn."""
         return torch.stack(
             [
                 self.mirror,
@@ -72,15 +72,15 @@ class Change(NamedTuple):
         )
 
     def flip(self, images: Tensor) -> Tensor:
-        """The first two transformations of ``images`` (B, C, H, W); exact."""
+        """Apply the flips to ``images`` (B, C, H, W), without interpolation."""
         images = torch.where(_over(self.mirror), images.flip(3), images)
         return torch.where(_over(self.upend), images.flip(2), images)
 
     def warp(self, images: Tensor) -> Tensor:
-        """The others, of square ``images`` (B, C, H, H), in one interpolation.
+        """Apply the others to square ``images`` (B, C, H, H), in one interpolation.
 
-        What lies outside is reflected at the border; an image to which nothing is done is left as
-        it is, to the last bit.
+        The outside is the reflection at the border; images without transformations are returned
+        unchanged.
         """
         grid = F.affine_grid(_source(self), list(images.shape), align_corners=False)
         moved = F.grid_sample(images, grid, "bicubic", "reflection", align_corners=False)
@@ -89,7 +89,7 @@ class Change(NamedTuple):
 
 
 def _source(change: Change) -> Tensor:
-    """(B, 2, 3): from where in the image, in [-1, 1], a place in the result is taken."""
+    """Affine maps (B, 2, 3) from positions in the result to positions in the image, in [-1, 1]."""
     wide = 2 ** (OCTAVES * change.stretch)
     narrowed = torch.diag_embed(torch.stack([1 / wide, wide], dim=1))
     back = _turn(-change.angle) @ _turn(change.axis) @ narrowed @ _turn(-change.axis)
@@ -105,4 +105,5 @@ def _turn(angle: Tensor) -> Tensor:
 
 
 def _over(flag: Tensor) -> Tensor:
+    """(B,) as a mask that broadcasts over images."""
     return flag.bool()[:, None, None, None]

@@ -1,11 +1,12 @@
-"""What a run of EDM training leaves behind: figures, pictures, the model and the state."""
+"""The output of EDM training: statistics, sample grids, the model, and the state to resume from."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +36,31 @@ STATE, MODEL, ROWS = "state.pt", "model.safetensors", "stats.jsonl"
 GRID = 8  #: rows and columns of a sample grid
 
 
-def write_model(folder: Path, trainer: Trainer, about: dict[str, Any], record: RunRecord) -> None:
-    """``model.safetensors`` with the averaged weights in float16, and ``card.json``."""
+Row = dict[str, int | float]  #: statistics by name
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """What a run trains, and on which data."""
+
+    config: Mapping[str, Any]  #: constructor settings of the network
+    bottleneck: str
+    init: str | None  #: sha256 of the file with the first weights
+    images_before: int  #: images that these have seen
+    data: str  #: name of the data set
+
+    def identity(self) -> dict[str, object]:
+        """The identity of the run in its states."""
+        return asdict(self)
+
+
+def write_model(folder: Path, trainer: Trainer, network: TrainedNetwork, record: RunRecord) -> None:
+    """Write ``model.safetensors``, with the averaged weights in float16, and ``card.json``."""
     file = folder / MODEL
     metadata = {
-        "config": json.dumps(about["config"]),
-        "bottleneck_module": about["bottleneck"],
-        "images_seen": str(trainer.images + about["images_before"]),
+        "config": json.dumps(network.config),
+        "bottleneck_module": network.bottleneck,
+        "images_seen": str(trainer.images + network.images_before),
         "record": record.to_json(),
     }
     tensors = {k: v.contiguous().cpu() for k, v in trainer.ema.state_dict().items()}
@@ -56,7 +75,7 @@ def write_model(folder: Path, trainer: Trainer, about: dict[str, Any], record: R
 
 @torch.no_grad()
 def sample_grid(trainer: Trainer) -> np.ndarray:
-    """GRID x GRID images of the averaged weights by Heun at 23 NFE, seeds 0, 1, ..."""
+    """GRID x GRID samples of the averaged weights by Heun at 23 NFE, of seeds 0, 1, ..."""
     net, device = trainer.ema, trainer.world.device
     count = GRID * GRID
     ts = get_grid("polynomial", 12, max(net.sigma_min, LOWEST), min(net.sigma_max, HIGHEST), 7.0)
@@ -69,7 +88,7 @@ def sample_grid(trainer: Trainer) -> np.ndarray:
     return image_grid(to_uint8(out), GRID)
 
 
-def loss_curve(rows: list[dict[str, Any]]) -> Figure:
+def loss_curve(rows: Sequence[Row]) -> Figure:
     """Loss of the training and of the averaged weights on held-out images, over images seen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no global state, no display
@@ -88,18 +107,18 @@ def loss_curve(rows: list[dict[str, Any]]) -> Figure:
 
 
 class Reporter:
-    """What a run leaves behind, at every tick: figures, pictures, the model and the state."""
+    """Writes statistics, samples, the model and the state of a run at every tick."""
 
     def __init__(
         self,
         folder: Path,
         trainer: Trainer,
-        about: dict[str, Any],
+        network: TrainedNetwork,
         held_out: TrainingBatch | None,
         record: RunRecord,
     ) -> None:
         main = trainer.world.is_main
-        self.folder, self.trainer, self.about = folder, trainer, about
+        self.folder, self.trainer, self.network = folder, trainer, network
         self.held_out, self.record = held_out, record
         if main:
             record.write(folder / "run.json")
@@ -109,6 +128,7 @@ class Reporter:
         self.clear()
 
     def clear(self) -> None:
+        """Begin to collect the statistics of the next tick."""
         trainer = self.trainer
         # the sum and the number of losses
         self.losses = torch.zeros(2, dtype=trainer.recipe.wide, device=trainer.world.device)
@@ -116,13 +136,13 @@ class Reporter:
         self.since, self.seen = time.monotonic(), trainer.images
 
     def tick(self) -> None:
-        """Called on every rank, writes on rank 0.
+        """Write everything on rank 0; call it on every rank.
 
-        The state comes last: a run killed before it was written does this tick once more.
+        Raises UserError if the loss is not finite.
         """
         trainer = self.trainer
         total, count = trainer.world.sum_(self.losses).tolist()
-        row: dict[str, Any] = {
+        row: Row = {
             "step": trainer.images,
             "loss": total / count,
             "lr": trainer.recipe.learning_rate(trainer.images - trainer.recipe.batch),
@@ -141,7 +161,11 @@ class Reporter:
         trainer.world.barrier()
         self.clear()
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
+        """Write ``row``, samples and model, and last the state.
+
+        A run that is killed before the state is written repeats this tick when it is resumed.
+        """
         trainer = self.trainer
         if self.held_out is not None:
             row["valid"] = trainer.validate(self.held_out)
@@ -157,11 +181,11 @@ class Reporter:
         self.board.flush()
         with atomic_write(self.folder / "loss.png") as temporary:
             loss_curve(read_json_lines(self.folder / ROWS)).savefig(temporary, format="png")
-        write_model(self.folder, trainer, self.about, self.record)
-        trainer.save(self.folder / STATE, self.about)
+        write_model(self.folder, trainer, self.network, self.record)
+        trainer.save(self.folder / STATE, self.network.identity())
 
     def close(self) -> None:
-        """Close what is open, on every rank."""
+        """Close all files, on every rank."""
         self.rows.close()
         if self.board is not None:
             self.board.close()

@@ -1,13 +1,14 @@
 """EDM training of a preconditioned network (Karras et al. 2022, arXiv:2206.00364, section 5).
 
-What is random about an image is a function of (seed, number of the image), so N processes train
-what one does, and a run that was killed and continued equals one that was not.
+All random numbers of an image are a function of (seed, number of the image), so the result does not
+depend on the number of processes, nor on whether a run was interrupted and resumed.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from denoisers.families.edm import EDMPrecond
-from denoisers.registry import DTYPES
+from denoisers.families.precond import EDMPrecond
+from denoisers.precision import DTYPES, wide_dtype
 from denoisers.training.augment import LABELS, Change
 from denoisers.training.batches import PARTS, TrainingBatch
 from runtime.dist import World
@@ -26,10 +27,12 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.noise import SeedNoise
 
-#: Settings that a continued run may change: how long it is, and how it ends.
+#: Settings that a resumed run may change: its length, and how it ends.
 FREE = frozenset({"kimg", "decay_kimg"})
 POSITIVE = frozenset({"kimg", "batch", "lr", "p_std"})
-PORTION = 64  #: held-out images at a time
+PORTION = 64  #: held-out images evaluated at a time
+#: What a run trains, and on which data, as plain values: a state is only resumed with the same.
+RunIdentity = Mapping[str, object]
 
 
 def _setting(help: str, default: Any = MISSING) -> Any:
@@ -38,9 +41,9 @@ def _setting(help: str, default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on besides its data and its first weights.
+    """The hyperparameters of a training run.
 
-    Raises UserError for values that make no sense.
+    Raises UserError for invalid values.
     """
 
     kimg: float = _setting("thousands of images to see")
@@ -74,28 +77,28 @@ class Recipe:
 
     @property
     def wide(self) -> torch.dtype:
-        """Of weights, images and noise: float32, or float64 for a network in float64."""
-        return torch.promote_types(DTYPES[self.dtype], torch.float32)
+        """Dtype of weights, images and noise: float32, or float64 for a network in float64."""
+        return wide_dtype(DTYPES[self.dtype])
 
     def learning_rate(self, images: int) -> float:
-        """For the step after ``images`` images."""
+        """The learning rate of the step after ``images`` images."""
         up = (images + self.batch) / max(1e3 * self.rampup_kimg, 1e-9)
         down = (1e3 * self.kimg - images) / max(1e3 * self.decay_kimg, 1e-9)
         return self.lr * max(0.0, min(1.0, up, down))
 
     def ema_keep(self, images: int) -> float:
-        """What the average keeps of itself in the step that ends after ``images`` images."""
+        """The decay of the average in the step that ends after ``images`` images."""
         half_life = min(1e3 * self.ema_kimg, images * self.ema_rampup)
         return 0.5 ** (self.batch / max(half_life, 1e-8))
 
 
 class Examples(NamedTuple):
-    """What a network is asked, and what it should answer."""
+    """Inputs of a network, and its target."""
 
     clean: Tensor  #: (B, C, H, W) in [-1, 1]
     noisy: Tensor
     sigma: Tensor  #: (B, 1, 1, 1)
-    labels: Tensor | None  #: one-hot (B, K), zero where the class is withheld
+    labels: Tensor | None  #: one-hot (B, K), zero if the class is withheld
     augment_labels: Tensor | None
 
     @classmethod
@@ -107,15 +110,15 @@ class Examples(NamedTuple):
         withhold: float,
         device: torch.device,
     ) -> Examples:
-        """From images of one of ``classes``, if any, told with probability 1 - ``withhold``."""
+        """Augmented and noisy images; their class is withheld with probability ``withhold``."""
         clean = batch.images.to(device, non_blocking=True).to(recipe.wide) / 127.5 - 1
         chance = batch.chance.to(device, non_blocking=True).to(recipe.wide)
-        level, told, turns, noise = chance.split([*PARTS, clean[0].numel()], dim=1)
+        level, shown, turns, noise = chance.split([*PARTS, clean[0].numel()], dim=1)
         sigma = (level * recipe.p_std + recipe.p_mean).exp()[..., None, None]
         labels = None
         if classes:
             labels = F.one_hot(batch.classes, classes).to(device, non_blocking=True)
-            labels = labels * (torch.special.ndtr(told) >= withhold)
+            labels = labels * (torch.special.ndtr(shown) >= withhold)
         change = Change.draw(turns, recipe.augment, recipe.flip)
         clean = change.flip(clean)
         if recipe.augment:
@@ -125,7 +128,7 @@ class Examples(NamedTuple):
 
 
 def weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    """The loss weight that makes every noise level count alike at the start of training."""
+    """The loss weight with which all noise levels have the same loss at the start of training."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -135,11 +138,11 @@ def weighted_error(x0: Tensor, clean: Tensor, sigma: Tensor, sigma_data: float) 
 
 
 class Trainer:
-    """A network in training: wide weights, their average, the optimizer, images seen.
+    """A network in training: master weights, their average, the optimizer, and images seen.
 
     The forward and backward passes run on ``work``, whose convolutions have ``recipe.dtype``; its
-    weights are cast from the wide ones in every step, so gradients reach those.  Raises
-    UserError for a network or a number of processes that the recipe does not fit.
+    weights are cast from the master weights in every step, so that these receive the gradients.
+    Raises UserError for a network or a number of processes that the recipe does not fit.
     """
 
     def __init__(self, net: EDMPrecond, recipe: Recipe, world: World, *, compiled: bool = False):
@@ -148,10 +151,10 @@ class Trainer:
                 f"--batch {recipe.batch} cannot be dealt out to {world.size} processes; "
                 f"give a multiple of {world.size}"
             )
-        if recipe.augment and _told(net) != LABELS:
+        if recipe.augment and _augment_dim(net) != LABELS:
             raise UserError(
                 f"--augment {recipe.augment} needs a network with augment_dim {LABELS}, not "
-                f"{_told(net)}; leave it out, or give --config with that"
+                f"{_augment_dim(net)}; leave it out, or give --config with that"
             )
         self.recipe, self.world, self.images = recipe, world, 0
         net.to(world.device).train().requires_grad_(True).cast(recipe.wide)
@@ -162,7 +165,7 @@ class Trainer:
         if compiled:
             self.work.model.compile()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=recipe.lr)
-        #: entries of gradients that were not finite and were replaced
+        #: count of gradient entries that were not finite and were replaced
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
 
     @property
@@ -170,19 +173,19 @@ class Trainer:
         return self.images >= 1e3 * self.recipe.kimg
 
     def step(self, batch: TrainingBatch) -> Tensor:
-        """One optimizer step on this rank's part of the next images; its mean loss (0-d).
+        """One optimizer step on this rank's part of the next images; returns its mean loss (0-d).
 
-        Dropout inside the network, where there is any, is drawn anew for (seed, step, rank) from
-        torch's global generator: the one thing that does not belong to an image.
+        Dropout inside the network is drawn for (seed, step, rank) from torch's global generator: it
+        is the only randomness that does not belong to an image.
         """
         name = ("dropout", self.recipe.seed, self.world.rank)
         torch.manual_seed(int(SeedNoise([self.images]).integers(name, 1 << 32)))
-        made = Examples.make(
+        examples = Examples.make(
             batch, self.recipe, self.net.label_dim, self.withhold, self.world.device
         )
-        asked = (made.noisy, made.sigma, made.labels, made.augment_labels)
-        x0 = functional_call(self.work, self._cast(), asked).x0
-        loss = weighted_error(x0, made.clean, made.sigma, self.net.sigma_data).mean()
+        inputs = (examples.noisy, examples.sigma, examples.labels, examples.augment_labels)
+        x0 = functional_call(self.work, self._cast(), inputs).x0
+        loss = self._errors(x0, examples).mean()
         loss.backward()
         self._share_gradients()
         for group in self.optimizer.param_groups:
@@ -194,7 +197,7 @@ class Trainer:
         return loss.detach()
 
     def _cast(self) -> dict[str, Tensor]:
-        """The wide weights in the dtypes and layouts of ``work``."""
+        """The master weights in the dtypes and layouts of ``work``."""
         own = dict(self.net.named_parameters())
         return {
             name: own[name].to(p.dtype, memory_format=torch.channels_last)
@@ -204,7 +207,10 @@ class Trainer:
         }
 
     def _share_gradients(self) -> None:
-        """The mean over all ranks; what is not finite is replaced as published, and counted."""
+        """Average gradients over all ranks; entries that are not finite are replaced and counted.
+
+        The replacements are those of the published code.
+        """
         parameters = [p for p in self.net.parameters() if p.grad is not None]
         flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
         flat = self.world.sum_(flat).div_(self.world.size)
@@ -221,24 +227,27 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, held_out: TrainingBatch) -> float:
-        """The loss of the averaged weights on images as they are, every class told."""
+        """The loss of the averaged weights on images without augmentation, with their classes."""
         plain = replace(self.recipe, flip=False, augment=0.0)
         total = 0.0
         for i in range(0, len(held_out.images), PORTION):
             part = TrainingBatch(*(tensor[i : i + PORTION] for tensor in held_out))
-            made = Examples.make(part, plain, self.net.label_dim, 0.0, self.world.device)
-            x0 = self.ema(made.noisy, made.sigma, made.labels).x0
-            error = weighted_error(x0, made.clean, made.sigma, self.net.sigma_data)
-            total += error.sum().item()
+            examples = Examples.make(part, plain, self.net.label_dim, 0.0, self.world.device)
+            x0 = self.ema(examples.noisy, examples.sigma, examples.labels).x0
+            total += self._errors(x0, examples).sum().item()
         return total / len(held_out.images)
 
-    def save(self, path: Path, about: dict[str, Any]) -> None:
-        """Everything that :meth:`resume` needs, in one file."""
+    def _errors(self, x0: Tensor, examples: Examples) -> Tensor:
+        """The loss of each image, (B,)."""
+        return weighted_error(x0, examples.clean, examples.sigma, self.net.sigma_data)
+
+    def save(self, path: Path, identity: RunIdentity) -> None:
+        """Write everything that :meth:`resume` needs into one file."""
         with atomic_write(path) as temporary:
             torch.save(
                 {
                     "recipe": asdict(self.recipe),
-                    "about": about,
+                    "about": dict(identity),
                     "images": self.images,
                     "net": self.net.state_dict(),
                     "ema": self.ema.state_dict(),
@@ -247,22 +256,22 @@ class Trainer:
                 temporary,
             )
 
-    def resume(self, path: Path, about: dict[str, Any]) -> None:
+    def resume(self, path: Path, identity: RunIdentity) -> None:
         """Continue from ``path``; UserError if it is of a run with other settings.
 
-        A setting that an older version did not have counts as having its default.
+        Settings that an older version did not have are taken to have their defaults.
         """
         defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
         try:
             saved = torch.load(path, weights_only=True, map_location=self.world.device)
             before = {**defaults, **saved["recipe"], **saved["about"]}
             images, net, ema, optimizer = (saved[k] for k in ("images", "net", "ema", "optimizer"))
-        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+        except Exception as error:  # a damaged file may raise anything
             raise UserError(
                 f"{path} is no state of a training run ({type(error).__name__}); remove it, or "
                 "choose another folder"
             ) from error
-        now = {**asdict(self.recipe), **about}
+        now = {**asdict(self.recipe), **identity}
         for name in sorted((set(before) | set(now)) - FREE):
             if before.get(name) != now.get(name):
                 raise UserError(
@@ -275,7 +284,7 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
 
 
-def _told(net: EDMPrecond) -> int:
-    """How many augmentation labels ``net`` takes."""
+def _augment_dim(net: EDMPrecond) -> int:
+    """The number of augmentation labels that ``net`` takes."""
     layer = net.model.map_augment
     return 0 if layer is None else layer.in_features

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from denoisers.cards import Card
 from pds.chain import Chain, ve_levels
 from pds.masks import Mask, load_mask
 from pds.operators import Preconditioner
 from runtime.errors import UserError
+from runtime.options import Json
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -17,8 +18,8 @@ PUBLISHED = {"N": 1000, "n_steps": 1, "snr": 0.16}
 ALPHA = 5.0  #: published
 
 
-def pds_sampler(options: SamplerOptions, card: Card, low: float, high: float) -> Sampler:
-    """The chain that ``options`` describe, on noise levels from ``high`` to ``low``.
+def pds_sampler(options: SamplerOptions, card: Card) -> Sampler:
+    """The predictor-corrector chain that ``options`` describe.
 
     Without any mask in the options it takes the bundled frequency mask.  Raises UserError or
     ValueError, one sentence with the remedy.
@@ -32,8 +33,10 @@ def pds_sampler(options: SamplerOptions, card: Card, low: float, high: float) ->
     snr = known["snr"] if options.snr is None else options.snr
     n_steps = int(known["n_steps"] if options.n_steps is None else options.n_steps)
     cost = card.cost(options.guidance_rate)
-    length = _length(options, int(known["N"]), cost * (n_steps + 1))
-    levels, network_sigma = ve_levels(length["iterations"], low, high)
+    num_steps, speed_up = _length(options, int(known["N"]), cost * (n_steps + 1))
+    iterations = num_steps // speed_up
+    sigma_min, sigma_max = options.grid.resolve(card).ends
+    levels, network_sigma = ve_levels(iterations, sigma_min, sigma_max)
     masks = _masks(options, card)
     alpha = ALPHA if options.alpha is None else options.alpha
     freq, space = (None if mask is None else mask.values for mask in masks.values())
@@ -41,12 +44,22 @@ def pds_sampler(options: SamplerOptions, card: Card, low: float, high: float) ->
     coupled = bool(options.batch_coupled)
     chain = Chain(levels, network_sigma, operators, snr, n_steps, coupled)
     kinds = [kind for kind, mask in masks.items() if mask]
-    settings: dict[str, Any] = {"sampler": "pds", **length, "n_steps": n_steps, "snr": snr}
-    settings |= {f"{kind}_mask": mask and mask.describe() for kind, mask in masks.items()}
-    settings |= {"alpha": alpha if kinds else None, "batch_coupled": coupled}
-    settings |= {"sigma_min": low, "sigma_max": high}
+    resolved = replace(
+        options,
+        num_steps=num_steps,
+        nfe=None,
+        speed_up=speed_up,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        alpha=alpha if kinds else None,
+        snr=snr,
+        n_steps=n_steps,
+        batch_coupled=coupled,
+    )
+    extra: dict[str, Json] = {"iterations": iterations}
+    extra |= {f"{kind}_mask": mask.describe() if mask else None for kind, mask in masks.items()}
     label = "-".join(["pds", *(kinds or ["plain"]), *(["coupled"] if coupled else [])])
-    return Sampler(label, (chain,), settings, cost, options.guidance_rate, coupled)
+    return Sampler(label, (chain,), resolved, cost, extra=extra)
 
 
 def _masks(options: SamplerOptions, card: Card) -> dict[str, Mask | None]:
@@ -55,12 +68,12 @@ def _masks(options: SamplerOptions, card: Card) -> dict[str, Mask | None]:
     specs = {"freq": freq, "space": space or "none"}
     masks = {kind: load_mask(kind, spec, card.name, card.shape) for kind, spec in specs.items()}
     if options.alpha is not None and not any(masks.values()):
-        raise UserError(f"--alpha {options.alpha:g} means nothing without a mask: leave it out")
+        raise UserError(f"--alpha {options.alpha:g} needs a mask: give one, or leave it out")
     return masks
 
 
-def _length(options: SamplerOptions, published: int, per_iteration: int) -> dict[str, int]:
-    """The number of iterations and what it comes from; ``per_iteration`` evaluations each."""
+def _length(options: SamplerOptions, published: int, per_iteration: int) -> tuple[int, int]:
+    """Noise levels and their divisor ``speed_up``; an iteration has ``per_iteration`` NFE."""
     nfe, speed_up = options.nfe, options.speed_up or 1
     if nfe is None:
         num_steps = options.num_steps or published
@@ -69,7 +82,7 @@ def _length(options: SamplerOptions, published: int, per_iteration: int) -> dict
                 f"--speed_up {speed_up} leaves {num_steps // speed_up} of {num_steps} iterations: "
                 f"give {num_steps // 2} or less"
             )
-        return {"num_steps": num_steps, "speed_up": speed_up, "iterations": num_steps // speed_up}
+        return num_steps, speed_up
     if options.speed_up is not None:
         raise UserError(
             f"--speed_up {speed_up} and --nfe {nfe} both fix the length of the chain: "
@@ -82,4 +95,4 @@ def _length(options: SamplerOptions, published: int, per_iteration: int) -> dict
             f"no chain of pds spends exactly {nfe} NFE: "
             f"give {' or '.join(map(str, near or [2 * per_iteration]))}"
         )
-    return {"num_steps": iterations, "speed_up": 1, "iterations": iterations}
+    return iterations, 1

@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, replace
 
 from denoisers.cards import Card
 from plans.plan import Plan
+from plans.walk import WalkSpec
 from restart.build import restart_plan
-from restart.intervals import Interval, parse_restart_line
+from restart.intervals import chosen_intervals, interval_json
 from restart.tables import Configuration, configuration
 from runtime.errors import UserError
-from samplers.builders.common import (
-    POLYNOMIAL_RHO,
-    closed_grid,
-    find_length,
-    finite,
-    make_sampler,
-    noise_of,
-    schedule_of,
-)
-from samplers.options import CLASSIC, CONFIG_TAKES, SamplerOptions, check_taken
+from samplers.builders.common import find_length
+from samplers.options import CONFIG_TAKES, SamplerOptions, check_taken
 from samplers.sampler import Sampler
-from solvers.registry import NEEDS_GUIDE, SOLVERS, make_solver
-from solvers.types import Guide, Solver
-
-
-class Walker(NamedTuple):
-    """What walks a grid, under its name."""
-
-    name: str
-    solver: Solver
-    guide: Guide | None = None
+from solvers.grids import DEFAULT_RHO
+from solvers.registry import CLASSIC
 
 
 def restart_sampler(
     options: SamplerOptions,
     card: Card,
-    low: float,
-    high: float,
-    main: Walker | None = None,
-    down: Walker | None = None,
+    main: WalkSpec | None = None,
+    descent: WalkSpec | None = None,
 ) -> Sampler:
-    """Restart with the intervals that ``options`` give, on noise levels from ``high`` to ``low``.
+    """Restart with the intervals that ``options`` give.
 
-    ``main`` and ``down`` walk where the options' solvers would.  The main walk is down the schedule
-    of the options and then to 0, unless they say otherwise.  Descents are polynomial, with the
+    ``main`` and ``descent`` replace the options' solvers.  The main walk is down the schedule of
+    the options and then to 0, unless they say otherwise.  Descents are polynomial, with the
     exponent of a polynomial main walk.  Raises UserError or ValueError, one sentence with the
     remedy.
     """
@@ -55,40 +35,34 @@ def restart_sampler(
         what = f"restart configuration {options.restart_config!r}, which is complete"
         check_taken(options, CONFIG_TAKES, what, "use --restart_info instead")
         options = _with_configuration(options, configuration(options.restart_config))
-    schedule, rho = schedule_of(options)
-    inner_rho = rho if schedule == "polynomial" and rho is not None else POLYNOMIAL_RHO
-    main = main or _walker(options.main_solver)
-    down = down or _walker(options.restart_solver)
-    settings: dict[str, Any] = {"main_solver": main.name, "restart_solver": down.name}
-    settings |= {"schedule_type": schedule, "schedule_rho": rho}
-    settings |= {"sigma_min": low, "sigma_max": high}
-    stated, intervals = parse_restart_line(restart_info(options, card))
-    gamma, noise = options.restart_gamma or 0.0, noise_of(options)
     afs, zero = bool(options.afs), options.final_zero is not False
+    main = replace(main or _classic(options.main_solver), afs=afs)
+    descent = descent or _classic(options.restart_solver)
+    grid, churn, gamma = options.grid.resolve(card), options.churn, options.restart_gamma or 0.0
+    polynomial = grid.schedule_type == "polynomial"
+    rho = (grid.rho if polynomial else None) or DEFAULT_RHO["polynomial"] or 0.0
+    stated, intervals = chosen_intervals(options.restart_info, card)
 
     def make(num_steps: int) -> Plan:
-        grid = closed_grid(options, card, low, high, num_steps)
+        nodes = grid.closed(num_steps) if zero else grid.nodes(num_steps)
         return restart_plan(
-            grid if zero else grid[:-1],
-            intervals,
-            main.solver,
-            down.solver,
-            main_guide=main.guide,
-            restart_guide=down.guide,
-            afs=afs,
-            restart_gamma=gamma,
-            rho=inner_rho,
-            **noise,
+            nodes, intervals, main, descent, churn=churn, restart_gamma=gamma, rho=rho
         )
 
     num_steps, plan = find_length(options, card, make, stated)
-    settings |= {"num_steps": num_steps, "afs": afs, "final_zero": zero}
-    settings |= {"restart_info": _info(intervals), "restart_gamma": gamma}
-    settings |= finite(noise)
-    if options.restart_config is None:
-        return make_sampler(options, card, "restart", plan, settings)
-    settings["restart_config"] = options.restart_config
-    return make_sampler(options, card, f"restart-{options.restart_config}", plan, settings)
+    options = replace(
+        options.on(grid, num_steps),
+        afs=afs,
+        final_zero=zero,
+        main_solver=main.name,
+        restart_solver=descent.name,
+        restart_info=interval_json(intervals),
+        restart_gamma=gamma,
+        **asdict(churn),
+    )
+    config = options.restart_config
+    label = "restart" if config is None else f"restart-{config}"
+    return Sampler(label, plan, options, card.cost(options.guidance_rate))
 
 
 def _with_configuration(options: SamplerOptions, known: Configuration) -> SamplerOptions:
@@ -106,29 +80,8 @@ def _with_configuration(options: SamplerOptions, known: Configuration) -> Sample
     )
 
 
-def restart_info(options: SamplerOptions, card: Card) -> str:
-    """The intervals as text: those of the options, or the model's own."""
-    if options.restart_info is not None:
-        return options.restart_info
-    if not card.restart_info:
-        raise UserError(
-            f"{card.name!r} has no restart intervals of its own: give --restart_info "
-            '{"0": [N_restart, K, t_min, t_max]}, or --restart_config'
-        )
-    return json.dumps(dict(card.restart_info))
-
-
-def _walker(name: str | None) -> Walker:
+def _classic(name: str | None) -> WalkSpec:
     name = name or "heun"
-    if name not in SOLVERS or name in NEEDS_GUIDE:
+    if name not in CLASSIC:
         raise UserError(f"no solver {name!r} walks a restart grid; choose {', '.join(CLASSIC)}")
-    return Walker(name, make_solver(name))
-
-
-def interval_json(intervals: Sequence[Interval]) -> str:
-    """The text that is read as these intervals."""
-    return json.dumps(_info(intervals))
-
-
-def _info(intervals: Sequence[Interval]) -> dict[str, list[float]]:
-    return {str(n): [i.n_restart, i.k, i.t_min, i.t_max] for n, i in enumerate(intervals)}
+    return WalkSpec.by(name)

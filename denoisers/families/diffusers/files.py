@@ -1,7 +1,7 @@
-"""Pipelines of ``diffusers`` on disk: what their settings say, and where their weights lie.
+"""Pipelines of ``diffusers`` on disk: their settings, and the files of their weights.
 
-Only JSON is read here, so nothing has to be loaded, and ``diffusers`` not even installed, to know
-whether a pipeline can be used and on which noise levels.
+Only JSON is read here: whether a pipeline is supported, and its noise levels, are known without
+loading it, even if ``diffusers`` is not installed.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from denoisers.cards import Card
 from denoisers.noise_schedules import BETAS, DiscreteVP
 from runtime.errors import UserError
 from runtime.files import sha256_file
@@ -44,7 +46,7 @@ def is_diffusers(path: str | Path) -> bool:
 
 
 def _names(path: Path) -> Iterable[str]:
-    """The tensors of a single file; none where it is something else."""
+    """The names of the tensors in a single file; none if it is something else."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -52,15 +54,15 @@ def _names(path: Path) -> Iterable[str]:
         if path.suffix == ".ckpt":
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             return [str(name) for name in content.get("state_dict", content)]
-    except Exception:  # a broken or hostile file ends in many ways, all of them no pipeline
+    except Exception:  # a damaged or hostile file may raise anything, and is no pipeline
         pass
     return ()
 
 
 def settings_folder(main: Path) -> Path:
-    """The folder with the settings: ``main`` itself, or the one that a single file lies in.
+    """The folder with the settings: ``main`` itself, or the parent of a single file.
 
-    Raises UserError where there is none, or no pipeline in it.
+    Raises UserError if it does not exist, or holds no pipeline.
     """
     if main.is_dir():
         if not (main / INDEX).is_file():
@@ -83,7 +85,7 @@ def settings_folder(main: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A settings file; UserError where it is missing or no JSON object."""
+    """A settings file; UserError if it is missing or no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -98,43 +100,45 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def component_folder(folder: Path, name: str) -> Path:
-    """Where a component lies: old unconditional pipelines have their files in one folder."""
+    """The folder of a component: old unconditional pipelines have all files in one folder."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def inspect_diffusers(path: str | Path) -> dict[str, Any]:
-    """Everything of a :class:`Card` but ``name file url sha256``, without loading weights.
+def describe_diffusers(name: str, path: Path) -> Card:
+    """The card of a pipeline in a folder, or in a single file with its settings beside it.
 
-    ``path`` is a folder, or a single file with its settings beside it.  Raises UserError for what
-    is no pipeline, and for one that cannot be sampled here, naming what is in the way.
+    The weights are not loaded.  Raises UserError for anything that is no pipeline, and for one that
+    is not supported, naming the setting.
     """
-    folder = settings_folder(Path(path))
+    folder = settings_folder(path)
     parts = component_classes(read_json(folder / INDEX), str(path))
 
-    def settings(name: str, file: str = "config.json") -> dict[str, Any]:
-        return read_json(component_folder(folder, name) / file) if name in parts else {}
+    def settings(part: str, file: str = "config.json") -> dict[str, Any]:
+        return read_json(component_folder(folder, part) / file) if part in parts else {}
 
     stage = first_stage(parts)
-    return describe(
+    card = pipeline_card(
+        name,
         parts,
         settings("unet"),
         settings("scheduler", "scheduler_config.json"),
         settings(stage) if stage else {},
         str(path),
     )
+    return replace(card, file=path.name)
 
 
 def component_classes(index: Mapping[str, Any], source: str) -> dict[str, str]:
-    """Class of every component that an index names, without the unwanted ones.
+    """The class of every component in an index, except those that are not needed.
 
-    Names from a file choose classes to be imported: only those of two libraries pass.
+    These names decide which classes are imported, so only those of two libraries are accepted.
     """
     parts: dict[str, str] = {}
     for name, entry in index.items():
         if name in UNWANTED or not isinstance(entry, list):
             continue
         if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-            continue  # a component that is not there, or a setting
+            continue  # a missing component, or a setting
         library, kind = entry
         if library not in ("diffusers", "transformers"):
             raise UserError(
@@ -146,38 +150,43 @@ def component_classes(index: Mapping[str, Any], source: str) -> dict[str, str]:
 
 
 def first_stage(parts: Mapping[str, Any]) -> str | None:
-    """Name of the component that decodes latents; None where samples are images."""
+    """Name of the component that decodes latents; None if samples are images."""
     return next((name for name in FIRST_STAGES if name in parts), None)
 
 
-def describe(
+def pipeline_card(
+    name: str,
     parts: Mapping[str, str],
     unet: Mapping[str, Any],
     scheduler: Mapping[str, Any],
     stage: Mapping[str, Any],
     source: str,
-) -> dict[str, Any]:
-    """What a card says, from the classes of the components and the settings of three."""
+) -> Card:
+    """The card of a pipeline with components of the classes ``parts``, from three's settings.
+
+    ``stage`` is empty if samples are images.  Raises UserError for a pipeline that is not
+    supported; ``source`` names it in the message.
+    """
     _check_parts(parts, source)
     _check_unet(unet, source)
     side = unet["sample_size"] if isinstance(unet["sample_size"], int) else unet["sample_size"][0]
     text = parts["unet"] == "UNet2DConditionModel"
     noise, schedule = noise_schedule(scheduler, source)
     low, high = schedule.sigma(torch.tensor([EPSILON_T, 1.0], dtype=torch.float64)).tolist()
-    return {
-        "family": "diffusers",
-        "resolution": side,
-        "channels": unet["in_channels"],
-        "label_dim": 0,
-        "sigma_min": low,
-        "sigma_max": high,
-        "bottleneck": "mid_block",
-        "config": {},
-        "guidance": "cfg" if text else None,
-        "text": text,
-        "noise_schedule": noise,
-        "image_resolution": side * 2 ** (len(stage["block_out_channels"]) - 1) if stage else None,
-    }
+    return Card(
+        name=name,
+        family="diffusers",
+        resolution=side,
+        channels=unet["in_channels"],
+        label_dim=0,
+        sigma_min=low,
+        sigma_max=high,
+        bottleneck="mid_block",
+        guidance="cfg" if text else None,
+        text=text,
+        noise_schedule=noise,
+        image_resolution=side * 2 ** (len(stage["block_out_channels"]) - 1) if stage else None,
+    )
 
 
 def _check_parts(parts: Mapping[str, str], source: str) -> None:
@@ -198,7 +207,7 @@ def _check_parts(parts: Mapping[str, str], source: str) -> None:
 
 
 def _check_unet(unet: Mapping[str, Any], source: str) -> None:
-    """Raise UserError for a network that is more than an image, a time and a prompt."""
+    """Raise UserError for a network with other inputs than an image, a time and a prompt."""
 
     def refuse(what: str, why: str) -> None:
         raise UserError(f"{source}: the network's {what} = {unet.get(what)!r} {why}")
@@ -216,9 +225,9 @@ def _check_unet(unet: Mapping[str, Any], source: str) -> None:
 
 
 def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str, Any], DiscreteVP]:
-    """The ``noise_schedule`` of a card from a scheduler's settings, and what it stands for.
+    """The ``noise_schedule`` of a card from a scheduler's settings, and the schedule itself.
 
-    Raises UserError for a process that is not one of discrete variance-preserving steps.
+    Raises UserError for a process without discrete variance-preserving steps.
     """
 
     def known(what: str, value: Any, values: Iterable[str]) -> None:
@@ -248,9 +257,9 @@ def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str,
 
 
 def weight_files(main: Path) -> list[Path]:
-    """The files that loading reads, sorted: variants (``*.fp16.*``) are passed over.
+    """The files with the weights to be loaded, sorted; variants (``*.fp16.*``) are ignored.
 
-    Within a component safetensors are taken before other files, as ``diffusers`` does.
+    Safetensors are preferred to other files of the same component, as in ``diffusers``.
     """
     if main.is_file():
         return [main]
@@ -259,19 +268,19 @@ def weight_files(main: Path) -> list[Path]:
     for name in (name for name in WEIGHTED if name in parts):
         folder = component_folder(main, name)
         whole = [p for p in folder.iterdir() if "." not in p.stem]
-        found = [p for p in whole if p.suffix == ".safetensors"] or [
+        weights = [p for p in whole if p.suffix == ".safetensors"] or [
             p for p in whole if p.suffix == ".bin"
         ]
-        if not found:
+        if not weights:
             raise UserError(
                 f"{folder} has no weights, so the pipeline is not complete; copy it anew"
             )
-        files.update(found)
+        files.update(weights)
     return sorted(files)
 
 
 def sha256_pipeline(main: Path) -> str:
-    """Of a single file its hash; of a folder that of the lines ``<path> <hash>`` of its weights."""
+    """The hash of a single file; for a folder, of the lines ``<path> <hash>`` of its weights."""
     if main.is_file():
         return sha256_file(main)
     digest = hashlib.sha256()

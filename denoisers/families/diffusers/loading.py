@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from checkpoints.weights import missing_entry, unknown_entry
 from denoisers.cards import Card
 from denoisers.families.diffusers.files import (
     INDEX,
@@ -17,19 +18,17 @@ from denoisers.families.diffusers.files import (
     WEIGHTED,
     component_classes,
     component_folder,
+    describe_diffusers,
     first_stage,
-    inspect_diffusers,
-    is_diffusers,
     read_json,
     settings_folder,
     sha256_pipeline,
 )
 from denoisers.families.diffusers.model import DiffusersModel, from_pipeline
-from denoisers.files import Files
+from denoisers.precision import wide_dtype
+from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import write_text
-
-__all__ = ["fetch_pipeline", "from_pipeline", "inspect_diffusers", "is_diffusers", "load_diffusers"]
 
 NOTE = "weights.sha256"  #: in a folder from the hub: it is whole, and its weights had this hash
 
@@ -37,17 +36,17 @@ NOTE = "weights.sha256"  #: in a folder from the hub: it is whole, and its weigh
 def load_diffusers(
     card: Card, files: Files, device: torch.device, dtype: torch.dtype
 ) -> DiffusersModel:
-    """Load a folder, or a single file with its settings beside it; see :func:`load_model`.
+    """Load a folder, or a single file with its settings beside it; see :func:`registry.load_model`.
 
     U-Net and text encoders run in ``dtype``; the first stage in float32 at least, as that of SDXL
     overflows in half precision.  Raises UserError for weights that are missing or of another
     network, and for a pipeline with other samples or noise levels than the card's.
     """
     source = str(files.main)
-    _check_card(card, inspect_diffusers(files.main), source)
+    _check_card(card, describe_diffusers(card.name, files.main), source)
     digest = sha256_pipeline(files.main)
-    noted = files.main / NOTE
-    if noted.is_file() and noted.read_text().strip() != digest:
+    note = files.main / NOTE
+    if note.is_file() and note.read_text().strip() != digest:
         raise UserError(
             f"the weights in {source} are not those that were fetched (their hash is "
             f"{digest[:12]}...): delete the folder and they will be fetched again"
@@ -58,12 +57,18 @@ def load_diffusers(
             pipe = _place(_read(diffusers, files.main), device, dtype)
         except UserError:
             raise
-        except Exception as error:  # two libraries, and whatever their files make them raise
+        except Exception as error:  # the libraries may raise anything for a damaged file
             raise UserError(
                 f"{source} does not load as a pipeline ({_first_line(error)}); copy it anew, or "
                 "give one that diffusers itself loads"
             ) from error
     return from_pipeline(pipe, card, digest)
+
+
+def fetched_pipeline(repo: str, folder: Path) -> Path | None:
+    """Where an earlier `fetch_pipeline` put ``owner/name``, or None."""
+    whole = sorted(folder.glob(f"models--{repo.replace('/', '--')}/snapshots/*/{NOTE}"))
+    return whole[0].parent if whole else None
 
 
 def fetch_pipeline(repo: str, folder: Path) -> Path:
@@ -72,9 +77,9 @@ def fetch_pipeline(repo: str, folder: Path) -> Path:
     The hash of the weights is noted beside them, for every later load to check.  A transfer that
     broke is carried on.  Raises UserError without a connection.  Call it on one rank only.
     """
-    whole = sorted(folder.glob(f"models--{repo.replace('/', '--')}/snapshots/*/{NOTE}"))
-    if whole:
-        return whole[0].parent
+    fetched = fetched_pipeline(repo, folder)
+    if fetched is not None:
+        return fetched
     download = require_diffusers().DiffusionPipeline.download
     try:
         with _quiet():
@@ -91,7 +96,7 @@ def fetch_pipeline(repo: str, folder: Path) -> Path:
 
 
 def require_diffusers() -> ModuleType:
-    """The library; UserError that names the extra where it is not installed."""
+    """The library; UserError that names the extra if it is not installed."""
     try:
         import diffusers
         import transformers  # noqa: F401
@@ -103,21 +108,20 @@ def require_diffusers() -> ModuleType:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error of a library says, for a sentence of ours."""
+    """The first line of a library's error message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _check_card(card: Card, found: Mapping[str, Any], source: str) -> None:
-    """The folder's samples and noise levels must be those that the card, and so the grid, says."""
-    shape = (found["channels"], found["resolution"], found["resolution"])
-    low, high = found["sigma_min"], found["sigma_max"]
-    same = shape == card.shape and found["text"] == card.text
-    if not same or abs(low / card.sigma_min - 1) + abs(high / card.sigma_max - 1) > 1e-2:
+def _check_card(card: Card, own: Card, source: str) -> None:
+    """Raise UserError unless the samples and noise levels of ``own`` are those of ``card``."""
+    same = (own.shape, own.text) == (card.shape, card.text)
+    low, high = own.sigma_min / card.sigma_min, own.sigma_max / card.sigma_max
+    if not same or abs(low - 1) + abs(high - 1) > 1e-2:
         kind = {True: "with text", False: "without text"}
         raise UserError(
-            f"{source} has samples {shape} {kind[found['text']]} at sigma {low:.4g} to {high:.4g} "
-            f"where '{card.name}' has {card.shape} {kind[card.text]} at {card.sigma_min:.4g} to "
-            f"{card.sigma_max:.4g}; choose the dataset it belongs to"
+            f"{source} has samples {own.shape} {kind[own.text]} at sigma {own.sigma_min:.4g} to "
+            f"{own.sigma_max:.4g} where '{card.name}' has {card.shape} {kind[card.text]} at "
+            f"{card.sigma_min:.4g} to {card.sigma_max:.4g}; choose the dataset it belongs to"
         )
 
 
@@ -127,7 +131,10 @@ def _read(diffusers: Any, main: Path) -> Any:
     index = read_json(folder / INDEX)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline is None:
-        raise UserError(f"{main}: diffusers knows no pipeline {index.get('_class_name')!r}")
+        raise UserError(
+            f"{main}: diffusers knows no pipeline {index.get('_class_name')!r}; install a version "
+            "that does"
+        )
     left_out: dict[str, Any] = {name: None for name in UNWANTED if name in index}
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
@@ -146,7 +153,7 @@ def _read(diffusers: Any, main: Path) -> Any:
 
 
 def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = wide_dtype(dtype)
     stage = first_stage(pipe.components)
     for name, part in pipe.components.items():
         if name in WEIGHTED and part is not None:
@@ -155,7 +162,7 @@ def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _component(diffusers: Any, kind: str, folder: Path) -> Any:
-    """One network; UserError for names in its file that are missing or too many."""
+    """One network; UserError if names in its file are missing or unknown."""
     import transformers
 
     library = transformers if kind.startswith("CLIP") else diffusers
@@ -164,25 +171,23 @@ def _component(diffusers: Any, kind: str, folder: Path) -> Any:
     )
     missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
-        raise UserError(f"{folder} lacks '{missing[0]}'; it holds the weights of another network")
+        raise missing_entry(folder, missing[0])
     if unknown:
-        raise UserError(f"{folder} has '{unknown[0]}', which the network lacks; wrong settings?")
+        raise unknown_entry(folder, unknown[0])
     return part
 
 
 def _check_whole(pipe: Any, source: str) -> None:
-    """A single file leaves what it lacks on the meta device."""
+    """Raise UserError for weights missing in a single file: they are left on the meta device."""
     for name, part in pipe.components.items():
         for key, weight in part.named_parameters() if name in WEIGHTED and part else ():
             if weight.is_meta:
-                raise UserError(
-                    f"{source} lacks '{name}.{key}'; it holds the weights of another network"
-                )
+                raise missing_entry(source, f"{name}.{key}")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the libraries' notes and bars: what they warn of is an error here."""
+    """Silence the libraries' messages and progress bars: what they warn of is an error here."""
     from diffusers.utils import logging as first
     from transformers.utils import logging as second
 

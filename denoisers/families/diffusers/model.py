@@ -1,9 +1,8 @@
 """Any pipeline of ``diffusers`` whose U-Net predicts noise, velocity or the image.
 
 Such a network was trained on ``y = alpha (x0 + sigma n)``, ``alpha = 1 / sqrt(1 + sigma^2)``, at
-discrete steps; the adapter gives it ``x`` scaled by ``alpha`` and the step that belongs to
-``sigma``, and turns what it says into ``x0`` (arXiv:2206.00927, section 2; v: arXiv:2202.00512,
-appendix D).
+discrete steps.  Its input is ``x`` scaled by ``alpha`` and the step for ``sigma``, and its output
+is converted to ``x0`` (arXiv:2206.00927, section 2; v: arXiv:2202.00512, appendix D).
 """
 
 from __future__ import annotations
@@ -16,10 +15,16 @@ import torch
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.conditions import refuse_guidance
-from denoisers.families.diffusers.files import WEIGHTED, describe, first_stage, noise_schedule
+from denoisers.families.common import LoadedModel, check_batch
+from denoisers.families.diffusers.files import (
+    WEIGHTED,
+    first_stage,
+    noise_schedule,
+    pipeline_card,
+)
+from denoisers.nets.layers import channel_mean
 from denoisers.noise_schedules import DiscreteVP
-from runtime.errors import UserError
+from denoisers.precision import widened
 from solvers.types import Denoised
 
 DECODE_BATCH = 8  #: latents decoded at a time: images are 48 times as large
@@ -27,11 +32,11 @@ DECODE_BATCH = 8  #: latents decoded at a time: images are 48 times as large
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network is told of ``sigma``, and what its output means."""
+    """The time and the scale of a network's input, and the meaning of its output."""
 
     schedule: DiscreteVP
     kind: str  #: epsilon, v_prediction or sample
-    clip: float | None  #: where the pipeline's own sampler cuts ``x0`` off
+    clip: float | None  #: bound at which the pipeline's own sampler clips ``x0``
 
     @classmethod
     def of(cls, scheduler: Mapping[str, Any], source: str) -> Prediction:
@@ -42,9 +47,8 @@ class Prediction:
         return cls(schedule, kind, clip)
 
     def network_time(self, sigma: Tensor) -> Tensor:
-        """The step, a real number: ``N t - 1`` with t in (0, 1], float64 on the CPU, flat."""
-        count = len(self.schedule.alphas_cumprod)
-        return count * self.schedule.sigma_inv(sigma.cpu()).reshape(-1) - 1
+        """The step as a real number, in float64 on the CPU, flat."""
+        return self.schedule.network_time(sigma)
 
     def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The network's input: ``x`` with unit variance."""
@@ -62,7 +66,7 @@ class Prediction:
 
 
 class Bottleneck:
-    """Reads the channel mean of a U-Net's mid block, through a hook that stays on it."""
+    """The channel mean of a U-Net's mid block, recorded by a hook until :meth:`remove`."""
 
     def __init__(self, unet: Any) -> None:
         self._mean: Tensor | None = None
@@ -70,18 +74,18 @@ class Bottleneck:
         self._hook = None if middle is None else middle.register_forward_hook(self._read)
 
     def remove(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         if self._hook is not None:
             self._hook.remove()
 
     def _read(self, module: Any, inputs: Any, output: Tensor) -> None:
-        self._mean = output.mean(1, dtype=torch.promote_types(output.dtype, torch.float32))
+        self._mean = channel_mean(output)
 
     def take(self, rows: int) -> Tensor | None:
         """The mean of the last ``rows`` of the last call, (rows, h, w); None without a mid block.
 
-        Under classifier-free guidance the conditional half comes last, so this is its mean.  Which
-        half the published AMED predictors of Stable Diffusion saw is not on record here.
+        Under classifier-free guidance the conditional half comes last, so this is its mean.  It is
+        not documented which half the published AMED predictors of Stable Diffusion were trained on.
         """
         mean, self._mean = self._mean, None
         return None if mean is None else mean[-rows:]
@@ -91,12 +95,12 @@ class Bottleneck:
 class PipelineDenoiser:
     """A network with prompts and guidance bound in.
 
-    Under guidance both halves go through the network in one batch, the one without text first.
+    With guidance, both halves are evaluated in one batch, the unconditional one first.
     """
 
     model: DiffusersModel
     guidance_rate: float | None
-    condition: Mapping[str, Any]  #: what the network takes besides image and time
+    condition: Mapping[str, Any]  #: arguments of the network besides image and time
 
     @property
     def cost(self) -> int:
@@ -107,79 +111,57 @@ class PipelineDenoiser:
         unet, prediction = self.model.pipe.unet, self.model.prediction
         batch, halves = len(x), self.cost
         embedding = self.condition.get("encoder_hidden_states")
-        if embedding is not None and len(embedding) != batch * halves:
-            raise ValueError(
-                f"{len(embedding) // halves} prompts are bound but the batch has {batch}"
-            )
-        wide = torch.promote_types(x.dtype, torch.float32)
-        time = prediction.network_time(sigma).to(wide).to(unet.device)
-        state, sigma = x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
-        inputs = prediction.scale(state, sigma).to(unet.dtype).to(unet.device)
+        check_batch(embedding, x, "prompts", copies=halves)
+        state, level = widened(x, sigma)
+        time = prediction.network_time(sigma).to(state.dtype).to(unet.device)
+        inputs = prediction.scale(state, level).to(unet.dtype).to(unet.device)
         raw = unet(
             inputs.repeat(halves, 1, 1, 1),
             time.expand(batch).repeat(halves),
             **self.condition,
             return_dict=False,
         )[0]
-        raw = raw.to(x.device).to(wide)
+        raw = raw.to(x.device).to(state.dtype)
         if halves == 2:
             without, guided = raw.chunk(2)
             raw = without + self.guidance_rate * (guided - without)
         feat = self.model.bottleneck.take(batch)
-        x0 = prediction.x0(state, sigma, raw).to(x.dtype)
-        return Denoised(x0, None if feat is None else feat.to(x.device).to(wide))
+        x0 = prediction.x0(state, level, raw).to(x.dtype)
+        return Denoised(x0, None if feat is None else feat.to(x.device).to(state.dtype))
 
 
 @dataclass(frozen=True, eq=False)
-class DiffusersModel:
+class DiffusersModel(LoadedModel):
     """A loaded pipeline."""
 
-    card: Card
-    sha256: str  #: of the weights that were loaded
-    pipe: Any  #: a ``DiffusionPipeline``; its scheduler only gave its settings
+    pipe: Any  #: a ``DiffusionPipeline``; of its scheduler only the settings are used
     prediction: Prediction
     bottleneck: Bottleneck
 
-    def bind(
-        self,
-        labels: Tensor | None = None,
-        guidance_rate: float | None = None,
-        prompts: Sequence[str] | None = None,
+    def _denoiser(
+        self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None
     ) -> PipelineDenoiser:
-        """Fix the prompts, one per image, and the rate of classifier-free guidance.
-
-        No rate or 1 is the conditional prediction alone, 0 the unconditional one alone; the images
-        of a text model without prompts get the empty one.  Raises UserError for what the pipeline
-        does not take.
-        """
-        name = self.card.name
-        if labels is not None:
-            raise UserError(f"'{name}' has no classes; leave the class out")
-        if not self.card.text:
-            if prompts is not None:
-                raise UserError(f"'{name}' takes no text; leave the prompts out")
-            refuse_guidance(self.card, guidance_rate)
-            return PipelineDenoiser(self, None, {})
+        """Of rate None or 1 the conditional prediction alone, of 0 the unconditional one alone."""
         if prompts is None:
-            raise UserError(f"'{name}' is conditioned on text; give --prompt or --prompt_path")
+            return PipelineDenoiser(self, None, {})
         return PipelineDenoiser(self, guidance_rate, self._encode(list(prompts), guidance_rate))
 
     @torch.no_grad()
     def _encode(self, prompts: list[str], rate: float | None) -> dict[str, Any]:
         """Text embeddings: of the empty prompt, of the prompts, or of both in this order.
 
-        The pipeline's own encoder decides what "empty" is: Stable Diffusion encodes it, SDXL
-        takes zeros.
+        The pipeline's own encoder embeds the empty prompt: Stable Diffusion encodes it as text,
+        SDXL uses zeros.
         """
         unet = self.pipe.unet
-        found = self.pipe.encode_prompt(
+        encoded = self.pipe.encode_prompt(
             prompt=prompts,
             device=unet.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=rate not in (None, 1.0),
         )
         chosen = slice(0, 1) if rate in (None, 1.0) else slice(1, 2) if rate == 0 else slice(None)
-        positive_last = [found[i : i + 2][chosen][::-1] for i in range(0, len(found), 2)]
+        positive_last = [encoded[i : i + 2][chosen][::-1] for i in range(0, len(encoded), 2)]
         embeddings = [torch.cat(parts).to(unet.dtype) for parts in positive_last]
         condition: dict[str, Any] = {"encoder_hidden_states": embeddings[0]}
         if unet.config.addition_embed_type == "text_time":  # SDXL: original size, crop, target size
@@ -207,22 +189,22 @@ class DiffusersModel:
 
 
 def from_pipeline(pipe: Any, card: Card | None = None, sha256: str = "") -> DiffusersModel:
-    """A model from a pipeline that is already in memory, where and in the dtype that it is.
+    """A model from a pipeline in memory, with its device and dtype.
 
-    Its weights stop requiring gradients.  Without a ``card`` one is made from its settings.
+    Its weights no longer require gradients.  Without a ``card`` one is built from its settings.
     """
     source = type(pipe).__name__
     if card is None:
         parts = {name: type(part).__name__ for name, part in pipe.components.items() if part}
         stage = first_stage(parts)
-        facts = describe(
+        card = pipeline_card(
+            source,
             parts,
             pipe.unet.config,
             pipe.scheduler.config,
             pipe.components[stage].config if stage else {},
             source,
         )
-        card = Card(name=source, file="", url=None, sha256=None, **facts)
     for name, part in pipe.components.items():
         if name in WEIGHTED and part is not None:
             part.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
-"""Streams of images out of the files that CIFAR-10 and MNIST are published in.
+"""Images in the files that CIFAR-10 and MNIST are published in.
 
-For ``dataset_tool.py``. One image is held at a time, of CIFAR-10 one batch of 10,000.
+One image is in memory at a time; of CIFAR-10, one batch of 10,000.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from checkpoints.snapshots import read
-from image_data.files import Item, Source, damage_of
+from checkpoints.pickles.files import read
+from image_data.formats import damage_of
+from image_data.raw.dataset import RawDataset, RawImage
 from runtime.errors import UserError
 
 CIFAR = {
@@ -28,25 +29,25 @@ CIFAR = {
     "test": ["cifar-10-batches-py/test_batch"],
 }
 CIFAR_BATCH = 10_000  #: images in each of them
-IDX_IMAGES = bytes([0, 0, 8, 3])  #: begins an idx file of unsigned bytes in three dimensions
-IDX_LABELS = bytes([0, 0, 8, 1])
-LONGEST_SIDE = 10_000  #: of an image in an idx file; more is damage
+IDX_IMAGES = bytes([0, 0, 8, 3])  #: start of an idx file of unsigned bytes with three axes
+IDX_LABELS = bytes([0, 0, 8, 1])  #: with one axis
+LONGEST_SIDE = 10_000  #: of an image in an idx file; a longer one means damage
 
 
 @contextmanager
-def open_cifar(path: Path, split: str) -> Iterator[Source]:
+def open_cifar(path: Path, split: str) -> Iterator[RawDataset]:
     """``cifar-10-python.tar.gz`` (Krizhevsky 2009): the training or the test images."""
     with ExitStack() as stack:
         with damage_of(path):
             archive = stack.enter_context(tarfile.open(path))
-            have = {member.name for member in archive.getmembers() if member.isfile()}
+            names = {member.name for member in archive.getmembers() if member.isfile()}
         for name in CIFAR[split]:
-            if name not in have:
+            if name not in names:
                 raise UserError(
                     f"{path} holds no {name}: of tarballs --source takes cifar-10-python.tar.gz "
                     "alone, unpack others into a folder"
                 )
-        yield Source(
+        yield RawDataset(
             path,
             CIFAR_BATCH * len(CIFAR[split]),
             f"10 classes of CIFAR-10 ({split})",
@@ -54,7 +55,7 @@ def open_cifar(path: Path, split: str) -> Iterator[Source]:
         )
 
 
-def _cifar_items(archive: tarfile.TarFile, name: str, path: Path) -> Iterator[Item]:
+def _cifar_items(archive: tarfile.TarFile, name: str, path: Path) -> Iterator[RawImage]:
     batch = _cifar_batch(archive, name, path)
     rows, labels = (batch.get("data"), batch.get("labels")) if type(batch) is dict else (None, None)
     if not (isinstance(rows, np.ndarray) and rows.dtype == np.uint8 and rows.shape[1:] == (3072,)
@@ -63,11 +64,11 @@ def _cifar_items(archive: tarfile.TarFile, name: str, path: Path) -> Iterator[It
         raise UserError(f"{name} in {path} holds no images of CIFAR-10: fetch it again")
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         pixels = np.ascontiguousarray(row.reshape(3, 32, 32).transpose(1, 2, 0))
-        yield Item(f"{name}[{i}]", label, partial(Image.fromarray, pixels))
+        yield RawImage(f"{name}[{i}]", label, partial(Image.fromarray, pixels))
 
 
 def _cifar_batch(archive: tarfile.TarFile, name: str, path: Path) -> Any:
-    """A batch is a pickle of Python 2; it is read as data, and nothing in it is run."""
+    """A batch, which is a pickle of Python 2, read as data; nothing in it is run."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "batch")
         with damage_of(path), open(file, "wb") as target:
@@ -79,7 +80,7 @@ def _cifar_batch(archive: tarfile.TarFile, name: str, path: Path) -> Any:
 
 
 @contextmanager
-def open_idx(path: Path) -> Iterator[Source]:
+def open_idx(path: Path) -> Iterator[RawDataset]:
     """MNIST's format: gray images, and their labels in a file beside them."""
     with unpacked(path) as file:
         _, count, height, width = struct.unpack(">4I", _exactly(file, 16, path))
@@ -87,30 +88,33 @@ def open_idx(path: Path) -> Iterator[Source]:
             raise UserError(f"{path} says that its images are {width}x{height}: fetch it again")
         labels, classes = _idx_labels(path, count)
 
-        def items() -> Iterator[Item]:
+        def items() -> Iterator[RawImage]:
             for i in range(count):
                 gray = Image.frombytes("L", (width, height), _exactly(file, width * height, path))
-                yield Item(
+                yield RawImage(
                     f"image {i}", labels[i] if labels else None, partial(gray.convert, "RGB")
                 )
 
-        yield Source(path, count, classes, items())
+        yield RawDataset(path, count, classes, items())
 
 
 def _idx_labels(path: Path, count: int) -> tuple[bytes | None, str]:
+    """The classes in the file beside ``path``, if any, and where they come from in words."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
-    found = [f for f in (path.with_name(name), path.with_name(f"{name}.gz")) if f.is_file()]
-    if path in found or not found:
+    candidates = [path.with_name(name), path.with_name(f"{name}.gz")]
+    beside = next((file for file in candidates if file.is_file()), None)
+    if beside is None or path in candidates:
         return None, "no classes (there is no file of labels beside the images)"
-    with unpacked(found[0]) as file:
-        magic, have = struct.unpack(">4sI", _exactly(file, 8, found[0]))
-        if magic != IDX_LABELS or have != count:
-            raise UserError(f"{found[0]} does not hold the labels of the {count} images of {path}")
-        labels = _exactly(file, count, found[0])
-    return labels, f"{len(set(labels))} classes from {found[0].name}"
+    with unpacked(beside) as file:
+        magic, labelled = struct.unpack(">4sI", _exactly(file, 8, beside))
+        if magic != IDX_LABELS or labelled != count:
+            raise UserError(f"{beside} does not hold the labels of the {count} images of {path}")
+        labels = _exactly(file, count, beside)
+    return labels, f"{len(set(labels))} classes from {beside.name}"
 
 
 def _exactly(file: IO[bytes], size: int, path: Path) -> bytes:
+    """The next ``size`` bytes; UserError if ``path`` ends before."""
     with damage_of(path):
         data = file.read(size)
         if len(data) != size:
@@ -119,7 +123,7 @@ def _exactly(file: IO[bytes], size: int, path: Path) -> bytes:
 
 
 def unpacked(path: Path) -> IO[bytes]:
-    """The file, through gzip if it is packed by it."""
+    """The file, decompressed if it is in gzip's format."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if packed else open(path, "rb")  # type: ignore[return-value]

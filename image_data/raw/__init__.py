@@ -1,0 +1,1 @@
+"""Images as they are published, before they are made a data set."""

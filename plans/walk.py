@@ -1,0 +1,90 @@
+"""What walks a grid: a solver with what it needs, before it knows its grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plans.plan import Jump, Solve
+from runtime.errors import UserError
+from solvers.registry import make_solver
+from solvers.types import Guide, Solver
+
+
+@dataclass(frozen=True)
+class WalkSpec:
+    """A solver, the guide that drives it, and whether its first slope is analytic."""
+
+    name: str  #: of the solver, for labels and records
+    solver: Solver
+    guide: Guide | None = None
+    afs: bool = False
+
+    @classmethod
+    def by(cls, name: str, afs: bool = False) -> WalkSpec:
+        """The classic solver called ``name`` with its default options."""
+        return cls(name, make_solver(name), afs=afs)
+
+    @classmethod
+    def of(cls, walk: WalkSpec | Solver) -> WalkSpec:
+        """``walk`` itself, or a plain walk of the given solver."""
+        return walk if isinstance(walk, WalkSpec) else cls(type(walk).__name__, walk)
+
+    def solve(self, nodes: Tensor, first: bool = True) -> Solve:
+        """The walk down ``nodes``; the analytic slope is for the ``first`` part of a walk alone."""
+        return Solve(self.solver, nodes, self.guide, self.afs and first)
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Settings of EDM's stochastic sampler (arXiv:2206.00364, algorithm 2), as published."""
+
+    S_churn: float = 0.0  #: 0 draws no noise
+    S_min: float = 0.0  #: noise levels between which noise is added
+    S_max: float = math.inf
+    S_noise: float = 1.0  #: scales the noise
+
+    def __post_init__(self) -> None:
+        check_noise(S_churn=self.S_churn, S_min=self.S_min, S_noise=self.S_noise)
+        check_noise(infinite=True, S_max=self.S_max)
+
+    def gamma(self, ts: Tensor) -> float:
+        """By how much every interval of the grid ``ts`` raises its level: at most sqrt(2) - 1."""
+        return min(self.S_churn / int((ts > 0).sum()), math.sqrt(2) - 1)
+
+
+def check_noise(infinite: bool = False, **settings: float) -> None:
+    """Raise UserError for a setting that is negative, NaN or, unless allowed, infinite."""
+    for name, value in settings.items():
+        if not value >= 0 or (math.isinf(value) and not infinite):
+            raise UserError(f"{name} = {value:g} has to be a number of at least 0")
+
+
+def churned_walk(
+    walk: WalkSpec, ts: Tensor, first: int, last: int, churn: Churn, gamma: float, name: tuple
+) -> list[Solve | Jump]:
+    """Segments that lead from node ``first`` of ``ts`` to node ``last``.
+
+    An interval that starts in ``[S_min, S_max]`` is preceded by a jump up to ``(1 + gamma) t``, by
+    the draw ``(*name, j)`` of interval j.  Intervals without a jump stay one walk, so that a
+    multistep solver keeps its history.
+    """
+    segments: list[Solve | Jump] = []
+    at = first
+    for j in range(first, last):
+        t = float(ts[j])
+        if not (gamma > 0 and churn.S_min <= t <= churn.S_max):
+            continue
+        if j > at:
+            segments.append(walk.solve(ts[at : j + 1], first=at == 0))
+        t_hat = t * (1 + gamma)
+        segments.append(Jump(t, t_hat, (*name, j), churn.S_noise))
+        nodes = torch.stack([ts.new_tensor(t_hat), ts[j + 1]])
+        segments.append(walk.solve(nodes, first=j == 0))
+        at = j + 1
+    if last > at:
+        segments.append(walk.solve(ts[at : last + 1], first=at == 0))
+    return segments
