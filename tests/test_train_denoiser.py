@@ -342,16 +342,8 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
         broken,
         "image 100.png in {}/train.zip cannot be read (cannot identify image file",
     ),
-    "two networks": (
-        ["--like=cifar10", "--init=x"],
-        None,
-        "choose the network to train: give one of --init,",
-    ),
-    "unknown card": (
-        ["--like=imagenet256"],
-        None,
-        "--like imagenet256 is unknown; known: cif",
-    ),
+    "two networks": (["--like=cifar10", "--init=x"], None, "choose the network to train: "),
+    "unknown card": (["--like=imagenet256"], None, "--like imagenet256 is unknown; known: cif"),
     "other noise": (["--like=cifar10-vp"], None, LOSS + "VPPrecond: train an EDMPrecond"),
     "PFGM++": (
         [],
