@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from denoisers.protocol import Model
+from evaluation.converged import NONE
 from evaluation.detectors import open_detectors
 from evaluation.metric_report import (
     MeasuredSet,
@@ -35,7 +36,6 @@ from samplers.generate import SampleBatch, generate
 from samplers.job import SampleOptions, SamplingJob
 from samplers.job import prepare as prepare_sampling
 
-NONE = "none"
 #: Options that a record holds as they were given to ``fid.py gen``.
 RECORDED = (
     "outdir", "subdirs", "detector", "detector_path", "metrics", "features", "seed", "ref", "dest",

@@ -24,6 +24,7 @@ from metrics.clip import (
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder, download, write_json
+from runtime.lists import parse_words
 from runtime.options import flat_options
 from runtime.record import RunRecord
 
@@ -53,7 +54,7 @@ class ScorerOptions:
     @property
     def names(self) -> tuple[str, ...]:
         """The scores, each once; UserError for an unknown one, or none."""
-        names = tuple(dict.fromkeys(p.strip() for p in self.metrics.split(",") if p.strip()))
+        names = tuple(dict.fromkeys(parse_words(self.metrics)))
         if not names or not set(names) <= set(NAMES):
             raise UserError(
                 f"--metrics {self.metrics!r} is not a list of {' and '.join(NAMES)}: give one or "

@@ -16,6 +16,7 @@ from typing import Any
 
 from restart.candidates import Candidate
 from runtime.dist import World
+from runtime.errors import UserError
 from runtime.options import Json
 from runtime.typed import read_result, to_plain, write_result
 
@@ -57,7 +58,7 @@ def search(
     trace is written to ``file`` after every trial, with ``identity``: a search of the same identity
     continues from there, and tells ``skipped`` how many images it did not have to make.
 
-    Raises UserError for a trace that cannot be read, and ValueError for two equal labels.
+    Raises ValueError for two equal labels.
     """
     known = here.broadcast_object(_read(file, identity) if here.is_main else None) or []
     left = {candidate.label: candidate for candidate in field}
@@ -97,8 +98,11 @@ def search_images(candidates: int, rounds: Sequence[int]) -> int:
 
 
 def _read(file: Path, identity: Mapping[str, Json]) -> list[list[Trial]] | None:
-    """The trials of an earlier search of the same identity, or None."""
-    trace = read_result(SearchTrace, file)
+    """The trials of an earlier search of the same identity; None without a readable one."""
+    try:
+        trace = read_result(SearchTrace, file)
+    except UserError:  # a trace that cannot be read is no reason not to search
+        return None
     if trace is None or trace.identity != to_plain(identity):
         return None
     return trace.rounds

@@ -22,8 +22,9 @@ from plan_search.objectives import (
 )
 from restart.candidates import INTERVALS, Candidate, parse_intervals, parse_walks
 from runtime.dist import World
+from runtime.lists import parse_whole_numbers
 from runtime.log import progress
-from runtime.options import Json, flat_options, whole_numbers
+from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import selection_seeds
 from runtime.typed import to_plain
@@ -76,7 +77,7 @@ class PlanSearchJob:
             "device": None if here is None else str(here.device),
         }
         model = {"name": self.card.name, "sha256": about["model_sha256"]}
-        return RunRecord.make("sweep search", given, model, plan)
+        return RunRecord.make("plan_search", given, model, plan)
 
     def outline(self) -> str:
         """The record, and how many plans and images each budget has: for a dry run."""
@@ -129,8 +130,8 @@ def prepare(options: PlanSearchOptions) -> PlanSearchJob:
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    budgets = whole_numbers("--nfe", options.nfe, 1)
-    rounds = whole_numbers("--select", options.select or ROUNDS[options.objective], 2)
+    budgets = parse_whole_numbers("--nfe", options.nfe, 1)
+    rounds = parse_whole_numbers("--select", options.select or ROUNDS[options.objective], 2)
     intervals, walks = parse_intervals(options.intervals), parse_walks(options.walks)
     space = Space(intervals, walks, options.most)
     options = replace(options, harness=replace(options.harness, ref_model=NONE))

@@ -7,8 +7,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from runtime.errors import UserError
-
 T = TypeVar("T")
 #: What JSON holds.
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
@@ -69,16 +67,3 @@ def _parts(kind: Any) -> Mapping[str, Any]:
         for field in fields(kind)
         if field.init
     }
-
-
-def whole_numbers(flag: str, text: str, least: int) -> list[int]:
-    """``"7,5,9"`` -> [5, 7, 9]: each once, in rising order.
-
-    Raises UserError, naming ``flag``, for anything but whole numbers of ``least`` or more.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or any(not part.isdigit() or int(part) < least for part in parts):
-        raise UserError(
-            f"{flag} {text!r} is not a list of whole numbers of {least} or more; give {flag} 5,7"
-        )
-    return sorted({int(part) for part in parts})

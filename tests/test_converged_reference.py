@@ -19,8 +19,10 @@ from comparison.results import MeasuredRow
 from comparison.rows import Row, classic_rows
 from denoisers.analytic import GaussianDenoiser
 from denoisers.cards import cards
+from denoisers.conditions import Conditions
 from evaluation.converged import Converged, open_converged
 from evaluation.harness import Harness
+from evaluation.ode_samples import solve_ode
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId, Statistics
@@ -36,7 +38,6 @@ from samplers.options import SamplerOptions
 from solvers.types import Denoiser
 from tests.comparison_problems import harness_of
 from tests.sampler_models import SHAPE, Counted, GaussianModel
-from tools.converged import converged
 
 CPU = torch.device("cpu")
 GREY = 127.5  #: grey levels in a unit of x
@@ -68,7 +69,8 @@ def gathered(x: Tensor, source: str) -> Statistics:
 
 def second(seeds: str = f"{CONVERGED_START}-{CONVERGED_START + N - 1}", **model: str) -> Converged:
     first, last = map(int, seeds.split("-"))
-    x = converged(MODEL, tuple(range(first, last + 1)), 1e-5, torch.float64, CPU).images
+    numbers = tuple(range(first, last + 1))
+    x = solve_ode(MODEL, Conditions(), numbers, 1e-5, torch.float64, CPU).images
     made = {"name": "tiny", "sha256": MODEL.sha256, **model}
     record = RunRecord.make("converged", {"seeds": seeds}, made, {"solver": "dopri5", "tol": 1e-5})
     return Converged(gathered(x, "own"), record)
@@ -151,7 +153,7 @@ def test_rows_whose_statistics_are_not_theirs_are_measured_again(
     whole = kept.read_bytes()
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "fid": -1.0}))
-    assert measure(row, alone, tmp_path, lambda n: None)["fid"] == -1.0  # nothing new is asked
+    assert measure(row, alone, tmp_path, lambda n: None).fid == -1.0  # nothing new is asked
     for damage in (whole, whole[:100], None):
         fid = -1.0 if damage == whole else first.fid
         file.write_text(json.dumps({**content, "fid": fid}))
@@ -204,7 +206,7 @@ def test_the_column_is_absent_where_there_is_no_reference(harness: Harness, tmp_
     assert not any("converged" in text for text in heads)
     assert "FID to converged" not in page
     for text in ((tmp_path / "table.md").read_text(), page):
-        assert "no FID to the model's own converged samples, since no statistics of those" in (
+        assert "no FID to the model's own converged samples: no statistics of those" in (
             text.replace("&#x27;", "'")
         )
 
@@ -212,12 +214,10 @@ def test_the_column_is_absent_where_there_is_no_reference(harness: Harness, tmp_
 def test_a_reference_comes_back_with_its_record(reference: Converged, tmp_path: Path) -> None:
     reference.save(tmp_path / "own.npz")
     read = Converged.load(tmp_path / "own.npz")
-    assert read.describe() == reference.describe() and read.record == reference.record
+    assert read.identity == reference.identity and read.record == reference.record
     assert Statistics.load(tmp_path / "own.npz").n == N  # fid.py calc --ref own.npz
-    assert (
-        second(f"{CONVERGED_START + 7}-{CONVERGED_START + 300}").describe()["sha256"]
-        != (read.describe()["sha256"])
-    )
+    other = second(f"{CONVERGED_START + 7}-{CONVERGED_START + 300}")
+    assert other.identity.sha256 != read.identity.sha256
 
 
 @pytest.fixture
@@ -253,9 +253,14 @@ def test_what_was_asked_for_and_does_not_fit_is_one_sentence(own: Path, tmp_path
     trials: list[tuple[str, dict[str, Any], str]] = [
         ("tiny-converged", {"model": Wrong(sha256="5" * 64)}, "are of the model tiny (SHA-256 00"),
         ("tiny-converged", {"detector": others}, "were made with detector means (111111111111"),
-        ("tiny-converged", {"seeds": range(5, CONVERGED_START + 1, 5)}, "of the same seeds, 20000"),
+        (
+            "tiny-converged",
+            {"seeds": range(5, CONVERGED_START + 1, 5)},
+            "are of the same seeds, such as 2000",
+        ),
+        ("tiny-converged", {"conditions": Conditions(guidance_rate=2.0)}, "another guidance_rate"),
         (str(plain), {}, "do not say which model made their images"),
-        ("nowhere.npz", {}, "nowhere.npz is no file of statistics"),
+        ("nowhere.npz", {}, "nowhere.npz is not a file of statistics"),
     ]
     for text, changes, sentence in trials:
         with pytest.raises(UserError) as caught:
