@@ -117,16 +117,16 @@ def test_students_that_disagree_are_named_with_the_remedy(model: GuidedModel) ->
     assert table_rate(None, []) is None and table_rate(3.0, []) == 3.0
 
 
-@pytest.mark.parametrize("rate", [None, 2.0])
+@pytest.mark.parametrize(("rate", "nfe"), [(None, 3), (2.0, 6)])
 def test_measured_rows_spend_their_budget(
-    model: GuidedModel, rate: float | None, tmp_path: Path
+    model: GuidedModel, rate: float | None, nfe: int, tmp_path: Path
 ) -> None:
-    job = prepare_comparison(options(rate, budgets="6", ceilings=False, outdir=tmp_path))
+    job = prepare_comparison(options(rate, budgets=str(nfe), ceilings=False, outdir=tmp_path))
     conditions = Conditions(guidance_rate=rate)
     job.run(HERE, replace(make_harness(), model=model, conditions=conditions))
     results = read_result(ComparisonResults, tmp_path / "results.json")
     assert results is not None and "Restart" in {row.method for row in results.rows}
-    assert {(row.nfe_planned, row.nfe_metered) for row in results.rows} == {(6, 6)}
+    assert {(row.nfe_planned, row.nfe_metered) for row in results.rows} == {(nfe, nfe)}
     assert {row.identity.sampler["guidance_rate"] for row in results.rows} == {rate}
     assert model.rates == {rate} and set(model.calls) == {1 if rate is None else 2}
     assert results.record.plan["guidance_rate"] == rate
