@@ -51,5 +51,6 @@ class LabelledImages:
             has, wants = ("x".join(map(str, shape)) for shape in (image.shape, self.shape))
             raise UserError(
                 f"{self.names[index]} in {self.path} has {has} values where the network takes "
-                f"{wants}; convert the images with python -m tools.dataset_tool, or change the network"
+                f"{wants}; convert the images with python -m tools.dataset_tool, or change the "
+                "network"
             )

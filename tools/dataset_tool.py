@@ -17,6 +17,7 @@ from image_data.raw.opening import open_raw
 from image_data.writer import SquareShape, WrittenImages, destination, write_dataset
 from runtime import cli
 
+PATH = click.Path(path_type=Path)
 EXAMPLES = """\b
 Examples:
   python -m tools.dataset_tool --source cifar-10-python.tar.gz --dest data/cifar10-32x32-train.zip
