@@ -1,4 +1,4 @@
-"""Experiment folders: taking a number, and finding and reading what a run left behind."""
+"""Experiment folders: creating numbered folders, and saving and loading predictors."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _NUMBERED = re.compile(r"(\d{5,})(-.*)?")
 
 @dataclass(frozen=True, eq=False)
 class TrainedStudent:
-    """A trained student as it lies on disk: its predictor, its settings, and how it was trained."""
+    """A trained student: its predictor, its settings, and the record of its training."""
 
     predictor: AMEDPredictor
     settings: StudentSettings
     record: RunRecord
-    name: str  #: of its folder; with the file's stem for a snapshot in it
+    name: str  #: name of its folder, followed by the file's stem for a snapshot
 
     @property
     def label(self) -> str:
-        """``amed-00001`` for a numbered run, ``amed-<name>`` for another."""
+        """``amed-00001`` for a numbered run, ``amed-<name>`` otherwise."""
         folder, _, snapshot = self.name.partition("/")
         short = folder.split("-")[0] if folder[:5].isdigit() else folder
         return "-".join(part for part in (self.settings.sampler_stu, short, snapshot) if part)
 
     @property
     def sha256(self) -> str:
-        """Of the weights alone: the same for the same predictor under another name or dtype."""
+        """SHA-256 of the weights, independent of the name of the file and of the dtype."""
         digest = hashlib.sha256()
         for key, value in sorted(self.predictor.state_dict().items()):
             digest.update(key.encode() + value.detach().cpu().to(torch.float32).numpy().tobytes())
@@ -56,29 +56,29 @@ class TrainedStudent:
         return replace(self, predictor=self.predictor.to(dtype=dtype).to(device))
 
     def describe(self, sampler: str | None = None) -> dict[str, Json]:
-        """For the record of a sampler that the student drives; ``sampler`` is None for its own."""
-        own: dict[str, Json] = self.settings.to_options()
-        own.pop("guidance_rate")  # the sampler's own stands beside
-        trained: Json = {"created": self.record.created, "model": self.record.model}
+        """The student's part of a sampler's record; ``sampler`` is None for its own solver."""
+        settings: dict[str, Json] = self.settings.to_options()
+        settings.pop("guidance_rate")  # the record has that of the sampler
+        training: Json = {"created": self.record.created, "model": self.record.model}
         return {
             "predictor": self.name,
             "predictor_sha256": self.sha256,
-            "predictor_record": trained,
-            **(own if sampler is None else {"student": own}),
+            "predictor_record": training,
+            **(settings if sampler is None else {"student": settings}),
         }
 
     def note_on(self, weights_sha256: str) -> str | None:
-        """A warning where the student was trained on other weights than these.
+        """A warning if the student was trained on weights other than these.
 
-        No error: the same network in another file has another hash as well.
+        It is not an error, because the same network in another file also has another hash.
         """
         trained = self.record.model.get("sha256")
         if trained in (None, weights_sha256):
             return None
         return (
-            f"note: {self.label} was trained on weights with the SHA-256 {trained[:12]}..., and "
-            f"these have {weights_sha256[:12]}...: unless they are the same network, train one for "
-            "them"
+            f"note: {self.label} was trained on weights with the SHA-256 {trained[:12]}..., but "
+            f"these have {weights_sha256[:12]}...: unless they are the same network, train a "
+            "predictor for them"
         )
 
 
@@ -87,67 +87,69 @@ def list_runs(root: str | Path) -> dict[int, Path]:
     root = Path(root)
     if not root.is_dir():
         return {}
-    found = ((p, _NUMBERED.fullmatch(p.name)) for p in sorted(root.iterdir()) if p.is_dir())
-    return {int(m[1]): p for p, m in found if m}
+    matches = ((p, _NUMBERED.fullmatch(p.name)) for p in sorted(root.iterdir()) if p.is_dir())
+    return {int(match[1]): path for path, match in matches if match}
 
 
 def create_run(root: str | Path, name: str) -> Path:
-    """Make ``root/<next number>-<name>``; safe against other runs that start at the same time."""
+    """Create ``root/<next number>-<name>``; safe if several runs start at the same time."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     while True:
         number = max(list_runs(root), default=0) + 1
         claim = root / f"{number:05d}"
         try:
-            os.mkdir(claim)  # exclusive: only one process takes a number
+            os.mkdir(claim)  # exclusive: only one process gets a number
         except FileExistsError:
             continue
-        if list(root.glob(f"{number:05d}-*")):  # taken and already renamed by another process
+        if list(root.glob(f"{number:05d}-*")):  # created and already renamed by another process
             claim.rmdir()
             continue
         return claim.rename(root / f"{number:05d}-{name}")
 
 
 def find_run(spec: str, root: str | Path) -> Path:
-    """The run folder that ``spec`` names: a number below ``root`` or a path."""
+    """The run folder ``spec``: a number below ``root`` or a path."""
     if spec.isdigit():
         runs = list_runs(root)
         if int(spec) not in runs:
-            have = ", ".join(map(str, runs)) or "none"
-            raise UserError(f"no run {spec} in {root} (there: {have}); train one with train.py")
+            numbers = ", ".join(map(str, runs)) or "none"
+            raise UserError(f"no run {spec} in {root} (runs: {numbers}); train one with train.py")
         return runs[int(spec)]
     return Path(spec)
 
 
 def save_predictor(path: str | Path, predictor: AMEDPredictor, record: RunRecord) -> None:
-    """Write weights and record into one safetensors file, whole or not at all."""
+    """Write weights and record into one safetensors file, atomically."""
     weights = {k: v.detach().cpu().contiguous() for k, v in predictor.state_dict().items()}
     with atomic_write(path) as temporary:
         safetensors.torch.save_file(weights, temporary, metadata={"record": record.to_json()})
 
 
 def load_predictor(spec: str, root: str | Path) -> TrainedStudent:
-    """Read a predictor by run number, run folder or file, one of ours or a published pickle.
+    """Load a predictor by run number, run folder or file (safetensors or a published pickle).
 
-    Raises UserError where there is none, or where the file holds something else.
+    Raises UserError if there is none, or if the file is not a predictor.
     """
     path = find_run(spec, root)
     name = _name(path)
     if path.is_dir():
-        ours = path / PREDICTOR
-        path = ours if ours.exists() else latest_snapshot(path) or ours
+        file = path / PREDICTOR
+        path = file if file.exists() else latest_snapshot(path) or file
     if not path.is_file():
-        raise UserError(f"there is no predictor at {path}; train one with train.py, or wait for it")
+        raise UserError(
+            f"there is no predictor at {path}; train one with train.py, or wait until it is saved"
+        )
     weights, record = read_published(path) if path.suffix == ".pkl" else _read(path)
     settings = StudentSettings.from_options(record.options)
     predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
     if all(w.dtype == torch.float64 for w in weights.values()):
-        predictor.double()  # a float64 run keeps every digit
+        predictor.double()  # keep the precision of a float64 run
     try:
         predictor.load_state_dict(weights)
     except RuntimeError:
         raise UserError(
-            f"the weights in {path} are not those of a predictor with scale_dir = "
+            f"the weights in {path} do not fit a predictor with scale_dir = "
             f"{settings.scale_dir:g} and scale_time = {settings.scale_time:g}; train again"
         ) from None
     return TrainedStudent(predictor.requires_grad_(False).eval(), settings, record, name)
@@ -161,19 +163,19 @@ def _name(path: Path) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
-    """Weights and record of a file that :func:`save_predictor` wrote."""
+    """Weights and record of a file written by :func:`save_predictor`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path} is not a readable safetensors file ({error}); train again or copy it anew"
+            f"{path} is not a readable safetensors file ({error}); train again or copy it again"
         ) from None
     if "record" not in metadata:
         raise UserError(
-            f"{path} carries no run record, so it is no predictor of this toolkit; "
-            "give a predictor.safetensors that train.py wrote"
+            f"{path} has no run record, so it is not a predictor of this toolkit; "
+            "give a predictor.safetensors of train.py"
         )
     record = RunRecord.from_json(metadata["record"], source=str(path))
     if record.command != "train":

@@ -1,4 +1,4 @@
-"""A training run: from its options to the predictor in its folder."""
+"""Training runs: options, the resolved job, and resuming."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from amed.experiments import RECORD, create_run, find_run, list_runs
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import Student
-from amed.trainer import Data, Loop, Report, finished, train
+from amed.trainer import Data, Loop, Preview, is_finished, train
 from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from restart.intervals import Interval, chosen_intervals, interval_json
+from restart.intervals import Interval, interval_json, resolve_intervals
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import note
@@ -38,21 +38,21 @@ IGNORED = ("outdir", "batch_gpu", "bench", "desc", "cache_dir")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What ``train.py`` is asked for, under the names of its flags."""
+    """The options of ``train.py``, named like its flags."""
 
     model: ModelSource
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
     outdir: str = "exps"
     total_kimg: float = 10.0  #: thousands of trajectories
     batch: int = 128  #: trajectories per update, over all processes
-    batch_gpu: int | None = None  #: at once per process; None is all of its share
+    batch_gpu: int | None = None  #: trajectories at a time per process; None means its whole share
     lr: float = 5e-3
     seed: int = 0
     tick: float = 0.5  #: thousands of trajectories between reports
-    snap: int = 0  #: ticks between kept predictors; 0 keeps the last alone
+    snap: int = 0  #: ticks between kept predictors; 0 keeps only the last one
     desc: str | None = None
     bench: bool = True
-    resume: str | None = None  #: ``auto`` or a run
+    resume: str | None = None  #: ``auto``, or the number or folder of a run
     sampler_stu: str = "amed"
     sampler_tea: str = "heun"
     num_steps: int = 4
@@ -73,7 +73,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A training run, resolved; nothing has been loaded or written yet."""
+    """A resolved training run; nothing has been loaded or written yet."""
 
     options: TrainOptions
     card: Card
@@ -81,11 +81,11 @@ class TrainingJob:
     settings: StudentSettings
     student: Student
     teacher: Teacher
-    intervals: tuple[Interval, ...]  #: of a Restart teacher
+    intervals: tuple[Interval, ...]  #: intervals of a Restart teacher
 
     @property
     def name(self) -> str:
-        """Of the folder, without its number."""
+        """The name of the folder, without its number."""
         desc = self.options.desc
         return self.settings.run_name(self._cost) + (f"-{desc}" if desc else "")
 
@@ -94,14 +94,14 @@ class TrainingJob:
         return self.card.cost(self.settings.guidance_rate)
 
     def predictor(self) -> AMEDPredictor:
-        """The predictor as training starts with it."""
+        """The initial predictor."""
         settings = self.settings
         return AMEDPredictor(settings.scale_dir, settings.scale_time, seed=self.options.seed)
 
     def record(self, weights_sha256: str | None) -> RunRecord:
         """Every resolved option, the model, and the plan of student and teacher."""
         resolved = flat_options(self.options) | self.settings.to_options()
-        for key in ("resume", "label"):  # of a continuation, and not an option of training
+        for key in ("resume", "label"):  # not options of training itself
             resolved.pop(key)
         resolved["restart_info"] = interval_json(self.intervals) if self.intervals else None
         resolved["prompts"] = self.conditions.describe()
@@ -119,7 +119,7 @@ class TrainingJob:
         return self.record(self.options.model.known_sha256).to_json()
 
     def run(self, here: World) -> Path:
-        """Train, or go on with an earlier run; the run's folder."""
+        """Train, or continue an earlier run; returns the run's folder."""
         options = self.options
         if options.batch < here.size:
             raise UserError(
@@ -130,7 +130,7 @@ class TrainingJob:
         model = options.model.load(here)
         record, loop = self.record(model.sha256), _loop(options, here)
         folder = Path(here.broadcast_object(str(self._folder(record)) if here.is_main else ""))
-        if finished(folder, loop):
+        if is_finished(folder, loop):
             note(f"already trained: {folder}")
             return folder
         data = Data(
@@ -146,27 +146,27 @@ class TrainingJob:
         return folder
 
     def _folder(self, record: RunRecord) -> Path:
-        """The run's folder: new, or the one to go on with."""
+        """The run's folder: a new one, or that of the run to continue."""
         root = self.options.outdir
         folder: Path | None = None
         resume = self.options.resume
         if resume == "auto":
-            folder = resumable(root, record)
+            folder = find_resumable(root, record)
         elif resume:
             folder = find_run(resume, root)
-            changed = RunRecord.read(folder / RECORD).differences(record, IGNORED)
-            if changed:
+            differences = RunRecord.read(folder / RECORD).differences(record, IGNORED)
+            if differences:
                 raise UserError(
-                    f"{folder} was started with other options ({'; '.join(changed)}); "
-                    "give the same ones, or leave --resume out to start anew"
+                    f"{folder} was started with other options ({'; '.join(differences)}); "
+                    "give the same ones, or leave --resume out to start a new run"
                 )
         if folder is None:
             folder = create_run(root, self.name)
             record.write(folder / RECORD)
         return folder
 
-    def _preview(self, model: Model, here: World) -> Report:
-        """The student's samples of a few fixed seeds, for TensorBoard."""
+    def _preview(self, model: Model, here: World) -> Preview:
+        """A function that samples a few fixed seeds with the student, for TensorBoard."""
         student, dtype = self.student, self.options.model.state_dtype
 
         @torch.no_grad()
@@ -183,7 +183,7 @@ class TrainingJob:
 def prepare(options: TrainOptions) -> TrainingJob:
     """Resolve every option.
 
-    Raises UserError or ValueError, in one sentence, for options that make no sense together.
+    Raises UserError or ValueError, in one sentence, for invalid or contradictory options.
     """
     restart = options.sampler_tea == "restart"
     if options.restart_info and not restart:
@@ -196,7 +196,7 @@ def prepare(options: TrainOptions) -> TrainingJob:
     settings = _settings(options, card)
     grid = settings.grid.resolve(card)
     fine, stride = grid.refined(settings.M)
-    _, intervals = chosen_intervals(options.restart_info, card) if restart else (None, ())
+    _, intervals = resolve_intervals(options.restart_info, card) if restart else (None, ())
     teacher = build_teacher(
         settings.sampler_tea,
         fine,
@@ -206,22 +206,22 @@ def prepare(options: TrainOptions) -> TrainingJob:
         histories=settings.solver().max_order > 1,
     )
     student = Student(settings.solver(), grid.nodes(), settings.afs)
-    _note_on(teacher, student)
+    _warn_if_equal_to_heun(teacher, student)
     return TrainingJob(options, card, conditions, settings, student, teacher, intervals)
 
 
-def _note_on(teacher: Teacher, student: Student) -> None:
-    """Say before the work begins that a Restart teacher teaches nothing that Heun does not."""
+def _warn_if_equal_to_heun(teacher: Teacher, student: Student) -> None:
+    """Print a note if a Restart teacher gives the same targets as Heun."""
     if isinstance(teacher, RestartTeacher) and teacher.flow and not teacher.changes_starts:
         note(
             "note: with --restart_target=flow this Restart teacher gives the same targets as a "
-            "Heun teacher, since it restarts below every noise level that an interval starts "
-            f"from; let t_max of --restart_info exceed {float(student.ts[-2]):.3g}, or use "
+            "Heun teacher, because it restarts below the start of every interval; give "
+            f"--restart_info a t_max above {float(student.ts[-2]):.3g}, or use "
             "--restart_target=trajectory"
         )
 
 
-def resumable(root: str | Path, record: RunRecord) -> Path | None:
+def find_resumable(root: str | Path, record: RunRecord) -> Path | None:
     """The newest run below ``root`` that was started with the same options, model and plan."""
     for _, folder in sorted(list_runs(root).items(), reverse=True):
         path = folder / RECORD
@@ -230,7 +230,7 @@ def resumable(root: str | Path, record: RunRecord) -> Path | None:
         try:
             earlier = RunRecord.read(path)
         except UserError:
-            continue  # somebody else's or a newer record: not this run
+            continue  # a record of another program or version: not this run
         if not earlier.differences(record, IGNORED):
             return folder
     return None
@@ -240,9 +240,8 @@ def _settings(options: TrainOptions, card: Card) -> StudentSettings:
     schedule = options.schedule_type or "polynomial"
     grid = Grid(schedule, options.num_steps, options.schedule_rho).resolve(card)
     sigma_min, sigma_max = grid.ends
-    asked = flat_options(options)
-    asked |= {"schedule_type": schedule, "schedule_rho": grid.rho}
-    return StudentSettings.from_options(asked | {"sigma_min": sigma_min, "sigma_max": sigma_max})
+    resolved = flat_options(options) | {"schedule_type": schedule, "schedule_rho": grid.rho}
+    return StudentSettings.from_options(resolved | {"sigma_min": sigma_min, "sigma_max": sigma_max})
 
 
 def _loop(options: TrainOptions, here: World) -> Loop:

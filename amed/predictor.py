@@ -1,4 +1,4 @@
-"""The AMED predictor: about 9k parameters that place one time in every interval.
+"""The AMED predictor: a network of about 9k parameters that chooses one time in every interval.
 
 Source: Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps",
 arXiv:2312.00094, section 3.2 and appendix B.
@@ -17,12 +17,12 @@ TIME_CHANNELS = 8
 
 
 class AMEDPredictor(nn.Module):
-    """A guide that reads the bottleneck and the two ends of an interval.
+    """A guide whose inputs are the bottleneck features and the two ends of an interval.
 
     Calling it with ``(node, t_next)`` returns ``InsertedNode(r, c, a)``, each (B, 1, 1, 1) in the
-    dtype of the state: ``r`` in (0, 1) places the inserted time, ``c`` in (1 - s_dir, 1 + s_dir)
-    scales the closing direction, ``a`` in (1 - s_time, 1 + s_time) the network's time.
-    A head with zero range is the constant 1.
+    dtype of the state: ``r`` in (0, 1) is the position of the inserted time, ``c`` in
+    (1 - s_dir, 1 + s_dir) scales the direction of the step to the end of the interval, and ``a``
+    in (1 - s_time, 1 + s_time) scales the network time.  A head with zero range is the constant 1.
     """
 
     freqs: Tensor
@@ -33,8 +33,8 @@ class AMEDPredictor(nn.Module):
         super().__init__()
         if not (0 <= scale_dir < 1 and 0 <= scale_time < 1):
             raise ValueError(
-                f"scale_dir = {scale_dir:g} and scale_time = {scale_time:g} must lie in [0, 1): "
-                "a scale of 1 would let a direction or a time vanish"
+                f"scale_dir = {scale_dir:g} and scale_time = {scale_time:g} must be in [0, 1): "
+                "with a scale of 1 a direction or a time could be 0"
             )
         self.scale_dir = scale_dir
         self.scale_time = scale_time
@@ -83,7 +83,7 @@ class AMEDPredictor(nn.Module):
         )
 
     def _encode(self, node: Node) -> Tensor:
-        """(B, 4) from the bottleneck's channel mean; zeros stand in where there is none (AFS)."""
+        """(B, 4) from the channel mean of the bottleneck, or from zeros without one (AFS)."""
         weight = self.enc_layer0.weight
         if node.feat is None:
             flat = weight.new_zeros(node.x.shape[0], FEATURE_SIDE**2)

@@ -1,4 +1,4 @@
-"""Predictors as the AMED authors publish them: ``network-snapshot-*.pkl``, read as data."""
+"""Predictors published by the authors of AMED: ``network-snapshot-*.pkl``, read as data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.record import SCHEMA, RunRecord
 
 SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.pkl")
 _NUMBER = (int, float)
-#: Attributes of the published module that say what the student is, with their types.
+#: Attributes of the published module that are settings of the student, with their types.
 SETTINGS: dict[str, tuple[type, ...]] = {
     "dataset_name": (str,),
     "sampler_stu": (str,),
@@ -34,25 +34,25 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "guidance_type": (str, type(None)),
     "guidance_rate": (*_NUMBER, type(None)),
 }
-#: What students of solvers without these options may lack.
+#: Settings that may be missing for solvers without these options.
 OPTIONAL = ("max_order", "predict_x0", "lower_order_final", "guidance_type", "guidance_rate")
 
 
 def latest_snapshot(folder: Path) -> Path | None:
-    """The published predictor of a run folder that was trained longest, or None."""
-    found = {p: SNAPSHOT.fullmatch(p.name) for p in folder.iterdir()} if folder.is_dir() else {}
-    images = {int(match[1]): path for path, match in found.items() if match}
-    return images[max(images)] if images else None
+    """The published predictor in a run folder with the longest training, or None."""
+    matches = {p: SNAPSHOT.fullmatch(p.name) for p in folder.iterdir()} if folder.is_dir() else {}
+    snapshots = {int(match[1]): path for path, match in matches.items() if match}
+    return snapshots[max(snapshots)] if snapshots else None
 
 
 def read_published(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
-    """Weights under our names, and a record with what is known of the run.
+    """Weights with the names of `AMEDPredictor`, and a record of what is known about the run.
 
-    Raises UserError for a file that is no such predictor, and for settings that are missing or
-    name something that this toolkit does not have.
+    Raises UserError for a file that is not such a predictor, and for settings that are missing or
+    unknown to this toolkit.
     """
-    found = read_predictor(path)
-    settings = student_settings(found, path)
+    published = read_predictor(path)
+    settings = student_settings(published, path)
     card = cards()[settings.dataset_name]
     cost = card.cost(settings.guidance_rate)
     kimg = SNAPSHOT.fullmatch(path.name)
@@ -68,49 +68,49 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
             "times": settings.grid.resolve(card).nodes().tolist(),
             "nfe": settings.nfe(cost),
             "teacher_nfe": None,
-            "parameters": sum(t.numel() for t in found.tensors.values()),
+            "parameters": sum(t.numel() for t in published.tensors.values()),
         },
         versions={},
         git_commit=None,
         created="unknown",
         schema=SCHEMA,
     )
-    return found.tensors, record
+    return published.tensors, record
 
 
-def student_settings(found: PublishedPredictor, path: Path) -> StudentSettings:
+def student_settings(published: PublishedPredictor, path: Path) -> StudentSettings:
     """The settings of a published student.
 
-    The range of noise levels is not among them, it is that of the card.  The published
-    DPM-Solver++ always thresholds dynamically when it predicts x0, so that its students do.
+    The range of noise levels is not stored and is that of the card.  The published DPM-Solver++
+    always uses dynamic thresholding when it predicts x0, so its students do so too.
     """
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, types in SETTINGS.items():
-        if name not in found.settings and name in OPTIONAL:
+        if name not in published.settings and name in OPTIONAL:
             continue
-        value = found.settings.get(name)
+        value = published.settings.get(name)
         if type(value) not in types:
             raise UserError(
-                f"{path} has {value!r} as its setting '{name}'; give a predictor that the "
-                "published code wrote"
+                f"{path} has {value!r} as its setting '{name}'; give a predictor written by the "
+                "published code"
             )
         if value is not None:  # None: the default
-            given[name] = value
-    if given["dataset_name"] not in cards():
+            settings[name] = value
+    dataset = settings["dataset_name"]
+    if dataset not in cards():
         raise UserError(
-            f"{path} was trained for '{given['dataset_name']}', which is unknown; known: "
-            f"{', '.join(cards())}"
+            f"{path} was trained for '{dataset}', which is unknown; known: {', '.join(cards())}"
         )
-    card = cards()[given["dataset_name"]]
-    if card.guidance not in ("cg", "cfg"):  # the published default is a rate that nobody reads
-        given.pop("guidance_rate", None)
-    thresholding = given["sampler_stu"] == "dpmpp" and given.get("predict_x0", True)
+    card = cards()[dataset]
+    if card.guidance not in ("cg", "cfg"):  # the published default is a rate that is not used
+        settings.pop("guidance_rate", None)
+    thresholding = settings["sampler_stu"] == "dpmpp" and settings.get("predict_x0", True)
     try:
         return StudentSettings(
-            **given,
+            **settings,
             sigma_min=card.sigma_min,
             sigma_max=card.sigma_max,
             thresholding=thresholding,
         )
     except ValueError as error:
-        raise UserError(f"{path} holds a student that cannot be built: {error}") from None
+        raise UserError(f"{path} has invalid settings: {error}") from None

@@ -1,4 +1,4 @@
-"""What a learned student is: the settings that fix its solver, its grid and its budget."""
+"""The settings of a learned student: its solver, its grid and its NFE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STUDENTS = ("amed", "ipndm", "dpmpp", "dpm", "euler")
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """Options of one student, under their published names; stored with its predictor."""
+    """The options of a student, with their published names; stored with its predictor."""
 
     dataset_name: str
     sampler_stu: str
@@ -41,17 +41,16 @@ class StudentSettings:
     def __post_init__(self) -> None:
         if self.sampler_stu not in STUDENTS:
             raise ValueError(
-                f"no student is called {self.sampler_stu!r}; choose one of {', '.join(STUDENTS)}"
+                f"unknown student {self.sampler_stu!r}; choose one of {', '.join(STUDENTS)}"
             )
         if self.M < 1:
             raise ValueError(
-                f"M = {self.M} inserts no node for the teacher, which then knows no more than the "
-                "student; give --M 1 or more"
+                f"M = {self.M} gives the teacher the grid of the student; give --M 1 or more"
             )
         if self.afs and self.num_steps < 3:
             raise ValueError(
-                f"--afs spends the first of {self.num_steps - 1} interval(s) on the analytic "
-                "step; give --num_steps 3 or more"
+                f"--afs makes the first of {self.num_steps - 1} interval(s) analytic; "
+                "give --num_steps 3 or more"
             )
         self.solver()
         if self.schedule_type != "discrete":  # the discrete grid needs the model
@@ -59,7 +58,7 @@ class StudentSettings:
 
     @property
     def solver_options(self) -> SolverOptions:
-        """The multistep options, of which each solver takes those that it has."""
+        """The multistep options; each solver uses those that it accepts."""
         return SolverOptions(
             self.max_order, self.predict_x0, self.lower_order_final, self.thresholding
         )
@@ -75,14 +74,14 @@ class StudentSettings:
 
     @property
     def grid(self) -> Grid:
-        """The student's time grid; a ``discrete`` one has yet to be resolved with the card."""
+        """The student's time grid; a ``discrete`` one must be resolved with the card."""
         return Grid(
             self.schedule_type, self.num_steps, self.schedule_rho, self.sigma_min, self.sigma_max
         )
 
     def nfe(self, cost: int = 1) -> int:
-        """Network evaluations of one sample, in closed form."""
-        # Any guide inserts one node per interval, learned or not.
+        """Network evaluations per sample."""
+        # Every guide inserts one node per interval, so a fixed one can stand for the predictor.
         return planned_nfe(
             self.solver(), range(self.num_steps, 0, -1), FixedRatio(0.5), self.afs, cost
         )
@@ -105,6 +104,6 @@ class StudentSettings:
 
     @classmethod
     def from_options(cls, options: dict[str, object]) -> StudentSettings:
-        """Pick the settings out of a record's options (which hold more than these)."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in options.items() if k in known})  # type: ignore[arg-type]
+        """The settings among the options of a record."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in options.items() if k in names})  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""One training step: a batch walks the student's grid once, one update per interval.
+"""One training step: a batch is integrated over the student's grid, with one update per interval.
 
-AMED, arXiv:2312.00094, algorithm 1.  Pure apart from the predictor's parameters: what a
-micro-batch carries from interval to interval is its own `MicroBatch`, so micro-batches never see
-each other's history and two accumulated halves are one batch.
+AMED, arXiv:2312.00094, algorithm 1.  Only the predictor's parameters change.  Every micro-batch
+keeps its own state in a `MicroBatch`, so that the gradients of micro-batches add up to those of
+the whole batch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from solvers.driver import Meter, State, advance, substeps_total
 from solvers.types import Guide, InsertedNode, Node, Solver
 from teachers.supervision import Supervision
 
-#: Published replacement of non-finite gradients (NVlabs EDM lineage): bounded, never NaN.
+#: Infinite gradients are replaced by this bound, NaN by 0, as in the published code (from EDM).
 GRADIENT_BOUND = 1e5
 
 
 class Student(NamedTuple):
-    """A solver on its grid, to be driven by the predictor."""
+    """A solver on its grid, to be guided by the predictor."""
 
     solver: Solver
     ts: Tensor  #: (N,) noise levels
@@ -30,11 +30,11 @@ class Student(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch: its door to the network, its supervision and where its walk stands."""
+    """A micro-batch: its denoiser, its supervision and its current state."""
 
     meter: Meter
     supervision: Supervision
-    head: State
+    state: State
 
     @classmethod
     def begin(cls, meter: Meter, supervision: Supervision) -> MicroBatch:
@@ -42,11 +42,11 @@ class MicroBatch(NamedTuple):
 
 
 class IntervalResult(NamedTuple):
-    """What one interval's update reports; sums over this rank's samples."""
+    """The results of one interval's update; sums over this rank's samples."""
 
     loss: float  #: this rank's share of sum((student - teacher)^2) / batch
     mid: tuple[float, float, float]  #: sums of r, c, a over this rank's samples
-    nonfinite: int  #: gradient entries that had to be replaced
+    nonfinite: int  #: number of non-finite gradient entries, which were replaced
 
 
 def train_batch(
@@ -57,7 +57,7 @@ def train_batch(
     batch: int,
     reduce: Callable[[Tensor], object],
 ) -> list[IntervalResult]:
-    """Walk all intervals with one optimizer step each.
+    """Integrate over all intervals, with one optimizer step each.
 
     ``batch`` is the global batch size, ``reduce`` sums a tensor over ranks in place.  The loss of
     an interval is ``sum((x_student - x_teacher)^2) / batch``.
@@ -73,7 +73,7 @@ def train_batch(
             error.backward()
             loss += error.item()
             mids += recorder.sums
-            after.append(micro._replace(head=next_head(student, micro, out, n, predictor)))
+            after.append(micro._replace(state=next_state(student, micro, out, n, predictor)))
         micros = after
         nonfinite = _reduce_gradients(predictor, reduce)
         optimizer.step()
@@ -84,12 +84,12 @@ def train_batch(
 
 
 def student_interval(student: Student, micro: MicroBatch, n: int, guide: Guide) -> State:
-    """The student's walk over interval ``n`` from where the micro-batch stands."""
+    """The student's state after interval ``n``, from the current state of the micro-batch."""
     total = substeps_total(student.solver, len(student.ts) - 1, guide)
     return advance(
         student.solver,
         micro.meter,
-        micro.head,
+        micro.state,
         student.ts[n],
         student.ts[n + 1],
         guide,
@@ -98,13 +98,12 @@ def student_interval(student: Student, micro: MicroBatch, n: int, guide: Guide) 
     )
 
 
-def next_head(student: Student, micro: MicroBatch, out: State, n: int, guide: Guide) -> State:
-    """Where interval ``n + 1`` starts after ``out``, free of the gradient graph.
+def next_state(student: Student, micro: MicroBatch, out: State, n: int, guide: Guide) -> State:
+    """The initial state of interval ``n + 1`` after ``out``, detached from the gradient graph.
 
-    A solver without history starts from the teacher.  One with history keeps the nodes that it
-    evaluated and goes on from its own state.  Where a jump lies before the interval (Restart's
-    flow targets), it starts from the visited state instead, with the history that it would have
-    had, had it come down the path of that state.
+    A solver without history starts from the teacher's state.  One with history continues from its
+    own state and nodes.  If a jump precedes the interval (Restart's flow targets), it starts from
+    the teacher's state, with the history of the ODE trajectory through that state.
     """
     supervision = micro.supervision
     if n + 1 >= len(supervision.start):
@@ -114,18 +113,18 @@ def next_head(student: Student, micro: MicroBatch, out: State, n: int, guide: Gu
     origin = supervision.origins[n + 1] if supervision.origins else None
     if origin is None:
         return _detached(out)
-    again = _walk_down(student, micro, origin, n + 1, guide)
-    return again._replace(x=supervision.start[n + 1])
+    new = _from_sigma_max(student, micro, origin, n + 1, guide)
+    return new._replace(x=supervision.start[n + 1])
 
 
 @torch.no_grad()
-def _walk_down(
+def _from_sigma_max(
     student: Student, micro: MicroBatch, x: Tensor, intervals: int, guide: Guide
 ) -> State:
-    """The student's walk from sigma_max over the first ``intervals``."""
+    """The student's state after the first ``intervals``, from the state ``x`` at sigma_max."""
     state = State(x)
     for n in range(intervals):
-        state = student_interval(student, micro._replace(head=state), n, guide)
+        state = student_interval(student, micro._replace(state=state), n, guide)
     return state
 
 
@@ -143,7 +142,7 @@ def _detached(state: State) -> State:
 
 
 def _reduce_gradients(predictor: nn.Module, reduce: Callable[[Tensor], object]) -> int:
-    """Sum gradients over ranks in one message; replace and count what is not finite."""
+    """Sum gradients over ranks in one message; replace and count non-finite entries."""
     parameters = [p for p in predictor.parameters() if p.grad is not None]
     flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     reduce(flat)
@@ -156,7 +155,7 @@ def _reduce_gradients(predictor: nn.Module, reduce: Callable[[Tensor], object]) 
 
 
 class _Recorder:
-    """Passes the predictor's choice through and keeps its sums for the log."""
+    """Wraps the predictor and sums its outputs for the log."""
 
     def __init__(self, predictor: Guide) -> None:
         self.predictor = predictor

@@ -1,8 +1,9 @@
-"""The training loop around `amed.step`: data by number, ticks, resuming, sinks."""
+"""The training loop around `amed.step`: data, reports, saving and resuming."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,16 +31,16 @@ from teachers.supervision import Teacher, visit_variance
 
 STATE = "training-state.pt"
 VARIANCE_SAMPLES, VARIANCE_DRAWS = 4, 4
-#: What the name of a draw in training begins with; that of a sampler's draw never does.
+#: First parts of the names of draws in training; draws of samplers have other names.
 STREAMS = ("train", "variance", *(f"variance-{k}" for k in range(VARIANCE_DRAWS)))
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where training samples come from: the model, bound to drawn classes, and named noise.
+    """The source of training samples: the model, bound to drawn classes, and named noise.
 
-    A sample is known by its global number, so neither rank nor micro-batch changes it, and its
-    noise bears names of its own, so no latent is ever one that a sampler will start from.
+    A sample depends only on its global number, not on the rank or the micro-batch.  The names of
+    its draws are not used by samplers, so no training latent is ever the latent of a sample.
     """
 
     bind: Callable[[SeedNoise, StreamName], Denoiser]  #: the denoiser of these samples
@@ -49,7 +50,7 @@ class Data:
     device: torch.device
 
     def draw(self, numbers: Sequence[int], stream: str = STREAMS[0]) -> SeededBatch:
-        """The samples with these numbers, and their noise, in one of the `STREAMS`."""
+        """The samples with these numbers, with noise from one of the `STREAMS`."""
         noise, name = SeedNoise(numbers), (stream, self.seed)
         meter = Meter(self.bind(noise, name))
         return SeededBatch(self.card, noise, meter, self.dtype, self.device, name)
@@ -57,13 +58,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Loop:
-    """How long and in what portions to train."""
+    """The length of the training and the sizes of its batches."""
 
     total: int  #: trajectories
-    batch: int  #: over all ranks
-    micro: int  #: at once on one rank
-    tick: int  #: trajectories between two reports and saved states
-    snap: int  #: ticks between two kept predictors; 0 keeps the last alone
+    batch: int  #: trajectories per update, over all ranks
+    micro: int  #: trajectories at a time on one rank
+    tick: int  #: trajectories between reports, which also save the state
+    snap: int  #: ticks between kept predictors; 0 keeps only the last one
     lr: float
 
     @property
@@ -75,8 +76,8 @@ class Loop:
         return max(1, self.tick // self.batch)
 
 
-class Report(Protocol):
-    """Draws a picture of what the student can do by now: (B, C, H, W)."""
+class Preview(Protocol):
+    """Samples with the current predictor: images (B, C, H, W)."""
 
     def __call__(self, predictor: AMEDPredictor) -> Tensor: ...
 
@@ -90,47 +91,41 @@ def train(
     world: World,
     folder: Path,
     record: RunRecord,
-    preview: Report | None = None,
+    preview: Preview | None = None,
 ) -> None:
-    """Train until ``loop.total`` trajectories have been seen, from the last saved state if any.
+    """Train on ``loop.total`` trajectories, continuing from the last saved state if there is one.
 
-    At every tick rank 0 writes the predictor, the state to resume from and the figures; a killed
-    run continues bit-equal on one CPU rank.
+    At every tick rank 0 writes the predictor, the state to resume from and the metrics.  On one
+    CPU rank, a run that was killed and resumed is bit-equal to an uninterrupted one.
     """
     optimizer = torch.optim.Adam(predictor.parameters(), lr=loop.lr)
     first = _load_state(folder / STATE, predictor, optimizer)
+    total, done = loop.iterations * loop.batch, first * loop.batch
     with (
-        Sinks(folder, first * loop.batch, world.is_main) as sinks,
-        progress(
-            loop.iterations * loop.batch,
-            "training",
-            "traj",
-            first * loop.batch,
-            world.is_main,
-        ) as bar,
+        closing(Sinks(folder, done, world.is_main)) as sinks,
+        progress(total, "training", "traj", done, world.is_main) as bar,
     ):
         window: list[list[IntervalResult]] = []
         for it in range(first, loop.iterations):
             micros = _micros(data, teacher, loop, world, it)
-            window.append(
-                train_batch(predictor, optimizer, student, micros, loop.batch, world.sum_)
-            )
+            results = train_batch(predictor, optimizer, student, micros, loop.batch, world.sum_)
+            window.append(results)
             bar.update(loop.batch)
             if (it + 1) % loop.iterations_per_tick and it + 1 < loop.iterations:
                 continue
-            figures = _figures(window, loop, world)
+            metrics = _metrics(window, loop, world)
             variance = _variance(teacher, data, it) if teacher.stochastic else None
             window = []
-            bar.set_postfix(loss=f"{sum(figures['loss']):.3f}")
+            bar.set_postfix(loss=f"{sum(metrics['loss']):.3f}")
             if world.is_main:
                 images = preview(predictor) if preview else None
-                sinks.write((it + 1) * loop.batch, figures, loop.lr, variance, images)
+                sinks.write((it + 1) * loop.batch, metrics, loop.lr, variance, images)
                 _save(folder, predictor, optimizer, record, it + 1, loop)
             world.barrier()
 
 
 def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> list[MicroBatch]:
-    """This rank's share of batch ``it``, supervised, in portions that fit the device."""
+    """This rank's share of batch ``it`` with its supervision, as micro-batches."""
     numbers = world.shard(range(it * loop.batch, (it + 1) * loop.batch))
     micros = []
     for i in range(0, len(numbers), loop.micro):
@@ -142,8 +137,8 @@ def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> 
     return micros
 
 
-def _figures(window: list[list[IntervalResult]], loop: Loop, world: World) -> dict[str, list]:
-    """Means over the tick and over all ranks, per interval."""
+def _metrics(window: list[list[IntervalResult]], loop: Loop, world: World) -> dict[str, list]:
+    """Means over the tick and all ranks, per interval."""
     rows = torch.tensor(
         [[[r.loss, *r.mid] for r in batch] for batch in window], dtype=torch.float64
     ).mean(0)  # (N - 1, 4)
@@ -155,7 +150,7 @@ def _figures(window: list[list[IntervalResult]], loop: Loop, world: World) -> di
 
 
 def _variance(teacher: Teacher, data: Data, it: int) -> list[float]:
-    """Variance of the teacher's states over a few draws from a few starts, fresh every tick."""
+    """Variance of the teacher's states over new draws from a few initial states."""
     numbers = range(it * VARIANCE_SAMPLES, (it + 1) * VARIANCE_SAMPLES)
     first = data.draw(numbers, STREAMS[1])
     x = first.start(first.card.sigma_max)
@@ -185,7 +180,7 @@ def _save(
 
 
 def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Optimizer) -> int:
-    """Iterations done so far; restores predictor and optimizer where a state was saved."""
+    """Restore predictor and optimizer from a saved state, if any; the iterations done so far."""
     state = _read_state(path)
     if not state:
         return 0
@@ -194,20 +189,20 @@ def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Opt
     return int(state["done"])
 
 
-def finished(folder: Path, loop: Loop) -> bool:
-    """Whether the run in ``folder`` has reached its total."""
+def is_finished(folder: Path, loop: Loop) -> bool:
+    """Whether the run in ``folder`` is complete."""
     return int(_read_state(folder / STATE).get("done", 0)) >= loop.iterations
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """What `_save` wrote; empty where nothing was saved yet."""
+    """The state written by `_save`; empty if there is none."""
     if not path.is_file():
         return {}
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         return {key: state[key] for key in ("done", "predictor", "optimizer")}
-    except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+    except Exception as error:  # a damaged file may raise any error
         raise UserError(
-            f"{path} cannot be resumed from ({type(error).__name__}); delete it to start that run "
-            "from the beginning"
+            f"{path} cannot be read ({type(error).__name__}); delete it to start that run from the "
+            "beginning"
         ) from None

@@ -1,1 +1,1 @@
-"""Samplers as plans: walks down a time grid, jumps back up in noise."""
+"""Samplers as plans: sequences of solves down a time grid and jumps back up in noise."""

@@ -1,11 +1,11 @@
-"""A plan without a solver's error: every walk by dopri5, every jump as it is.
+"""A plan without solver error: every solve by dopri5, every jump unchanged.
 
-On the same latents and the same jumps, a plan and its exact self are two coupled samples.  The root
-of the mean squared distance of their ends is therefore an upper bound on the Wasserstein-2 distance
-between what the plan samples and what it would sample if its walks were exact.  Jumps make it
-smaller, as they should: the noise is shared, and the exact descent contracts whatever distance was
-there before (Restart, arXiv:2306.14878, section 3).  It needs neither detector nor reference and
-few images; what it cannot see is the error of the model itself, which Restart contracts as well.
+With the same latents and the same noise in the jumps, a plan and its exact version are coupled.
+The root mean squared distance of their results is therefore an upper bound on the Wasserstein-2
+distance between the distributions that they sample.  Jumps reduce it: the noise is shared, and the
+exact descent contracts earlier distances (Restart, arXiv:2306.14878, section 3).  Measuring it
+needs no detector, no reference and few images.  It does not include the error of the model, which
+Restart also contracts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from plans.process import ForwardProcess, Noise
 from solvers.driver import Meter
 from solvers.oracle import dopri5
 
-#: States on the way to the end of exact plans, by all that happened before.
+#: Intermediate states of exact plans, by the sequence of segments that led to them.
 Visited = dict[tuple, Tensor]
 
 
@@ -29,11 +29,11 @@ def exact_end(
     visited: Visited,
     tol: float,
 ) -> Tensor:
-    """Where ``plan`` ends from the state ``x`` (B, C, H, W) if dopri5 solves every walk.
+    """The result of ``plan`` from the state ``x`` (B, C, H, W) if every solve is done by dopri5.
 
     A last interval that ends at 0 is one Euler step, as in the plan.  ``tol`` is both of dopri5's
-    tolerances.  ``visited`` is filled with every state on the way: plans that begin alike, with
-    the same ``x`` and draws, share them.
+    tolerances.  ``visited`` caches the intermediate states, so that plans with the same first
+    segments, the same ``x`` and the same draws share them.
     """
     process = ForwardProcess.of(noise)
     path: tuple = ()
@@ -64,5 +64,5 @@ def _follow(
 
 
 def _ends(ts: Tensor) -> list[int]:
-    """The nodes that matter to an exact walk: the first, the last, and the one before a final 0."""
+    """Indices of the nodes of an exact solve: the first, the last, and the one before a final 0."""
     return [0, -1] if float(ts[-1]) > 0 else [0, -2, -1]

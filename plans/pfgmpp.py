@@ -1,12 +1,12 @@
-"""The noise of a jump under PFGM++ (arXiv:2302.04265): Gaussian noise of a random strength.
+"""The noise of a jump under PFGM++ (arXiv:2302.04265): Gaussian noise of random variance.
 
 With ``r = sigma sqrt(D)`` a state at level sigma is ``x0 + sqrt(W_r) z`` with standard normal z and
-``W_r = r^2 / chi^2_D`` (Student's t).  A jump from r_lo to r_hi adds ``sqrt(V) z'``, V such that
-``W_lo + V`` has the law of ``W_hi``.  There is such a V, independent of all else, because inverse
-gamma laws are self-decomposable (Halgreen 1979, Z. Wahrscheinlichkeitstheorie 47): W_r is the time
-that a Bessel process of dimension 2 - D takes from r down to 0, and V its time from r_hi to r_lo.
-So the jump turns the marginal at r_lo into that at r_hi *whatever the data are*, and no other
-kernel does, since the characteristic function of Student's t has no zeros.
+``W_r = r^2 / chi^2_D`` (Student's t).  A jump from r_lo to r_hi adds ``sqrt(V) z'``, where
+``W_lo + V`` has the distribution of ``W_hi``.  Such an independent V exists because inverse gamma
+distributions are self-decomposable (Halgreen 1979, Z. Wahrscheinlichkeitstheorie 47): W_r is the
+time that a Bessel process of dimension 2 - D takes from r to 0, and V its time from r_hi to r_lo.
+So the jump turns the marginal at r_lo into that at r_hi *for any data distribution*.  No other
+kernel does, because the characteristic function of Student's t has no zeros.
 
 With ``nu = D / 2``, ``c = r_lo / r_hi``, r_hi = 1 and ``q = sqrt(2 s)`` the Laplace transform of V
 is ``K_nu(q) / (c^nu K_nu(c q))``; its numerical inversion gives the quantiles.  For D = 1 the jump
@@ -25,15 +25,16 @@ import torch
 from scipy import interpolate, optimize, special
 from torch import Tensor
 
-#: Scores beyond are pulled in to it: one draw in two million.
+#: Normal scores are clamped to [-LAST, LAST], which changes one draw in two million.
 LAST = 5.0
-CLOSEST = 1 - 1e-6  #: a ratio nearer to 1 is taken for this one
-KNOTS = 101  #: of the quantile function
+CLOSEST = 1 - 1e-6  #: the largest ratio; larger ones are clamped to it
+KNOTS = 101  #: knots of the interpolated quantile function
 #: Abate and Whitt 1992, Queueing Systems 10: the error is e^-A, rounding errors grow as e^(A/2).
 A = 23.0
-AVERAGED = 20  #: partial sums of the alternating series, with binomial weights (Euler)
-DEBYE_FROM = 40  #: order from which the uniform expansion of K_nu is good to 4e-9
-#: Debye's polynomials u_1 to u_4 in p^2, highest power first, and the power of p beside them.
+AVERAGED = 20  #: partial sums of the alternating series to average, with binomial weights (Euler)
+DEBYE_FROM = 40  #: order from which the uniform expansion of K_nu is accurate to 4e-9
+#: Debye's polynomials u_1 to u_4 in p^2, highest power first, and the power of p that multiplies
+#: them.
 DEBYE = (
     (np.array([-5, 3]) / 24, 1),
     (np.array([385, -462, 81]) / 1152, 2),
@@ -43,13 +44,13 @@ DEBYE = (
 
 
 def spread(ratio: float, D: int, draw: Tensor) -> Tensor:
-    """What to multiply a Gaussian jump's noise by, (B, 1, 1, 1) float64 on the CPU.
+    """The factor on the noise of a Gaussian jump, (B, 1, 1, 1) float64 on the CPU.
 
     ``ratio`` is sigma_lo / sigma_hi, in [0, 1); ``draw`` (B, ...) holds standard normal numbers, of
-    which the first of each sample decides.  The square has the mean ``D / (D - 2)``.
+    which the first of each sample is used.  The square of the factor has the mean ``D / (D - 2)``.
     """
     score = draw.flatten(1)[:, 0].to("cpu", torch.float64).clamp(-LAST, LAST)
-    # Rounded, so that all jumps of one churn share their quantiles.
+    # Rounded, so that all jumps of one churn setting share a cached quantile function.
     factor = np.exp(_log_spread(min(round(ratio, 12), CLOSEST), D)(score.numpy()))
     return torch.from_numpy(factor).reshape(-1, 1, 1, 1)
 
@@ -57,9 +58,9 @@ def spread(ratio: float, D: int, draw: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _log_spread(c: float, D: int) -> Callable[[np.ndarray], np.ndarray]:
     """``log sqrt(V D / (1 - c^2))`` as a function of V's normal score."""
-    if c == 0:  # V is all of W
+    if c == 0:  # V equals W_hi
         return lambda score: (math.log(D) - np.log(special.chdtri(D, special.ndtr(score)))) / 2
-    # V lies between (1 - c)^2 W, the time from r_hi - r_lo to 0, and W, that from r_hi.
+    # V is between (1 - c)^2 W_hi, the time from r_hi - r_lo to 0, and W_hi, the time from r_hi.
     low = 2 * math.log1p(-c) - math.log(special.chdtri(D, special.ndtr(-LAST))) - 1e-3
     high = -math.log(special.chdtri(D, special.ndtr(LAST))) + 1e-3
     first, last = (
@@ -72,7 +73,7 @@ def _log_spread(c: float, D: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _score(log_v: float, c: float, D: int) -> float:
-    """Normal score of V: ``E exp(-s V) / s`` transformed back by a Fourier series."""
+    """Normal score of V: ``E exp(-s V) / s`` inverted by a Fourier series."""
     v = math.exp(log_v)
     terms = 100 + int(4 * math.sqrt(D)) + np.arange(1 + AVERAGED)
     k = np.arange(terms[-1] + 1)
@@ -94,7 +95,7 @@ def _log_transform(s: np.ndarray, c: float, D: int) -> np.ndarray:
     z2 = 2 * s / nu**2
     high, low = np.sqrt(1 + z2), np.sqrt(1 + c**2 * z2)
     rise = (1 - c) * (1 + c) * z2 / (high + low)  # high - low
-    eta = rise - special.log1p(rise / (1 + low))  # NumPy's loses digits of complex numbers
+    eta = rise - special.log1p(rise / (1 + low))  # np.log1p is inaccurate for complex numbers
     return -nu * eta - np.log(high / low) / 2 + np.log(_debye(1 / high, nu) / _debye(1 / low, nu))
 
 

@@ -1,8 +1,8 @@
-"""A plan is a sequence of segments: walks down (`Solve`), jumps back up (`Jump`), or others.
+"""A plan is a sequence of segments: solves down a grid (`Solve`), jumps up (`Jump`), or others.
 
-A classic solver is the plan of one `Solve`; Restart (Xu et al. 2023, arXiv:2306.14878,
+A classic solver is a plan of one `Solve`.  Restart (Xu et al. 2023, arXiv:2306.14878,
 algorithm 1) and EDM's stochastic sampler (Karras et al. 2022, arXiv:2206.00364, algorithm 2)
-are plans with jumps.  Plans are data: running one changes nothing in it.
+are plans with jumps.  Plans are immutable data.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from plans.process import ForwardProcess, Noise, lift_std
 from solvers.driver import Meter, integrate, planned_nfe
 from solvers.types import Denoiser, Guide, Solver, Trajectory
 
-#: Two times closer than this (relative) are the same point of a plan.
+#: Relative tolerance within which two times of a plan are the same.
 TIME_TOLERANCE = 1e-9
 
 
 class Segment(Protocol):
-    """What takes a state from one noise level to another; ``str`` says in words how."""
+    """A step of a plan, from one noise level to another; ``str`` describes it."""
 
     @property
     def start(self) -> float:
-        """Noise level at which it begins."""
+        """The initial noise level."""
         ...
 
     @property
     def times(self) -> list[float]:
-        """Noise levels that it visits after its start; the last one is its end."""
+        """The noise levels of the states after the initial one; the last one is the end."""
         ...
 
     def nfe(self, cost: int = 1) -> int:
-        """Network evaluations that it will spend, at ``cost`` per call."""
+        """The network evaluations of the segment, ``cost`` per call."""
         ...
 
     def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
-        """From the state ``x`` (B, C, H, W) at ``start``: the states at ``times``, as they come."""
+        """Yield the states at ``times``, from the state ``x`` (B, C, H, W) at ``start``."""
         ...
 
 
-@dataclass(frozen=True, eq=False)  # a tensor inside: plans compare by identity
+@dataclass(frozen=True, eq=False)  # tensors have no boolean ==, so plans compare by identity
 class Solve:
-    """A walk of one solver down the grid ``ts``, with a fresh history."""
+    """Integration by one solver over the grid ``ts``, starting without history."""
 
     solver: Solver
     ts: Tensor  #: (T,) float64 on the CPU, decreasing, may end in 0; T >= 2
     guide: Guide | None = None
-    afs: bool = False  #: the first slope is analytic and free
+    afs: bool = False  #: the first slope is analytic and costs no evaluation
 
     def __post_init__(self) -> None:
         if self.ts.ndim != 1 or len(self.ts) < 2 or not bool((self.ts[1:] < self.ts[:-1]).all()):
@@ -79,21 +79,21 @@ class Solve:
 
 @dataclass(frozen=True)
 class Jump:
-    """Noise that lifts the state: ``x + scale sqrt(t_to^2 - t_from^2) z``, ``z`` a named draw.
+    """Adds noise: ``x + scale sqrt(t_to^2 - t_from^2) z``, where ``z`` is a named draw.
 
-    With ``scale = 1`` this is the forward process, which keeps the marginal distribution; the
-    kernel of the model's process (`plans.process`) makes the noise.
+    With ``scale = 1`` this is the forward process, under which the state at ``t_to`` has the right
+    marginal distribution.  The noise is drawn by the model's process (`plans.process`).
     """
 
     t_from: float
-    t_to: float  #: at least ``t_from``; equal means that the jump does nothing and draws nothing
+    t_to: float  #: at least ``t_from``; if equal, the jump does nothing and draws nothing
     name: tuple
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_from <= self.t_to < math.inf:
             raise ValueError(
-                f"a jump goes up in noise, got {self.t_from:g} -> {self.t_to:g} ({self.name})"
+                f"a jump must increase noise, got {self.t_from:g} -> {self.t_to:g} ({self.name})"
             )
 
     @property
@@ -121,26 +121,26 @@ class Jump:
 
 
 Plan = tuple[Solve | Jump, ...]
-AnyPlan = tuple[Segment, ...]  #: that may have segments of other kinds
+AnyPlan = tuple[Segment, ...]  #: a plan with segments of any kind
 
 
 def run_plan(plan: AnyPlan, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Trajectory:
     """Run ``plan`` from the state ``x`` (B, C, H, W) at its first time.
 
-    ``noise`` is the model's forward process, or, for a Gaussian one, a function that returns the
-    standard normal draw of a name, shaped like ``x``.  The solver's history ends at every jump.
-    Returns all states in the order in which they were visited, the start and the landing point of
-    each jump included, so the times go up at jumps; ``nfe`` counts the whole plan.  Raises
-    ValueError for a plan with a gap.
+    ``noise`` is the model's forward process or, if that is Gaussian, a function that returns the
+    standard normal draw of a name, shaped like ``x``.  The solver's history is reset at every jump.
+    Returns all states in order, including the initial state and the end of every jump, so the times
+    increase at jumps; ``nfe`` counts the whole plan.  Raises ValueError for a plan with a gap.
     """
     meter = Meter.of(denoiser)
-    spent = meter.nfe
+    nfe_before = meter.nfe
     xs = torch.stack([x, *visit_plan(plan, meter, x, noise)])
-    return Trajectory(torch.tensor(plan_times(plan), dtype=torch.float64), xs, meter.nfe - spent)
+    times = torch.tensor(plan_times(plan), dtype=torch.float64)
+    return Trajectory(times, xs, meter.nfe - nfe_before)
 
 
 def visit_plan(plan: AnyPlan, meter: Meter, x: Tensor, noise: Noise) -> Iterator[Tensor]:
-    """The states of `run_plan` after the start, one by one: a long plan need not keep them all."""
+    """Yield the states of `run_plan` after the initial one, without keeping them in memory."""
     check_plan(plan)
     process = ForwardProcess.of(noise)
     for segment in plan:
@@ -150,19 +150,19 @@ def visit_plan(plan: AnyPlan, meter: Meter, x: Tensor, noise: Noise) -> Iterator
 
 
 def plan_times(plan: AnyPlan) -> list[float]:
-    """The times of the plan's trajectory, the start included."""
+    """The times of the plan's trajectory, including the initial one."""
     return [plan[0].start, *(t for segment in plan for t in segment.times)]
 
 
 def plan_nfe(plan: AnyPlan, cost: int = 1) -> int:
-    """Network evaluations that `run_plan` will spend; ``cost`` per call, jumps are free."""
+    """The network evaluations that `run_plan` will use, ``cost`` per call; jumps use none."""
     return sum(segment.nfe(cost) for segment in plan)
 
 
 def check_plan(plan: AnyPlan) -> None:
     """Raise ValueError unless the plan has segments and each begins where the last one ended."""
     if not plan:
-        raise ValueError("a plan needs at least one walk or jump")
+        raise ValueError("the plan is empty; give at least one segment")
     for before, after in zip(plan, plan[1:], strict=False):
         end = before.times[-1] if before.times else before.start
         if not math.isclose(end, after.start, rel_tol=TIME_TOLERANCE):

@@ -1,4 +1,4 @@
-"""The forward process: what adds noise to a state, wherever a plan jumps back up."""
+"""The forward process, which adds the noise of a plan's jumps."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Normal = Callable[[tuple], Tensor]
 
 @dataclass(frozen=True)
 class ForwardProcess:
-    """Noise by name, and the kernel by which a state gets noisier.
+    """The model's forward process, with its named draws.
 
-    Gaussian: from level s to level t the forward process adds ``sqrt(t^2 - s^2) z``, ``z`` a named
-    standard normal draw.  Under PFGM++ ``z`` is multiplied by a random strength of its own (see
-    `plans.pfgmpp`), drawn by the name ``(*name, "spread")``.
+    Gaussian: from level s to level t the process adds ``sqrt(t^2 - s^2) z``, where ``z`` is a named
+    standard normal draw.  Under PFGM++ ``z`` is also multiplied by a random factor (see
+    `plans.pfgmpp`), drawn under the name ``(*name, "spread")``.
     """
 
     normal: Normal
-    pfgmpp: int | None = None  #: dimensions D that a PFGM++ model adds to the data's
+    pfgmpp: int | None = None  #: number D of dimensions that a PFGM++ model adds to the data
 
     @classmethod
     def of(cls, noise: Noise) -> ForwardProcess:
-        """``noise`` itself, or the Gaussian process that takes its draws from ``noise``."""
+        """``noise`` itself if it is a process, or the Gaussian process with these draws."""
         return noise if isinstance(noise, ForwardProcess) else cls(noise)
 
     def lift(self, x: Tensor, low: float, high: float, name: tuple, scale: float = 1.0) -> Tensor:
-        """The state ``x`` (B, C, H, W) of level ``low`` at level ``high``.
+        """Raise the state ``x`` (B, C, H, W) from level ``low`` to level ``high``.
 
-        ``scale`` multiplies the noise; 1 keeps the marginal distribution.
+        ``scale`` multiplies the noise; 1 gives the right marginal distribution at ``high``.
         """
         noise = lift_std(low, high, scale) * self.normal(name).to(x)
         if self.pfgmpp is not None:
@@ -44,9 +44,9 @@ class ForwardProcess:
 
 
 def lift_std(low: float, high: float, scale: float = 1.0) -> float:
-    """Standard deviation of the noise between two levels, ``scale sqrt(high^2 - low^2)``."""
+    """Standard deviation of the noise added between two levels, ``scale sqrt(high^2 - low^2)``."""
     return scale * math.sqrt((high - low) * (high + low))
 
 
-#: The noise of a batch: its forward process, or named draws for a Gaussian one.
+#: The noise of a batch: its forward process, or the named draws of a Gaussian one.
 Noise = ForwardProcess | Normal

@@ -1,4 +1,4 @@
-"""What walks a grid: a solver with what it needs, before it knows its grid."""
+"""Walks: integrations by one solver over a grid, described independently of the grid."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from solvers.types import Guide, Solver
 
 @dataclass(frozen=True)
 class WalkSpec:
-    """A solver, the guide that drives it, and whether its first slope is analytic."""
+    """A solver, its guide, and whether its first slope is analytic."""
 
-    name: str  #: of the solver, for labels and records
+    name: str  #: name of the solver in labels and records
     solver: Solver
     guide: Guide | None = None
     afs: bool = False
 
     @classmethod
     def by(cls, name: str, afs: bool = False) -> WalkSpec:
-        """The classic solver called ``name`` with its default options."""
+        """The classic solver ``name`` with its default options."""
         return cls(name, make_solver(name), afs=afs)
 
     @classmethod
     def of(cls, walk: WalkSpec | Solver) -> WalkSpec:
-        """``walk`` itself, or a plain walk of the given solver."""
+        """``walk`` itself, or the specification of a solver without guide and AFS."""
         return walk if isinstance(walk, WalkSpec) else cls(type(walk).__name__, walk)
 
     def solve(self, nodes: Tensor, first: bool = True) -> Solve:
-        """The walk down ``nodes``; the analytic slope is for the ``first`` part of a walk alone."""
+        """The segment over ``nodes``; only the ``first`` part of a walk has an analytic slope."""
         return Solve(self.solver, nodes, self.guide, self.afs and first)
 
 
@@ -42,17 +42,17 @@ class WalkSpec:
 class Churn:
     """Settings of EDM's stochastic sampler (arXiv:2206.00364, algorithm 2), as published."""
 
-    S_churn: float = 0.0  #: 0 draws no noise
-    S_min: float = 0.0  #: noise levels between which noise is added
-    S_max: float = math.inf
-    S_noise: float = 1.0  #: scales the noise
+    S_churn: float = 0.0  #: 0 adds no noise
+    S_min: float = 0.0  #: lowest noise level at which noise is added
+    S_max: float = math.inf  #: highest noise level at which noise is added
+    S_noise: float = 1.0  #: scale of the noise
 
     def __post_init__(self) -> None:
         check_noise(S_churn=self.S_churn, S_min=self.S_min, S_noise=self.S_noise)
         check_noise(infinite=True, S_max=self.S_max)
 
     def gamma(self, ts: Tensor) -> float:
-        """By how much every interval of the grid ``ts`` raises its level: at most sqrt(2) - 1."""
+        """Relative increase of the noise level in every interval of ``ts``, at most sqrt(2) - 1."""
         return min(self.S_churn / int((ts > 0).sum()), math.sqrt(2) - 1)
 
 
@@ -60,17 +60,17 @@ def check_noise(infinite: bool = False, **settings: float) -> None:
     """Raise UserError for a setting that is negative, NaN or, unless allowed, infinite."""
     for name, value in settings.items():
         if not value >= 0 or (math.isinf(value) and not infinite):
-            raise UserError(f"{name} = {value:g} has to be a number of at least 0")
+            raise UserError(f"{name} = {value:g} is invalid; give a number of at least 0")
 
 
 def churned_walk(
     walk: WalkSpec, ts: Tensor, first: int, last: int, churn: Churn, gamma: float, name: tuple
 ) -> list[Solve | Jump]:
-    """Segments that lead from node ``first`` of ``ts`` to node ``last``.
+    """The segments from node ``first`` of ``ts`` to node ``last``.
 
-    An interval that starts in ``[S_min, S_max]`` is preceded by a jump up to ``(1 + gamma) t``, by
-    the draw ``(*name, j)`` of interval j.  Intervals without a jump stay one walk, so that a
-    multistep solver keeps its history.
+    An interval j that starts in ``[S_min, S_max]`` is preceded by a jump to ``(1 + gamma) t`` with
+    the draw ``(*name, j)``.  Intervals without a jump stay in one segment, so that a multistep
+    solver keeps its history.
     """
     segments: list[Solve | Jump] = []
     at = first

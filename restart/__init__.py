@@ -1,1 +1,1 @@
-"""Restart and every other sampler as a plan: walks down a time grid and jumps back up in noise."""
+"""Restart: intervals, plans, published configurations and candidate plans of a budget."""

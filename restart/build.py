@@ -1,4 +1,4 @@
-"""Build the plan of Restart around any solver."""
+"""Building the plan of Restart around any solver."""
 
 from __future__ import annotations
 
@@ -27,48 +27,45 @@ def restart_plan(
     rho: float = 7.0,
     required_nodes: Tensor | None = None,
 ) -> Plan:
-    """Restart (arXiv:2306.14878, algorithm 1) around a main walk down ``main_ts``.
+    """Restart (arXiv:2306.14878, algorithm 1) around a main walk over ``main_ts``.
 
-    ``main_ts`` (T,) decreases and may end in 0.  When the main walk lands on its node nearest to
-    an interval's ``t_min``, K times: jump up to ``t_max`` and walk a polynomial grid of
-    N_restart nodes (exponent ``rho``) down to that node.  ``descent`` walks it, by default Heun.
+    ``main_ts`` (T,) decreases and may end in 0.  At its node nearest to an interval's ``t_min``
+    the main walk is interrupted K times by a jump to ``t_max`` and a descent back to that node,
+    over a polynomial grid of N_restart nodes with exponent ``rho``, by default with Heun.
     ``required_nodes`` are times that become nodes of the *final* descent of every interval that
-    contains them strictly inside.  ``churn`` is that of EDM's stochastic sampler on the main walk;
-    inside restart descents its ``gamma`` is ``restart_gamma``, and its ``S_noise`` scales the
-    noise of the jumps as well.
+    contains them strictly inside.  ``churn`` is EDM's on the main walk; the descents use
+    ``restart_gamma`` as its gamma, and its ``S_noise`` also scales the noise of the jumps.
 
     Draws are named ``("restart", i, k)``, ``("churn", j)`` (interval j of the main walk) and
-    ``("restart", i, k, "churn", j)``, where i counts ``intervals`` as given.
-    Raises UserError, naming the interval, where the plan would be nonsense.
+    ``("restart", i, k, "churn", j)``, where i is an index into ``intervals``.
+    Raises UserError, naming the interval, for intervals that do not fit the grid.
     """
     check_noise(restart_gamma=restart_gamma)
     churn = churn or Churn()
     main, descent = WalkSpec.of(main), WalkSpec.of(descent or make_solver("heun"))
     gamma = churn.gamma(main_ts)
-    landings = _landings(main_ts, intervals)
+    restart_nodes = _restart_nodes(main_ts, intervals)
     segments: list[Solve | Jump] = []
     at = 0
-    for node, i in sorted((node, i) for i, node in enumerate(landings)):
+    for node, i in sorted((node, i) for i, node in enumerate(restart_nodes)):
         segments += churned_walk(main, main_ts, at, node, churn, gamma, ("churn",))
         at = node
         t_lo, interval = float(main_ts[node]), intervals[i]
         grid = get_grid("polynomial", interval.n_restart, t_lo, interval.t_max, rho)
-        for k in range(interval.k):
-            name = ("restart", i, k)
-            ts = _with_nodes(grid, required_nodes) if k == interval.k - 1 else grid
+        grids = [grid] * (interval.k - 1) + [_with_nodes(grid, required_nodes)]
+        for k, ts in enumerate(grids):
+            name, last = ("restart", i, k), len(ts) - 1
             segments.append(Jump(t_lo, interval.t_max, name, churn.S_noise))
-            segments += churned_walk(
-                descent, ts, 0, len(ts) - 1, churn, restart_gamma, (*name, "churn")
-            )
+            segments += churned_walk(descent, ts, 0, last, churn, restart_gamma, (*name, "churn"))
     segments += churned_walk(main, main_ts, at, len(main_ts) - 1, churn, gamma, ("churn",))
     return tuple(segments)
 
 
-def _landings(main_ts: Tensor, intervals: Sequence[Interval]) -> list[int]:
-    """Index of the main node at which each interval restarts; UserError where it cannot."""
+def _restart_nodes(main_ts: Tensor, intervals: Sequence[Interval]) -> list[int]:
+    """Index of the main node at which each interval restarts; UserError if there is none."""
     nodes = main_ts[main_ts > 0]
     top, bottom = float(nodes[0]), float(nodes[-1])
-    landings: list[int] = []
+    indices: list[int] = []
     for i, interval in enumerate(intervals):
         check_interval(i, interval)
         what = f"restart interval {i} {interval}"
@@ -89,18 +86,18 @@ def _landings(main_ts: Tensor, intervals: Sequence[Interval]) -> list[int]:
                 f"{what}: the grid node nearest to t_min is {t_lo:g}, not below t_max = "
                 f"{interval.t_max:g}; use more main nodes or a wider interval"
             )
-        if node in landings:
-            other = landings.index(node)
+        if node in indices:
+            other = indices.index(node)
             raise UserError(
                 f"restart intervals {other} {intervals[other]} and {i} {interval} both restart at "
                 f"the grid node {t_lo:g}; use more main nodes or drop one of them"
             )
-        landings.append(node)
-    return landings
+        indices.append(node)
+    return indices
 
 
 def _with_nodes(grid: Tensor, required: Tensor | None) -> Tensor:
-    """``grid`` and those of ``required`` strictly inside it, each time once."""
+    """``grid`` merged with the times of ``required`` strictly inside it, without repetitions."""
     if required is None:
         return grid
     required = required.to(grid)

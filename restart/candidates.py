@@ -1,7 +1,7 @@
-"""Every Restart plan that spends a budget of network evaluations exactly.
+"""All Restart plans with exactly a given number of network evaluations.
 
-Published tables end at 39 NFE.  Below that nobody knows which plan is best, so this lists the
-sensible ones in a fixed order and leaves the choice to whoever can measure them.
+The published tables end at 39 NFE.  This lists the plans with fewer, in a fixed order, so that
+they can be compared by measurement.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from solvers.rules import AdamsBashforth
 
 @dataclass(frozen=True)
 class RestartWalks:
-    """Who walks a Restart plan: the main grid, with or without a final 0, and the descents."""
+    """The solvers of a Restart plan, and whether its main grid ends with 0."""
 
     main: WalkSpec
     descent: WalkSpec
-    final_zero: bool = False  #: as published; the 0 costs one evaluation at sigma_min
+    final_zero: bool = False  #: True as published; the 0 costs one evaluation at sigma_min
 
     @classmethod
     def by(
@@ -39,7 +39,7 @@ class RestartWalks:
         return cls(WalkSpec.by(main, afs), WalkSpec.by(descent), final_zero)
 
     def grid(self, grid: Grid, nodes: int) -> Tensor:
-        """The main grid with that many nodes, a final 0 not counted."""
+        """The main grid with that many nodes, not counting a final 0."""
         return grid.closed(nodes) if self.final_zero else grid.nodes(nodes)
 
     def label(self, nodes: int) -> str:
@@ -47,11 +47,11 @@ class RestartWalks:
         return f"{self.main.name}({nodes}{zero}){afs}"
 
 
-#: (t_min, t_max): the published CIFAR-10 interval, and wider, higher ones for coarse grids.
+#: (t_min, t_max): the published CIFAR-10 interval, and higher ones for coarse grids.
 INTERVALS = ((0.06, 0.30), (0.30, 1.09), (1.09, 5.0))
 
-#: Restart as published, then what is strong at few evaluations.  Euler is left out: iPNDM makes
-#: better use of the same evaluations, and its one-step walk is Euler.
+#: Restart as published, then solvers that are good at few evaluations.  Euler is left out: iPNDM
+#: is better at the same cost, and equal to Euler for a single step.
 WALKS = (
     RestartWalks.by("heun", "heun", final_zero=True),
     RestartWalks.by("heun", "heun", afs=True),
@@ -62,9 +62,9 @@ WALKS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spend the budget."""
+    """A plan within the budget."""
 
-    label: str  #: ``ipndm(5) afs | 2 x ipndm(2) 0.17..1.09``: nodes in brackets, levels at the end
+    label: str  #: ``ipndm(5) afs | 2 x ipndm(2) 0.17..1.09``: nodes in brackets, levels last
     plan: Plan
     walks: RestartWalks
     num_steps: int  #: nodes of the main grid
@@ -82,12 +82,12 @@ def candidates(
     walks: Sequence[RestartWalks] = WALKS,
     most: int = 1,
 ) -> Iterator[Candidate]:
-    """Restart plans whose NFE is ``budget``, each once, always in this order.
+    """The Restart plans whose NFE is ``budget``, each once, in a fixed order.
 
     A plan has 1 to ``most`` of the ``intervals``.  Grids are polynomial with exponent ``rho``;
     ``cost`` is the denoiser's (2 under classifier-free guidance).  A main grid has at least one
-    node between its ends, save in the published form.  Intervals that lie outside the grid or
-    collapse on it, and pairs that restart at one node, are left out.
+    node between its ends, except in the published form.  Intervals that do not fit the grid, and
+    pairs that restart at the same node, are left out.
     """
     seen: set[tuple] = set()
     grid = Grid("polynomial", None, rho, sigma_min, sigma_max)
@@ -95,11 +95,11 @@ def candidates(
         per_step = planned_nfe(walk.descent.solver, (2.0, 1.0), cost=cost)
         for n_main in range(2 if walk.final_zero else 3, budget + 3):
             nodes = walk.grid(grid, n_main)
-            spent = planned_nfe(walk.main.solver, nodes, afs=walk.main.afs, cost=cost)
-            for chosen in _restarts(budget - spent, per_step, intervals, most):
+            main_nfe = planned_nfe(walk.main.solver, nodes, afs=walk.main.afs, cost=cost)
+            for chosen in _restarts(budget - main_nfe, per_step, intervals, most):
                 try:
                     plan = restart_plan(nodes, chosen, walk.main, walk.descent, rho=rho)
-                except UserError:  # outside this grid, or nothing left of it after snapping
+                except UserError:  # outside this grid, or empty with t_min at a node
                     continue
                 signature = _signature(plan)
                 if signature in seen:
@@ -122,14 +122,15 @@ def parse_intervals(text: str) -> list[tuple[float, float]]:
         check_interval(len(intervals), Interval(2, 1, low, high))
         intervals.append((low, high))
     if not intervals:
-        raise UserError(f"{text!r} names no interval: give some, such as 0.06:0.3,1.09:5")
+        raise UserError(f"{text!r} has no interval: give for example 0.06:0.3,1.09:5")
     return intervals
 
 
 def parse_walks(text: str) -> list[RestartWalks]:
-    """``heun+0/heun,ipndm+afs/ipndm`` -> what walks the main grid, and how, and the descents.
+    """``heun+0/heun,ipndm+afs/ipndm`` -> the solvers of the main walk and of the descents.
 
-    ``+0`` appends the final 0, ``+afs`` makes the first slope analytic.  UserError for others.
+    ``+0`` appends a final 0 to the main grid, ``+afs`` makes its first slope analytic.  Raises
+    UserError for anything else.
     """
     walks: list[RestartWalks] = []
     for part in filter(None, text.split(",")):
@@ -142,14 +143,14 @@ def parse_walks(text: str) -> list[RestartWalks]:
         afs, zero = "+afs" in form[2], "+0" in form[2]
         walks.append(RestartWalks.by(form[1], form[3], afs=afs, final_zero=zero))
     if not walks:
-        raise UserError(f"{text!r} names no walk: give some, such as heun+0/heun,ipndm+afs/ipndm")
+        raise UserError(f"{text!r} has no walk: give for example heun+0/heun,ipndm+afs/ipndm")
     return walks
 
 
 def _restarts(
     nfe: int, per_step: int, levels: Sequence[tuple[float, float]], most: int
 ) -> Iterator[list[Interval]]:
-    """All restarts at up to ``most`` of the ``levels`` that spend ``nfe``."""
+    """All choices of restarts at 1 to ``most`` of the ``levels`` with ``nfe`` evaluations."""
     if nfe < per_step or nfe % per_step:
         return
     for count in range(1, most + 1):
@@ -163,11 +164,11 @@ def _descents(steps: int, count: int) -> Iterator[tuple[tuple[int, int], ...]]:
     if not count:
         yield from [()] * (steps == 0)
         return
-    for own in range(1, steps + 1) if count > 1 else (steps,):
-        for k in range(1, own + 1):
-            if own % k == 0:
-                for others in _descents(steps - own, count - 1):
-                    yield ((k, own // k + 1), *others)
+    for first in range(1, steps + 1) if count > 1 else (steps,):
+        for k in range(1, first + 1):
+            if first % k == 0:
+                for others in _descents(steps - first, count - 1):
+                    yield ((k, first // k + 1), *others)
 
 
 def _descents_label(walks: RestartWalks, chosen: Sequence[Interval], plan: Plan) -> str:
@@ -181,9 +182,9 @@ def _descents_label(walks: RestartWalks, chosen: Sequence[Interval], plan: Plan)
 
 
 def _signature(plan: Plan) -> tuple:
-    """Equal for plans that compute the same: a walk of n intervals has an order of at most n.
+    """A key that is equal for plans that compute the same.
 
-    The walks say it all; jumps only join their ends.
+    A walk of n intervals has an order of at most n.  The jumps follow from the ends of the walks.
     """
     walks: list[tuple] = []
     for segment in plan:

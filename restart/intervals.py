@@ -1,4 +1,4 @@
-"""Restart intervals: what they are, how they are written, and what is wrong with a bad one."""
+"""Restart intervals: parsing, validation and JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FORM = '{"0": [N_restart, K, t_min, t_max], ...}'
 
 @dataclass(frozen=True)
 class Interval:
-    """``[N_restart, K, t_min, t_max]``: K times up to t_max and down again over N_restart nodes."""
+    """``[N_restart, K, t_min, t_max]``: K jumps to t_max with descents of N_restart nodes."""
 
-    n_restart: int  #: nodes of one descent, both ends included
-    k: int  #: how many times
-    t_min: float  #: noise level; the main walk's nearest node takes its place
+    n_restart: int  #: nodes of one descent, including both ends
+    k: int  #: number of restarts
+    t_min: float  #: noise level; replaced by the nearest node of the main walk
     t_max: float  #: noise level
 
     def __str__(self) -> str:
@@ -35,16 +35,16 @@ def interval_values(intervals: Sequence[Interval]) -> dict[str, list[float]]:
 
 
 def interval_json(intervals: Sequence[Interval]) -> str:
-    """The text that is read as these intervals."""
+    """The intervals as JSON text, the inverse of `parse_restart_info`."""
     return json.dumps(interval_values(intervals))
 
 
-#: A configuration as it is published: nodes of the main grid, where it says so, and intervals.
+#: A published configuration: the number of main nodes, if given, and the intervals.
 Line = tuple[int | None, tuple[Interval, ...]]
 
 
 class IntervalDefaults(Protocol):
-    """What a model's card says about Restart."""
+    """The part of a model's card that Restart needs."""
 
     @property
     def name(self) -> str: ...
@@ -59,16 +59,16 @@ class IntervalDefaults(Protocol):
     def restart_info(self) -> Mapping[str, list[float]]: ...
 
 
-def chosen_intervals(text: str | None, card: IntervalDefaults) -> Line:
-    """What ``--restart_info`` says, or without it the intervals that the model's card has.
+def resolve_intervals(text: str | None, card: IntervalDefaults) -> Line:
+    """The configuration in ``text`` (``--restart_info``), by default the intervals of ``card``.
 
-    Raises UserError where neither does, and as `parse_restart_line`.
+    Raises UserError if there are none, and as `parse_restart_line` does.
     """
     if text:
         return parse_restart_line(text)
     if not card.restart_info:
         raise UserError(
-            f"{card.name!r} has no restart intervals of its own: give --restart_info "
+            f"{card.name!r} has no default restart intervals: give --restart_info "
             "'{\"0\": [N_restart, K, t_min, t_max]}' between its noise levels "
             f"{card.sigma_min:.3g} and {card.sigma_max:.3g}"
         )
@@ -76,60 +76,55 @@ def chosen_intervals(text: str | None, card: IntervalDefaults) -> Line:
 
 
 def check_interval(i: int, interval: Interval) -> None:
-    """Raise UserError, naming interval ``i``, unless its four numbers make sense on their own."""
+    """Raise UserError, naming interval ``i``, if one of its numbers is out of range."""
     what = f"restart interval {i} {interval}"
-    for field, least in (("n_restart", 2), ("k", 1)):
-        count = getattr(interval, field)
+    for name, count, least in (("N_restart", interval.n_restart, 2), ("K", interval.k, 1)):
         if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            shown = "N_restart" if field == "n_restart" else "K"
-            raise UserError(f"{what}: {shown} = {count} has to be an integer of at least {least}")
-    for field in ("t_min", "t_max"):
-        value = getattr(interval, field)
+            raise UserError(f"{what}: {name} = {count} must be an integer of at least {least}")
+    for name, value in (("t_min", interval.t_min), ("t_max", interval.t_max)):
         if not 0 < value < math.inf:
-            raise UserError(f"{what}: {field} = {value:g} has to be a positive, finite noise level")
+            raise UserError(f"{what}: {name} = {value:g} must be a positive, finite noise level")
     if interval.t_min >= interval.t_max:
         raise UserError(
-            f"{what}: t_min = {interval.t_min:g} has to be below t_max = {interval.t_max:g}"
+            f"{what}: t_min = {interval.t_min:g} must be below t_max = {interval.t_max:g}"
         )
 
 
 def parse_restart_info(text: str) -> tuple[Interval, ...]:
-    """Intervals from JSON, from a published ``N {json}`` line, or from a file of such.
+    """Intervals from JSON, from a published ``N {json}`` line, or from a file of such lines.
 
-    JSON is ``{"0": [N_restart, K, t_min, t_max], "1": ...}``, taken in the order of its numbers.
-    Of a file that holds several configurations one is chosen by its line: ``FILE:LINE``.  Raises
-    UserError (one sentence, naming the interval, and the file and line where there is one) for
-    anything else.
+    JSON is ``{"0": [N_restart, K, t_min, t_max], "1": ...}``, in the order of the numbers.
+    ``FILE:LINE`` selects a line of a file with several configurations.  Raises UserError, naming
+    the interval, file and line where there is one, for anything else.
     """
     return parse_restart_line(text)[1]
 
 
 def parse_restart_line(text: str) -> Line:
-    """As `parse_restart_info`, together with the line's number of main nodes (None without)."""
+    """As `parse_restart_info`, together with the number of main nodes, None if not given."""
     parsed = _parse_line(text)
     if parsed is not None:
         return parsed
     path, line = text.strip(), None
-    named = re.fullmatch(r"(.+):(\d+)", path)
-    if named and not Path(path).is_file():
-        path, line = named[1], int(named[2])
-    found = read_configurations(path)
-    if line is None and len(found) == 1:
-        return next(iter(found.values()))
-    if line not in found:
-        where = "line " if len(found) == 1 else "each of the lines "
-        where += ", ".join(map(str, found)) + ("" if line is None else f" and none in line {line}")
+    with_line = re.fullmatch(r"(.+):(\d+)", path)
+    if with_line and not Path(path).is_file():
+        path, line = with_line[1], int(with_line[2])
+    lines = read_configurations(path)
+    if line is None and len(lines) == 1:
+        return next(iter(lines.values()))
+    if line not in lines:
+        missing = "" if line is None else f", not in line {line}"
         raise UserError(
-            f"restart_info file {path} has a configuration in {where}: "
-            f"name one as in {path}:{next(iter(found))}"
+            f"restart_info file {path} has configurations in the lines "
+            f"{', '.join(map(str, lines))}{missing}: select one, such as {path}:{next(iter(lines))}"
         )
-    return found[line]
+    return lines[line]
 
 
 def read_configurations(path: str | Path) -> dict[int, Line]:
-    """Every configuration of a file by its line, from 1: published ``N {json}`` lines.
+    """The configurations of a file by line number, from 1: published ``N {json}`` lines.
 
-    One JSON text over several lines will do as well.  Raises UserError, naming file and line.
+    A file may also hold one JSON text over several lines.  Raises UserError, naming file and line.
     """
     if not str(path) or not Path(path).is_file():
         raise UserError(
@@ -150,22 +145,22 @@ def read_configurations(path: str | Path) -> dict[int, Line]:
 
 def _read_line(path: str | Path, n: int, text: str) -> Line:
     try:
-        found = _parse_line(text)
+        parsed = _parse_line(text)
     except UserError as error:
         raise UserError(f"{path}, line {n}: {error}") from None
-    if found is None:
+    if parsed is None:
         raise UserError(f"{path}, line {n} is not of the form {_FORM} or 'N {{json}}'")
-    return found
+    return parsed
 
 
 def _parse_line(text: str) -> Line | None:
-    """The configuration in ``text``, or None where it has neither of the two forms."""
+    """The configuration in ``text``, or None if it has neither of the two forms."""
     line = _LINE.fullmatch(text.strip())
     if line is None:
         return None
     n_main = int(line[1]) if line[1] else None
     if n_main is not None and n_main < 2:
-        raise UserError(f"restart_info states {n_main} main node(s); a walk needs at least 2")
+        raise UserError(f"restart_info has {n_main} main node(s); give at least 2")
     return n_main, _parse_json(line[2])
 
 
@@ -174,7 +169,7 @@ def _parse_json(text: str) -> tuple[Interval, ...]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise UserError(f'restart_info names interval "{key}" twice; number them 0, 1, ...')
+                raise UserError(f'restart_info has interval "{key}" twice; number them 0, 1, ...')
         return dict(pairs)
 
     try:

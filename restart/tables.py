@@ -1,4 +1,4 @@
-"""Published Restart configurations as data (`tables.json`), with their published NFE and FID."""
+"""Published Restart configurations (`tables.json`), with their published NFE and FID."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _FILE = Path(__file__).with_name("tables.json")
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of a published table."""
+    """A row of a published table."""
 
     name: str  #: ``<model>-<nfe>``
-    model: str  #: the dataset name of the model it was published for
-    n_main: int  #: nodes of the main grid, the final 0 not counted
+    model: str  #: dataset name of the model that it was published for
+    n_main: int  #: nodes of the main grid, not counting the final 0
     intervals: tuple[Interval, ...]
     S_noise: float
     restart_gamma: float
     S_min: float
     S_max: float
     nfe: int  #: as published; a guided call counts once
-    fid: float | None  #: as published; None where it is not known for certain
+    fid: float | None  #: as published; None if uncertain
     source: str
-    note: str  #: what of this entry could be checked
+    note: str  #: which parts of this entry were checked
     main_solver: str = "heun"
-    schedule_type: str = "polynomial"  #: of the main grid
+    schedule_type: str = "polynomial"  #: schedule of the main grid
 
     @property
     def churn(self) -> Churn:
         return Churn(S_min=self.S_min, S_max=self.S_max, S_noise=self.S_noise)
 
     def plan(self) -> Plan:
-        """The plan as published, on EDM's grid plus 0, with descents by Heun.
+        """The plan as published, on EDM's grid with a final 0, with descents by Heun.
 
-        Rows of another schedule need the model's own grid: ``--restart_config`` builds it.
+        Rows of another schedule need the model's grid: use ``--restart_config`` for these.
         """
         return restart_plan(
             published_grid(self.n_main),
@@ -74,21 +74,21 @@ def configurations() -> Mapping[str, Configuration]:
 
 
 def configuration(name: str) -> Configuration:
-    """The configuration ``name`` (``imagenet64-203``); UserError lists what there is."""
+    """The configuration ``name`` (``imagenet64-203``); UserError if it is unknown."""
     known = configurations()
     if name not in known:
         raise UserError(
             f"unknown restart configuration {name!r}; choose one of {', '.join(known)}, or give "
-            "intervals of your own, or a line of a file, as --restart_info"
+            "custom intervals, or a line of a file, as --restart_info"
         )
     return known[name]
 
 
 def _read(row: dict) -> Configuration:
     info = json.dumps(row.pop("restart_info"))
-    high = row.pop("S_max")
+    S_max = row.pop("S_max")
     return Configuration(
         **row,
         intervals=parse_restart_info(info),
-        S_max=math.inf if high is None else high,
+        S_max=math.inf if S_max is None else S_max,
     )

@@ -1,3 +1,3 @@
-"""Everything around the mathematics: noise by seed, processes, records, images, logs, errors."""
+"""Infrastructure: noise by seed, processes, records, images, logs, errors."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The processes that share a run, as torchrun starts them, and the device of each."""
+"""The processes of a run, as started by torchrun, and their devices."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from runtime.errors import UserError
 
 T = TypeVar("T")
-#: How long a rank waits for the others: rank 0 may be downloading a model meanwhile. A rank
-#: that dies is not waited for, since torchrun then ends all of them.
+#: How long a rank waits for the others: long, because rank 0 may be downloading a model. When a
+#: rank fails, torchrun ends all of them at once.
 TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers; with ``size`` 1 every method is free."""
+    """This process within its group; with ``size`` 1 no method communicates."""
 
     rank: int
     size: int
@@ -31,7 +31,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, the one that prints and writes what all share."""
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -49,32 +49,32 @@ class World:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             dist.barrier()
 
     def share(self, batch: int) -> int:
-        """This process's part of a batch that is given for all processes, rounded up."""
+        """The batch per process of a ``batch`` over all processes, rounded up."""
         return -(-batch // self.size)
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Every ``size``-th item, starting at ``rank``: this rank's part of the work."""
+        """This rank's part of ``items``: every ``size``-th, starting at ``rank``."""
         return items[self.rank :: self.size]
 
 
 def environment() -> tuple[int, int]:
-    """The rank and the number of processes as torchrun set them; (0, 1) without torchrun."""
+    """The rank and the number of processes set by torchrun; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def world(device: str | None = None) -> Iterator[World]:
-    """Join the processes torchrun started (one process without it) and choose the device.
+    """Join the processes started by torchrun (one process without it) and choose the device.
 
-    ``device`` is as in :func:`choose_device`; under torchrun ``cuda`` means one GPU a process.
+    ``device`` is as in :func:`choose_device`; under torchrun ``cuda`` means one GPU per process.
 
     Raises:
-        UserError: a device that is not there, or too few GPUs for the number of processes.
+        UserError: a device that does not exist, or fewer GPUs than processes.
     """
     rank, size = environment()
     if size == 1:
@@ -93,10 +93,10 @@ def world(device: str | None = None) -> Iterator[World]:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device called ``name``, or the best there is: CUDA, then MPS, then the CPU.
+    """The device ``name``, or the best available one: CUDA, then MPS, then the CPU.
 
     Raises:
-        UserError: an unknown name, or a device this machine does not have.
+        UserError: an unknown name, or a device that this machine does not have.
     """
     if name is None:
         if torch.cuda.is_available():
@@ -115,7 +115,7 @@ def choose_device(name: str | None = None) -> torch.device:
         raise UserError(f"device '{name}' is not supported: use cuda, cuda:1, mps or cpu")
     if (device.index or 0) >= count:
         raise UserError(
-            f"device '{name}' is not on this machine, which has {count} of that kind: "
+            f"device '{name}' does not exist, this machine has {count} of that kind: "
             "use --device cpu, or leave --device out"
         )
     return device
@@ -129,13 +129,13 @@ def _device_of_rank(name: str | None, local_rank: int) -> torch.device:
         return device
     if device.type == "mps" or device.index is not None:
         raise UserError(
-            f"device '{name}' is one device, but torchrun started several processes: "
+            f"device '{name}' cannot be shared by the processes of torchrun: "
             "use --device cuda or cpu, or start a single process"
         )
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
-            f"process {local_rank} of this machine has no GPU of its own, there are {count}: "
+            f"process {local_rank} on this machine has no GPU, there are {count}: "
             f"start torchrun with --nproc_per_node={count}, or use --device cpu"
         )
     return torch.device("cuda", local_rank)

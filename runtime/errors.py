@@ -1,10 +1,10 @@
-"""Errors that a person can cause and mend."""
+"""Errors that the user can cause and fix."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """One clear sentence: the offending value and the remedy.
+    """An error that the user can fix; its message is one sentence with the value and the remedy.
 
     Scripts print it as ``error: ...`` and exit with code 1, without a traceback.
     """

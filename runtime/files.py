@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes, downloads."""
+"""Atomic writes, hashes and downloads of files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tqdm import tqdm
 
 from runtime.errors import UserError
 
-CACHE = "AMED_CACHE"  #: environment variable: where downloads live
+CACHE = "AMED_CACHE"  #: environment variable with the folder for downloads
 CHUNK = 1 << 20  #: bytes read at a time
-TIMEOUT = 60.0  #: seconds without a byte before a download is given up
+TIMEOUT = 60.0  #: seconds without data before a download fails
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it becomes ``path`` in one step.
+    """Yield a temporary path next to ``path``; on success it is renamed to ``path``.
 
-    The folder is made if needed. If the block raises, the temporary file is removed and an
-    older ``path`` stays as it was. The temporary name starts with a dot and ends in ``.tmp``,
-    so that one left behind by a killed process is never taken for a result; writers that guess
-    the format from the name (PIL, matplotlib) have to be told it, and ``numpy.savez``, which
-    appends to the name, has to be given an open file.
+    The folder is created if needed. If the block raises, the temporary file is removed and an
+    existing ``path`` is left unchanged. The temporary name starts with a dot and ends in ``.tmp``,
+    so that a file left behind by a killed process is never mistaken for a result. Pass the format
+    to writers that infer it from the name (PIL, matplotlib), and an open file to ``numpy.savez``,
+    which appends to the name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,18 +49,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` in one step; it ends in one line feed."""
+    """Write ``text`` atomically, ending in exactly one newline."""
     with atomic_write(path) as temporary:
         temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write ``content`` as indented JSON in one step."""
+    """Write ``content`` as indented JSON atomically."""
     write_text(path, json.dumps(content, indent=1))
 
 
 def read_earlier(path: Path) -> dict[str, Any] | None:
-    """A result that says what it is of (``identity``), or None where none can be read."""
+    """A result with the key ``identity`` from an earlier run, or None if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -78,31 +78,25 @@ def sha256_file(path: str | Path) -> str:
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """Where downloads live: ``given``, else $AMED_CACHE, else ~/.cache/amed-toolkit."""
+    """The folder for downloads: ``given``, else $AMED_CACHE, else ~/.cache/amed-toolkit."""
     return Path(given or os.environ.get(CACHE) or Path.home() / ".cache" / "amed-toolkit")
 
 
 def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:
-    """Fetch ``url`` into ``folder`` once and return the file's path.
+    """Download ``url`` into ``folder``, unless it is there, and return the file's path.
 
-    A broken transfer leaves ``<name>.part`` behind and the next call carries on from there.
-    Where no ``sha256`` is known, the hash of the first download is kept in ``<name>.sha256``;
-    every later call checks the file against the one or the other. Call it on one rank only.
+    An interrupted transfer leaves ``<name>.part`` behind, and the next call continues it.
+    If ``sha256`` is None, the hash of the first download is kept in ``<name>.sha256``.
+    Every later call checks the file against one of the two. Call this on one rank only.
 
     Raises:
-        UserError: no connection, a broken transfer, or a file with another hash.
+        UserError: no connection, an interrupted transfer, or a file with another hash.
     """
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
     path = Path(folder) / name
-    noted = path.with_name(f"{name}.sha256")
+    hash_file = path.with_name(f"{name}.sha256")
     if path.is_file():
-        found = sha256_file(path)
-        known = sha256 or (noted.read_text().strip() if noted.is_file() else found)
-        if found != known:
-            raise UserError(
-                f"{path} has the SHA-256 {found[:12]}... where {known[:12]}... was expected: "
-                f"delete it and it will be fetched again from {url}"
-            )
+        _check_cached(path, sha256, hash_file, url)
         return path
     part = path.with_name(f"{name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -111,31 +105,42 @@ def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"{name} could not be fetched from {url} ({reason}): run again to carry on, "
-            f"or fetch it elsewhere and put it into {path.parent}"
+            f"{name} could not be downloaded from {url} ({reason}): run again to continue, "
+            f"or download it elsewhere and put it into {path.parent}"
         ) from error
-    found = sha256_file(part)
-    if sha256 is not None and found != sha256:
+    actual = sha256_file(part)
+    if sha256 is not None and actual != sha256:
         part.unlink()
         raise UserError(
-            f"{name} from {url} has the SHA-256 {found[:12]}... where {sha256[:12]}... was "
-            f"expected: nothing was kept; fetch the right file and put it into {path.parent}"
+            f"{name} from {url} has the SHA-256 {actual[:12]}... where {sha256[:12]}... was "
+            f"expected: get the right file and put it into {path.parent}"
         )
     if sha256 is None:
-        with atomic_write(noted) as temporary:
-            temporary.write_text(found + "\n")
+        write_text(hash_file, actual)
     os.replace(part, path)
     return path
 
 
+def _check_cached(path: Path, sha256: str | None, hash_file: Path, url: str) -> None:
+    if sha256 is None and not hash_file.is_file():
+        return
+    expected = sha256 or hash_file.read_text().strip()
+    actual = sha256_file(path)
+    if actual != expected:
+        raise UserError(
+            f"{path} has the SHA-256 {actual[:12]}... where {expected[:12]}... was expected: "
+            f"delete it and it will be downloaded again from {url}"
+        )
+
+
 def _fetch(url: str, part: Path) -> None:
-    """Append what is missing of ``url`` to ``part``."""
+    """Append the missing rest of ``url`` to ``part``."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # range not satisfiable: the part is no beginning of this file
+        if error.code != 416:  # range not satisfiable: the part is longer than this file
             raise
         error.close()
         part.unlink()

@@ -1,4 +1,4 @@
-"""From tensors to pictures on disk."""
+"""Conversion of tensors to image files, and grids of images."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from runtime.files import atomic_write
 
 Pixels = npt.NDArray[np.uint8]
 FONT_SIZE = 11
-MARGIN = 3  #: pixels around a heading
+MARGIN = 3  #: pixels around a label
 
 
 def to_uint8(x: Tensor) -> Pixels:
-    """Images in [-1, 1], (B, C, H, W), to bytes (B, H, W, C).
+    """Convert images in [-1, 1], (B, C, H, W), to bytes (B, H, W, C).
 
     ``clip(x * 127.5 + 128, 0, 255)``, rounded down, as in the published samplers (EDM,
-    ``generate.py``), so that FID figures compare.
+    ``generate.py``), so that FID values are comparable.
 
     Raises:
-        ValueError: a value that is not finite; it would silently become a black pixel.
+        ValueError: a value is not finite (it would silently become a black pixel).
     """
     if not bool(isfinite(x).all()):
         bad = [b for b, image in enumerate(x) if not bool(isfinite(image).all())]
         raise ValueError(
             f"image {bad[0]} of the batch is not finite ({len(bad)} of {len(x)} are not): "
-            "the sampler diverged, use more steps or a wider dtype"
+            "the sampler diverged, use more steps or a dtype of higher precision"
         )
     scaled = (x.detach() if x.dtype.itemsize >= 4 else x.detach().float()) * 127.5 + 128
     pixels: Pixels = scaled.clip(0, 255).to(uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -39,7 +39,7 @@ def to_uint8(x: Tensor) -> Pixels:
 
 
 def save_png(path: str | Path, image: Pixels) -> None:
-    """Write one image (H, W, C) with 1 or 3 channels as PNG, whole or not at all."""
+    """Write one image (H, W, C) with 1 or 3 channels as PNG, atomically."""
     with atomic_write(path) as temporary:
         _picture(image).save(temporary, format="PNG")
 
@@ -51,13 +51,13 @@ def image_grid(
     row_labels: Sequence[str] | None = None,
     font_size: int = FONT_SIZE,
 ) -> Pixels:
-    """Lay images (H, W, C) of one size out in rows of ``columns``; returns (H', W', C).
+    """Arrange images (H, W, C) of one size in rows of ``columns``; returns (H', W', C).
 
-    ``labels`` are headings over the columns (turned upright where a column is too narrow),
-    ``row_labels`` stand to the left of the rows. Places without an image stay white.
+    ``labels`` are column headings (rotated where a column is too narrow), ``row_labels`` are to
+    the left of the rows. Cells without an image are white.
 
     Raises:
-        ValueError: no images, or a number of labels that is not that of the columns or rows.
+        ValueError: no images, or the number of labels is not that of the columns or rows.
     """
     if len(images) == 0 or columns < 1:
         raise ValueError(f"a grid of {len(images)} images in {columns} columns: give at least one")
@@ -72,17 +72,17 @@ def image_grid(
     grid: Pixels = cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
     tops = [_text(label, font_size) for label in labels or ()]
     sides = [_text(label, font_size) for label in row_labels or ()]
-    return _with_headings(grid, tops, sides, width, height)
+    return _with_labels(grid, tops, sides, width, height)
 
 
 def film_strip(trajectory: Tensor) -> Pixels:
-    """States of a walk (T, B, C, H, W), to one picture: a row per sample, a column per time."""
+    """A trajectory (T, B, C, H, W) as one image: a row per sample, a column per time."""
     times, samples = trajectory.shape[:2]
     frames = to_uint8(trajectory.transpose(0, 1).flatten(0, 1))
     return image_grid(frames, columns=times) if samples else frames
 
 
-def _with_headings(
+def _with_labels(
     grid: Pixels, tops: list[Image.Image], sides: list[Image.Image], width: int, height: int
 ) -> Pixels:
     tops = [top if top.width <= width else top.rotate(90, expand=True) for top in tops]

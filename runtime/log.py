@@ -1,6 +1,6 @@
-"""Figures and words of a run: JSON lines, printed text, a progress bar, TensorBoard.
+"""Logs of a run: JSON lines, printed text, a progress bar, TensorBoard.
 
-Everything here is written by rank 0; pass ``enabled=world.is_main`` and call it on every rank.
+Only rank 0 writes: call everything on every rank, with ``enabled=world.is_main``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class JsonLines:
-    """Appends one JSON object a line, each complete on disk when ``append`` returns.
+    """A file with one JSON object per line, each on disk when ``append`` returns.
 
-    ``resume_after`` continues an older file: rows whose ``step`` is larger, and a last line
-    that a kill tore, are dropped first, so the file of a resumed run becomes that of an
-    uninterrupted one. Without it the file starts empty.
+    ``resume_after`` continues an existing file: rows with a larger ``step``, and an incomplete
+    last line, are dropped first, so that a resumed run writes the same file as an uninterrupted
+    one. Without it the file starts empty.
     """
 
     def __init__(
@@ -41,10 +40,10 @@ class JsonLines:
         rows = read_json_lines(path) if resume_after is not None and path.exists() else []
         with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(_line(row) for row in rows if row["step"] <= resume_after)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row; a resumable log needs its whole number ``step``."""
+        """Write one row; to be resumable, it needs an integer ``step``."""
         if self._file is not None:
             self._file.write(_line(row))
             self._file.flush()
@@ -54,23 +53,12 @@ class JsonLines:
         if self._file is not None:
             self._file.close()
 
-    def __enter__(self) -> JsonLines:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a file; a last line without its line end was torn by a kill and is left out.
+    """All rows of a file, without an incomplete last line (the process was killed).
 
     Raises:
-        UserError: a broken line that is not the last.
+        UserError: a line that is not JSON.
     """
     rows = []
     lines = Path(path).read_bytes().splitlines(keepends=True)
@@ -87,7 +75,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 class TextLog:
-    """Prints a message above the progress bar and appends it to a file."""
+    """Prints messages above the progress bar and appends them to a file."""
 
     def __init__(self, path: str | Path | None = None, enabled: bool = True) -> None:
         self._path = Path(path) if path is not None else None
@@ -103,7 +91,7 @@ class TextLog:
 
 
 def note(text: str | None) -> None:
-    """Print ``text``, if any, to stderr, above a progress bar; on the main process alone."""
+    """Print ``text``, if any, to stderr above a progress bar, on rank 0 only."""
     if text and environment()[0] == 0:
         tqdm.write(text, file=sys.stderr)
 
@@ -123,13 +111,13 @@ def progress(
 
 
 def watch_batch(bar: tqdm[Any]) -> Callable[[int, int], None]:
-    """A function of (state, states) that shows on ``bar``, once a second, how far a batch is."""
-    shown = time.monotonic()
+    """A callback of (state, states) that shows the progress within a batch, once a second."""
+    last = time.monotonic()
 
     def watch(state: int, states: int) -> None:
-        nonlocal shown
-        if time.monotonic() > shown + 1:
-            shown = time.monotonic()
+        nonlocal last
+        if time.monotonic() > last + 1:
+            last = time.monotonic()
             bar.set_postfix_str(f"{state}/{states} of a batch")
 
     return watch
@@ -138,9 +126,9 @@ def watch_batch(bar: tqdm[Any]) -> Callable[[int, int], None]:
 def tensorboard(
     folder: str | Path, resume_after: int | None = None, enabled: bool = True
 ) -> SummaryWriter | None:
-    """A TensorBoard writer into ``folder``, or None where not enabled.
+    """A TensorBoard writer into ``folder``, or None if not enabled.
 
-    Figures of steps after ``resume_after`` that an earlier, killed run wrote are hidden.
+    Values that an interrupted run wrote for steps after ``resume_after`` are hidden.
     """
     if not enabled:
         return None
@@ -148,7 +136,7 @@ def tensorboard(
 
     purge = None if resume_after is None else resume_after + 1
     seconds = {int(file.name.split(".")[3]) for file in Path(folder).glob("events.out.tfevents.*")}
-    while int(time.time()) in seconds:  # files are read in the order of the seconds in their names
+    while int(time.time()) in seconds:  # files are read in the order of the times in their names
         time.sleep(0.02)
     return SummaryWriter(log_dir=str(folder), purge_step=purge)
 

@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image, not to a batch."""
+"""Random numbers that depend on the seed of an image, not on its batch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Name = str | tuple[str | int, ...]  #: of a draw: ``"latent"`` or ``("restart", 3)``
+Name = str | tuple[str | int, ...]  #: name of a draw: ``"latent"`` or ``("restart", 3)``
 
 
 class SeedNoise:
     """Named draws for a batch of seeds, one seed per image.
 
-    Each (seed, name) has a generator of its own on the CPU, keyed by a hash of both, so a draw
-    never depends on the batch, the number of ranks, the dtype, the device, or on which other
-    draws are made. The same name gives the same numbers again: put a counter into the name of
-    a draw that is made repeatedly.
+    Each (seed, name) has its own generator on the CPU, keyed by a hash of both, so a draw does
+    not depend on the batch, the number of ranks, the dtype, the device, or other draws. The same
+    name gives the same numbers again: put a counter into the name of a repeated draw.
 
-    The generator is Philox with a 128-bit key. Torch's CPU generator keeps 32 bits of its
-    seed, too few to keep 50,000 hashed seeds apart (two would share their noise with
-    probability 0.25).
+    The generator is Philox with a 128-bit key. Torch's CPU generator uses only 32 bits of its
+    seed: of 50,000 hashed seeds, two would share their noise with probability 0.25.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -37,7 +35,7 @@ class SeedNoise:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> Tensor:
-        """Standard normal numbers, (B, \\*shape), drawn in float32 and then cast."""
+        """Standard normal numbers (B, \\*shape), drawn in float32 and then cast."""
         out = np.empty((len(self.seeds), *shape), dtype=np.float32)
         for row, seed in zip(
             out.reshape(len(self.seeds), math.prod(shape)), self.seeds, strict=True
@@ -46,12 +44,12 @@ class SeedNoise:
         return torch.from_numpy(out).to(device=device, dtype=dtype)
 
     def integers(self, name: Name, high: int) -> Tensor:
-        """Uniform whole numbers in [0, high), (B,) int64 on the CPU."""
+        """Uniform integers in [0, high), (B,) int64 on the CPU."""
         draws = [int(_generator(seed, name).integers(high)) for seed in self.seeds]
         return torch.tensor(draws, dtype=torch.int64)
 
     def beta(self, name: Name, a: float, b: float) -> Tensor:
-        """Draws of Beta(a, b), both positive: (B,) float64 in [0, 1] on the CPU."""
+        """Draws from Beta(a, b), a, b > 0: (B,) float64 in [0, 1] on the CPU."""
         draws = [_generator(seed, name).beta(a, b) for seed in self.seeds]
         return torch.tensor(draws, dtype=torch.float64)
 

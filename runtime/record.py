@@ -1,4 +1,4 @@
-"""What was run: the record that goes beside, and into, every result."""
+"""The record of a run, stored with every result."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from runtime import __version__
 from runtime.errors import UserError
 from runtime.files import write_text
 
-SCHEMA = 1  #: of the records this version writes; raise it when a key changes its meaning
+SCHEMA = 1  #: schema of the records of this version; raise it when the meaning of a key changes
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Every resolved option of a run and what it ran on; plain JSON values only."""
+    """Every resolved option of a run, the model and the versions; plain JSON values only."""
 
-    command: str  #: which script: ``train``, ``sample``, ``fid``, ``compare``
-    options: dict[str, Any]  #: every option after defaults were filled in
+    command: str  #: the script: ``train``, ``sample``, ``fid``, ``compare``
+    options: dict[str, Any]  #: every option, with defaults filled in
     model: dict[str, Any]  #: card name and SHA-256 of the weights
     plan: dict[str, Any]  #: time grid, solver, planned NFE
     versions: dict[str, str]
-    git_commit: str | None  #: with ``-dirty`` where files had changed; None outside a checkout
+    git_commit: str | None  #: ends in ``-dirty`` if files had changed; None outside a checkout
     created: str  #: UTC, ISO 8601
     schema: int
 
@@ -55,7 +55,7 @@ class RunRecord:
         )
 
     def to_json(self) -> str:
-        """The record as JSON text; :meth:`from_json` gives an equal record back."""
+        """The record as JSON; :meth:`from_json` restores it."""
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
@@ -70,7 +70,7 @@ class RunRecord:
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{source} is not valid JSON (line {error.lineno}, column {error.colno}: "
-                f"{error.msg}): mend it there, or delete it and run again"
+                f"{error.msg}): correct it, or delete it and run again"
             ) from None
         if not isinstance(content, dict):
             raise UserError(
@@ -81,12 +81,12 @@ class RunRecord:
         return cls(**content)
 
     def write(self, path: str | Path) -> None:
-        """Write ``path``, whole or not at all."""
+        """Write ``path`` atomically."""
         write_text(path, self.to_json())
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
-        """Read what :meth:`write` wrote; errors as in :meth:`from_json`."""
+        """Read a record written by :meth:`write`; errors as in :meth:`from_json`."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
@@ -98,10 +98,10 @@ class RunRecord:
         return cls.from_json(text, source=str(path))
 
     def differences(self, other: RunRecord, ignore: tuple[str, ...] = ()) -> list[str]:
-        """Where the results of ``other`` may not be continued by this run.
+        """The differences that prevent this run from continuing the results of ``other``.
 
-        Compares command, options, model and plan; ``ignore`` names options that leave the
-        result alone (``batch``, ``device``). Each line reads ``options.seeds: '0-9' != '0-4'``.
+        Compares command, options, model and plan; ``ignore`` names options that do not affect
+        the result (``batch``, ``device``). A line reads ``options.seeds: '0-9' != '0-4'``.
         """
         lines = (
             []
@@ -147,16 +147,16 @@ def _check(content: dict[str, Any], source: str) -> None:
     for name in names:
         if name not in content:
             raise UserError(f"{source} lacks the key '{name}': delete the record and run again")
-        if type(content[name]) not in _TYPES[name]:  # True is no number here
+        if type(content[name]) not in _TYPES[name]:  # not isinstance: True is not an int here
             wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _TYPES[name])
             raise UserError(
-                f"{source} has {content[name]!r} as '{name}' where a {wanted} belongs: "
-                "mend it, or delete the record and run again"
+                f"{source} has {content[name]!r} as '{name}' where a {wanted} is expected: "
+                "correct it, or delete the record and run again"
             )
 
 
 def _plain(part: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values as JSON gives them back, so that a record equals its copy on disk."""
+    """The values as they are after a round trip through JSON, so that a record equals its file."""
     for key, value in values.items():
         try:
             json.dumps(value)
@@ -178,13 +178,13 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    if not (ROOT / ".git").exists():  # installed: a repository around it is somebody else's
+    if not (ROOT / ".git").exists():  # installed: a repository around it is another project's
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(
+        output = subprocess.run(
             [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
-        )
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return output.strip() or None

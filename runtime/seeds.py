@@ -1,4 +1,4 @@
-"""Lists of seeds as people write them, and whose seeds are whose."""
+"""Parsing of lists of seeds, and the ranges of seeds reserved for each use."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections import Counter
 
 from runtime.errors import UserError
 
-MOST = 10_000_000  #: seeds in one list; more is a slip of the keyboard
-#: Where the seeds of each use begin, so that no image serves two: figures are reported on those
-#: from 0, plans are chosen on those of selections, and a model's converged samples, which figures
-#: are held against, have theirs.
+MAX_SEEDS = 10_000_000  #: seeds in one list; more is probably a typo
+#: First seeds of the disjoint ranges for each use: metrics are reported on seeds from 0, plans
+#: are selected on seeds from SELECTION_START, and converged reference samples have seeds from
+#: CONVERGED_START.
 SELECTION_START, CONVERGED_START = 10_000_000, 20_000_000
 
 
 def selection_seeds(images: int) -> range:
-    """The seeds of a selection; UserError for more than there are."""
+    """The seeds of a selection on ``images`` images; UserError if there are too few."""
     if images > CONVERGED_START - SELECTION_START:
         raise UserError(
-            f"a selection by {images} images has too few seeds of its own: give --select "
-            f"{CONVERGED_START - SELECTION_START} or less"
+            f"--select {images} exceeds the number of seeds reserved for selections: give "
+            f"--select {CONVERGED_START - SELECTION_START} or less"
         )
     return range(SELECTION_START, SELECTION_START + images)
 
@@ -33,7 +33,7 @@ def parse_seeds(text: str) -> list[int]:
     """``"0-9,12,20-29"`` -> the seeds in the order written, both ends included.
 
     Raises:
-        UserError: no seeds, something that is no range, a falling range, a seed given twice.
+        UserError: no seeds, an invalid or a decreasing range, a repeated seed.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -45,11 +45,13 @@ def parse_seeds(text: str) -> list[int]:
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"seeds '{text}': the range {first}-{last} falls, write {last}-{first}")
-        if len(seeds) + last - first >= MOST:
-            raise UserError(f"seeds '{text}': more than {MOST} seeds, use several runs")
+            raise UserError(
+                f"seeds '{text}': the range {first}-{last} decreases, write {last}-{first}"
+            )
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise UserError(f"seeds '{text}': more than {MAX_SEEDS} seeds, use several runs")
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) < len(seeds):
-        twice = Counter(seeds).most_common(1)[0][0]
-        raise UserError(f"seeds '{text}': seed {twice} is given twice, give it once")
+        repeated = Counter(seeds).most_common(1)[0][0]
+        raise UserError(f"seeds '{text}': seed {repeated} is given twice, give it once")
     return seeds

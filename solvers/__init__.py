@@ -1,1 +1,1 @@
-"""Time grids, step rules and the one driver that walks them."""
+"""Time grids, step rules, and the driver that integrates with them."""

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from solvers.types import Guide, InsertedNode, Node
+from solvers.rules import ScaledStep
+from solvers.types import Guide, Node
 
 
 @dataclass(frozen=True)
-class DPMpp:
-    """The exponential multistep integrator for the denoised (data) or the slope (noise) form.
+class DPMpp(ScaledStep):
+    """Exponential multistep integrator, in data form (denoised state) or noise form (slope).
 
     With ``h = lambda_t - lambda_s`` both forms are ``base - scale (p1 m0 + p2 D1 + p3 D2)``:
     data form ``base = (sigma_t / sigma_s) x``, factors at ``-h``, ``m = x0``; noise form
     ``base = x``, factors ``sigma_t`` times those at ``h``, ``m = d``.
 
-    ``corrected=False`` keeps the published third-order row, whose second difference enters with
-    half the weight that the expansion asks for: it converges at order 2.  ``corrected=True``
-    doubles that term and converges at order 3.
+    ``corrected=False`` is the published third-order rule.  Its second difference has half the
+    weight that the expansion requires, so it converges at order 2.  ``corrected=True`` doubles
+    that term and converges at order 3.
 
     ``thresholding`` clips every data prediction to its own 0.995 quantile of ``|x0|`` (at least
     1) and divides by it (Imagen, arXiv:2205.11487, section 2.3), as the published AMED code does
-    under ``predict_x0``.
+    with ``predict_x0``.
     """
 
     max_order: int = 3
@@ -34,23 +34,14 @@ class DPMpp:
     thresholding: bool = False
     corrected: bool = False
     guide: Guide | None = None
-    stages: ClassVar[tuple[float, ...]] = (1.0,)
 
     def __post_init__(self) -> None:
         if self.max_order not in (1, 2, 3):
             raise ValueError(f"DPM-Solver++ has orders 1 to 3, got max_order = {self.max_order}")
         if self.thresholding and not self.predict_x0:
-            raise ValueError("dynamic thresholding acts on data predictions; set predict_x0=True")
+            raise ValueError("thresholding requires data predictions; set predict_x0=True")
 
-    def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
-        return self._step(nodes, t, order, 1.0)
-
-    def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
-        return self._step(nodes, t, order, mid.c)
-
-    def _step(
-        self, nodes: tuple[Node, ...], t: Tensor, order: int, scale: Tensor | float
-    ) -> Tensor:
+    def step(self, nodes: tuple[Node, ...], t: Tensor, order: int, scale: Tensor | float) -> Tensor:
         newest = nodes[-1]
         h = _lam(t) - _lam(newest.t)
         g = -h if self.predict_x0 else h
@@ -68,7 +59,7 @@ class DPMpp:
         return newest.x - scale * t * change
 
     def _differences(self, nodes: tuple[Node, ...], h: Tensor, count: int) -> list[Tensor]:
-        """First (and second) difference of the model outputs, in units of the step ``h``."""
+        """The first (and second) difference of the model outputs, in units of the step ``h``."""
         m = [self._model(node) for node in reversed(nodes[-count - 1 :])]
         lam = [_lam(node.t) for node in reversed(nodes[-count - 1 :])]
         r0 = (lam[0] - lam[1]) / h
@@ -87,7 +78,7 @@ class DPMpp:
 
 def threshold(x0: Tensor, quantile: float = 0.995) -> Tensor:
     """Clip each sample of (B, ...) to its own quantile of ``|x0|``, at least 1, and rescale."""
-    # One sample at a time: torch.quantile refuses inputs beyond 16 million elements.
+    # One sample at a time: torch.quantile rejects inputs of more than 16 million elements.
     limits = torch.stack([row.abs().flatten().quantile(quantile) for row in x0])
     limit = limits.clamp(min=1.0).reshape(-1, *[1] * (x0.ndim - 1))
     return x0.clamp(-limit, limit) / limit

@@ -1,4 +1,4 @@
-"""The one driver: every sampler, with or without a guide, walks a grid through `advance`."""
+"""The driver: every sampler, with or without a guide, integrates over a grid with `advance`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from solvers.types import Denoiser, Guide, Node, Solver, Trajectory
 
 
 class Meter:
-    """The only door to the network; adds the denoiser's cost to ``nfe`` at every call."""
+    """Wraps a denoiser and counts network evaluations: every call adds its cost to ``nfe``."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
@@ -20,35 +20,35 @@ class Meter:
 
     @classmethod
     def of(cls, denoiser: Denoiser | Meter) -> Meter:
-        """``denoiser`` behind a meter: the one it came with, which counts on, or a new one."""
+        """``denoiser`` itself if it is a meter, which keeps its count, or a new meter around it."""
         return denoiser if isinstance(denoiser, Meter) else cls(denoiser)
 
     def __call__(self, x: Tensor, t: Tensor, network_time: Tensor | None = None) -> Node:
-        """Evaluate at state ``x`` (B, C, H, W) and level ``t``; the network sees network_time."""
+        """Evaluate at ``x`` (B, C, H, W) and level ``t``; the network gets ``network_time``."""
         self.nfe += self.denoiser.cost
         x0, feat = self.denoiser(x, t if network_time is None else network_time)
         return Node(t, x, x0, feat)
 
 
 class State(NamedTuple):
-    """Where a walk stands: goes into `advance` and comes out of it, never changed in place."""
+    """The state of an integration: `advance` takes one and returns the next, never in place."""
 
     x: Tensor  #: (B, C, H, W)
     history: tuple[Node, ...] = ()  #: newest last, at most ``max_order - 1`` nodes
-    substeps: int = 0  #: solver steps taken since the walk (re)started
+    substeps: int = 0  #: solver steps since the integration (re)started
 
 
 def analytic_node(x: Tensor, t: Tensor) -> Node:
-    """The free node of the analytical first step: ``d = x / sqrt(1 + sigma^2)``.
+    """The node of the analytical first step (AFS), with ``d = x / sqrt(1 + sigma^2)``.
 
-    At a large sigma the data look like a unit Gaussian (AFS, arXiv:2210.05475, section 4).
-    Bottleneck features do not exist here, so ``feat`` is None.
+    It needs no evaluation: at a large sigma the data are close to a unit Gaussian
+    (arXiv:2210.05475, section 4).  There are no bottleneck features, so ``feat`` is None.
     """
     return Node(t, x, x - t * x / torch.sqrt(1 + t**2), None)
 
 
 def order_at(solver: Solver, substep: int, total: int | None) -> int:
-    """Order of the ``substep``-th solver step (from 1) of ``total``: warm up, then taper off."""
+    """Order of the ``substep``-th solver step (from 1) of ``total``: rising, then falling."""
     order = min(solver.max_order, substep)
     if solver.lower_order_final and total is not None and substep >= solver.max_order:
         order = min(order, max(1, total + 1 - substep))
@@ -65,12 +65,12 @@ def advance(
     total: int | None = None,
     analytic_first: bool = False,
 ) -> State:
-    """Walk one interval from ``t`` down to ``t_next``.
+    """Integrate over one interval, from ``t`` down to ``t_next``.
 
-    ``guide`` (or the solver's own) inserts a node, reached in the solver's ``stages``; without any
-    guide the solver predicts straight to ``t_next``.  ``total`` is the number of solver steps of
-    the whole walk, for solvers that lower their order at the end.  An interval that ends at
-    sigma = 0 is closed by one Euler step, which lands on the denoised state.
+    ``guide`` (or the solver's own) inserts a node, reached in the solver's ``stages``; without a
+    guide the solver predicts the state at ``t_next`` directly.  ``total`` is the number of solver
+    steps over the whole grid, for solvers that lower their order at the end.  An interval that
+    ends at sigma = 0 is one Euler step, which gives the denoised state.
     """
     guide = guide or solver.guide
     node = analytic_node(state.x, t) if analytic_first else meter(state.x, t)
@@ -94,7 +94,7 @@ def advance(
 
 
 def substeps_total(solver: Solver, num_intervals: int, guide: Guide | None) -> int:
-    """Solver steps in a walk of ``num_intervals``: every inserted node makes one more of each."""
+    """Solver steps in ``num_intervals`` intervals: every inserted node adds one to each."""
     return num_intervals * (1 + _inserted(solver, guide))
 
 
@@ -106,19 +106,19 @@ def integrate(
     guide: Guide | None = None,
     afs: bool = False,
 ) -> Trajectory:
-    """Walk the whole grid ``ts`` (T,) from the state ``x`` (B, C, H, W) at ``ts[0]``.
+    """Integrate over the grid ``ts`` (T,) from the state ``x`` (B, C, H, W) at ``ts[0]``.
 
-    ``ts`` decreases and may end with 0.  ``afs`` replaces the first evaluation by the analytic
-    node.  Returns every state, the start included.
+    ``ts`` decreases and may end with 0.  ``afs`` replaces the first evaluation with
+    `analytic_node`.  Returns every state, including the initial one.
     """
     meter = Meter.of(denoiser)
-    spent = meter.nfe
+    nfe_before = meter.nfe
     total = substeps_total(solver, len(ts) - 1, guide)
     state, xs = State(x), [x]
     for i in range(len(ts) - 1):
         state = advance(solver, meter, state, ts[i], ts[i + 1], guide, total, afs and i == 0)
         xs.append(state.x)
-    return Trajectory(ts, torch.stack(xs), meter.nfe - spent)
+    return Trajectory(ts, torch.stack(xs), meter.nfe - nfe_before)
 
 
 def planned_nfe(
@@ -128,10 +128,10 @@ def planned_nfe(
     afs: bool = False,
     cost: int = 1,
 ) -> int:
-    """Network evaluations that `integrate` will spend, in closed form; ``cost`` per call.
+    """The network evaluations that `integrate` will use, ``cost`` per call.
 
-    One call per interval, one more for each inserted node (none in an interval that ends at 0),
-    one less under AFS.
+    One call per interval, plus one for each inserted node (there is none in an interval that ends
+    at 0), minus one with AFS.
     """
     intervals = len(ts) - 1
     staged = intervals - (1 if float(ts[-1]) == 0 else 0)

@@ -1,4 +1,4 @@
-"""Time grids: N noise levels decreasing from sigma_max to sigma_min, float64 on the CPU."""
+"""Time grids: noise levels that decrease from sigma_max to sigma_min, float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-#: The schedules, and the exponent rho of each where none is given (``logsnr`` has none).
+#: The schedules and their default exponents rho (``logsnr`` has none).
 DEFAULT_RHO: dict[str, float | None] = {
     "polynomial": 7.0,
     "logsnr": None,
@@ -26,14 +26,14 @@ TimeMap = Callable[[Tensor], Tensor]
 
 
 class TimeMaps(NamedTuple):
-    """A model's own time, for the ``discrete`` schedule."""
+    """The maps between a model's own time and noise levels, for the ``discrete`` schedule."""
 
     sigma: TimeMap  #: time -> noise level
     sigma_inv: TimeMap  #: noise level -> time
 
 
 class NoiseRange(Protocol):
-    """What a grid has to know of a model: its card has it."""
+    """What a grid needs to know about a model: part of the model's card."""
 
     @property
     def sigma_min(self) -> float: ...
@@ -47,14 +47,14 @@ class NoiseRange(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """A time grid in words: what a record holds and the command line asks for.
+    """The settings of a time grid, as given on the command line and kept in records.
 
     None means the default: the exponent of the schedule, the noise levels of the model.
-    ``resolve`` fills them in; the nodes of a grid exist once it is resolved.
+    ``resolve`` fills the defaults in; a grid has nodes only once it is resolved.
     """
 
     schedule_type: str = "polynomial"
-    num_steps: int | None = None  #: nodes; a final 0 does not count
+    num_steps: int | None = None  #: number of nodes, not counting a final 0
     rho: float | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -78,10 +78,10 @@ class Grid:
         return self.sigma_min, self.sigma_max
 
     def nodes(self, num_steps: int | None = None) -> Tensor:
-        """The noise levels, (num_steps,) float64; ``num_steps`` replaces the grid's own."""
+        """The noise levels, (num_steps,) float64; ``num_steps`` overrides that of the grid."""
         count = self.num_steps if num_steps is None else num_steps
         if count is None:
-            raise ValueError("the grid has no number of nodes: give num_steps")
+            raise ValueError("num_steps is not set: give the number of nodes")
         return get_grid(self.schedule_type, count, *self.ends, self.rho, self.time_maps)
 
     def closed(self, num_steps: int | None = None) -> Tensor:
@@ -90,13 +90,13 @@ class Grid:
         return torch.cat([nodes, nodes.new_zeros(1)])
 
     def refined(self, inserted: int) -> tuple[Tensor, int]:
-        """The nodes with ``inserted`` (M) more in every interval, in the same schedule.
+        """The grid of the same schedule with ``inserted`` (M) more nodes in every interval.
 
         Returns ``(M + 1)(num_steps - 1) + 1`` nodes and the stride M + 1: every stride-th node is
-        one of the grid's own (AMED, arXiv:2312.00094, section 3.3).
+        a node of this grid (AMED, arXiv:2312.00094, section 3.3).
         """
         if inserted < 0:
-            raise ValueError(f"M = {inserted} inserted nodes make no grid; give M >= 0")
+            raise ValueError(f"M = {inserted} is negative; give M >= 0")
         stride = inserted + 1
         return self.nodes(stride * ((self.num_steps or 0) - 1) + 1), stride
 
@@ -116,7 +116,7 @@ def get_grid(
     ``discrete`` is polynomial in the model's own time and needs its ``time_maps``.  ``rho`` is
     the exponent, by default that of `DEFAULT_RHO`.
 
-    Returns (num_steps,) float64 on the CPU.  Raises ValueError for settings that make no grid.
+    Returns (num_steps,) float64 on the CPU.  Raises ValueError for invalid settings.
     """
     rho = DEFAULT_RHO.get(schedule_type) if rho is None else rho
     _check(schedule_type, num_steps, sigma_min, sigma_max, rho)
@@ -128,22 +128,28 @@ def get_grid(
     elif schedule_type == "time_uniform":
         grid = _vp_sigma(_power_ramp(1.0, VP_EPSILON, num_steps, rho), sigma_min, sigma_max)
     else:
-        if time_maps is None:
-            raise ValueError(
-                "schedule 'discrete' needs a model with its own time, and this model has none; "
-                "choose polynomial, logsnr or time_uniform"
-            )
-        ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64)
-        t_first, t_last = (float(t) for t in time_maps.sigma_inv(ends))
-        grid = time_maps.sigma(_power_ramp(t_first, t_last, num_steps, rho)).to(torch.float64)
-    grid[0], grid[-1] = sigma_max, sigma_min  # exact ends, free of the rounding of the powers
-    if not bool((grid.diff() < 0).all()):  # a range outside the model's, or no such VP process
+        grid = _discrete(num_steps, sigma_min, sigma_max, rho, time_maps)
+    grid[0], grid[-1] = sigma_max, sigma_min  # exact ends, without the rounding of the powers
+    if not bool((grid.diff() < 0).all()):  # outside the model's range, or no such VP process
         raise ValueError(
-            f"schedule {schedule_type!r} has no decreasing levels from sigma_max = {sigma_max:g} "
+            f"schedule {schedule_type!r} does not decrease from sigma_max = {sigma_max:g} "
             f"to sigma_min = {sigma_min:g} with rho = {rho}; choose a smaller sigma_min, levels "
-            "that the model knows, or schedule 'logsnr'"
+            "within the model's range, or schedule 'logsnr'"
         )
     return grid
+
+
+def _discrete(
+    num_steps: int, sigma_min: float, sigma_max: float, rho: float | None, maps: TimeMaps | None
+) -> Tensor:
+    if maps is None:
+        raise ValueError(
+            "schedule 'discrete' needs a model with its own time, and this model has none; "
+            "choose polynomial, logsnr or time_uniform"
+        )
+    ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64)
+    t_first, t_last = (float(t) for t in maps.sigma_inv(ends))
+    return maps.sigma(_power_ramp(t_first, t_last, num_steps, rho)).to(torch.float64)
 
 
 def _power_ramp(first: float, last: float, num_steps: int, rho: float | None) -> Tensor:
@@ -176,4 +182,4 @@ def _check(
             f"got sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}"
         )
     if rho is not None and not rho > 0:
-        raise ValueError(f"schedule_rho = {rho:g} has to be positive: leave it out for the default")
+        raise ValueError(f"schedule_rho = {rho:g} must be positive: leave it out for the default")

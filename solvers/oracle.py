@@ -1,4 +1,4 @@
-"""An independent answer: adaptive Dormand-Prince 5(4) on the same ODE, through torchdiffeq."""
+"""An independent reference solution: adaptive Dormand-Prince 5(4), from torchdiffeq."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def dopri5(
     """Solve the probability-flow ODE from ``x`` (B, C, H, W) at ``ts[0]`` through all ``ts`` > 0.
 
     In ``u = ln sigma`` the ODE is ``dx/du = x - D(x; e^u)``, smooth down to the smallest sigma.
-    ``nfe`` is whatever the step-size control needed.  The control takes one step for the whole
-    batch, so neighbours touch a sample within the tolerance: this is an oracle, not a sampler.
+    ``nfe`` depends on the step-size control.  The step size is shared by the batch, so a sample
+    depends on the others within the tolerance: use this as a reference, not as a sampler.
     """
     if float(ts[-1]) <= 0:
         raise ValueError("dopri5 works in log sigma and cannot reach sigma = 0; end the grid above")
     meter = Meter.of(denoiser)
-    spent = meter.nfe
-    sign = -1.0  # torchdiffeq wants a monotone time; s = -ln sigma increases
+    nfe_before = meter.nfe
+    sign = -1.0  # torchdiffeq requires a monotone time; s = -ln sigma increases
 
     def field(s: Tensor, state: Tensor) -> Tensor:
         node = meter(state, torch.exp(sign * s))
@@ -31,4 +31,4 @@ def dopri5(
 
     times = sign * torch.log(ts)
     xs = odeint(field, x, times.to(x.device), rtol=rtol, atol=atol, method="dopri5")
-    return Trajectory(ts, xs, meter.nfe - spent)
+    return Trajectory(ts, xs, meter.nfe - nfe_before)

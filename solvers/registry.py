@@ -1,4 +1,4 @@
-"""Solvers by name: one dict, no decorators."""
+"""The registry of solvers by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from solvers.types import Solver
 
 @dataclass(frozen=True)
 class SolverKind:
-    """How to make a solver, and the options that it has."""
+    """A solver's factory and the options that it accepts."""
 
     make: Callable[..., Solver]
     options: frozenset[str] = frozenset()
-    needs_guide: bool = False  #: it has no step of its own without a guide
+    needs_guide: bool = False  #: it cannot step without a guide
 
 
 _FORM = frozenset({"predict_x0", "lower_order_final", "thresholding"})
@@ -32,31 +32,30 @@ SOLVERS: Mapping[str, SolverKind] = {
     "amed": SolverKind(lambda: TwoStage(None, midpoint=True), needs_guide=True),
 }
 
-#: Solvers that sample by themselves, in the order of the command line's help.
+#: Solvers that need no guide, in the order of the command line's help.
 CLASSIC = tuple(name for name, kind in SOLVERS.items() if not kind.needs_guide)
 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """The options of all solvers; None is the solver's own default."""
+    """The options of all solvers; None means the solver's default."""
 
     max_order: int | None = None  #: dpmpp, ipndm
     predict_x0: bool | None = None  #: dpmpp, dpmpp3c: data form instead of noise form
     lower_order_final: bool | None = None  #: dpmpp, dpmpp3c
     thresholding: bool | None = None  #: dpmpp, dpmpp3c: dynamic thresholding
-    r: float | None = None  #: dpm: where the inserted node lies
+    r: float | None = None  #: dpm: position of the inserted node
 
     def make(self, name: str) -> Solver:
-        """The solver called ``name`` with those of the options that it has."""
+        """The solver ``name`` with those of the options that it accepts."""
         return make_solver(name, **{key: getattr(self, key) for key in _kind(name).options})
 
 
 def make_solver(name: str, **options: int | float | bool | None) -> Solver:
-    """The solver called ``name``, such as ``make_solver("ipndm", max_order=3)``.
+    """The solver ``name``, such as ``make_solver("ipndm", max_order=3)``.
 
-    An option of None is the solver's own default; `SOLVERS` says which options there are.
-    Raises ValueError for an unknown name, an option that the solver does not have, or a value out
-    of range.
+    None means the solver's default; `SOLVERS` lists the options.  Raises ValueError for an
+    unknown name, an option that the solver does not have, or a value out of range.
     """
     kind = _kind(name)
     unknown = sorted(set(options) - kind.options)

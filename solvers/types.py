@@ -1,4 +1,4 @@
-"""The types that every room agrees on.
+"""Types shared by all packages.
 
 Time is the noise level ``sigma`` of a variance-exploding process ``x = x0 + sigma * n``
 (Karras et al. 2022, arXiv:2206.00364).  A denoiser returns an estimate of ``x0``; the
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class Denoised(NamedTuple):
-    """What a network evaluation gives back."""
+    """The result of a network evaluation."""
 
     x0: Tensor  #: (B, C, H, W), the estimate of the clean image
     feat: Tensor | None  #: (B, h, w), channel mean of the network's bottleneck
 
 
 class Denoiser(Protocol):
-    """A pre-trained model with condition and guidance already bound in."""
+    """A pre-trained model with its condition and guidance already bound."""
 
     @property
     def cost(self) -> int:
@@ -33,7 +33,7 @@ class Denoiser(Protocol):
 
 
 class Node(NamedTuple):
-    """One evaluated point of a walk."""
+    """A point at which the denoiser was evaluated."""
 
     t: Tensor  #: noise level, 0-d or (B, 1, 1, 1)
     x: Tensor  #: (B, C, H, W), the state
@@ -47,21 +47,21 @@ class Node(NamedTuple):
 
 
 class InsertedNode(NamedTuple):
-    """Where a guide inserts a node into an interval and how it rescales what is found there."""
+    """Where a guide inserts a node into an interval, and the scales it applies there."""
 
     r: Tensor | float  #: ``t_mid = t_next**r * t**(1 - r)``, 0 < r <= 1
-    c: Tensor | float  #: scale of the direction that closes the interval
-    a: Tensor | float  #: the network sees ``a * t_mid``; the slope divides by ``t_mid``
+    c: Tensor | float  #: scale of the direction of the step to the end of the interval
+    a: Tensor | float  #: network time is ``a * t_mid``; the slope is divided by ``t_mid``
 
 
 class Guide(Protocol):
-    """Chooses the inserted node: a constant, or the learned predictor."""
+    """Chooses the inserted node: a constant rule or a learned predictor."""
 
     def __call__(self, node: Node, t_next: Tensor) -> InsertedNode: ...
 
 
 class Solver(Protocol):
-    """Pure algebra on nodes; never calls a network and holds no state."""
+    """A step rule: a pure function of nodes that never calls the network and holds no state."""
 
     @property
     def max_order(self) -> int: ...
@@ -71,26 +71,26 @@ class Solver(Protocol):
 
     @property
     def guide(self) -> Guide | None:
-        """The guide that makes the method what it is (Heun: r = 1), or None (multistep)."""
+        """The method's own guide (Heun: r = 1), or None (multistep methods)."""
         ...
 
     @property
     def stages(self) -> tuple[float, ...]:
-        """Nodes on the way to the guide's, as fractions of its ``r``; the last one, 1, is it."""
+        """Inserted nodes as fractions of the guide's ``r``; the last one is 1."""
         ...
 
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
-        """The state at ``t`` from the newest nodes (``nodes[-1]`` is the newest)."""
+        """The state at ``t``, extrapolated from ``nodes`` (newest last)."""
         ...
 
     def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
-        """Close the interval at ``t``; ``nodes[-1]`` is the (last) inserted node."""
+        """The state at the end ``t`` of the interval; ``nodes[-1]`` is the last inserted node."""
         ...
 
 
 class Trajectory(NamedTuple):
-    """The states a solver visited."""
+    """The states that a solver visited."""
 
     t: Tensor  #: (T,), noise levels
     x: Tensor  #: (T, B, C, H, W)
-    nfe: int  #: network evaluations that were spent
+    nfe: int  #: network evaluations used

@@ -1,1 +1,1 @@
-"""Teachers: high-NFE trajectories and the targets that supervise a student."""
+"""Teachers: trajectories of many evaluations, and the targets that a student learns."""

@@ -19,11 +19,11 @@ TARGETS = ("flow", "trajectory")
 
 @dataclass(frozen=True)
 class RestartSupervision:
-    """How Restart supervises; see `RestartTeacher`."""
+    """Settings of a Restart teacher; see `RestartTeacher`."""
 
     intervals: tuple[Interval, ...]
     target: str = "flow"  #: one of `TARGETS`
-    S_noise: float = 1.0  #: scales the noise of the jumps
+    S_noise: float = 1.0  #: scale of the noise of the jumps
 
 
 def build_teacher(
@@ -35,15 +35,15 @@ def build_teacher(
     restart: RestartSupervision | None = None,
     histories: bool = True,
 ) -> Teacher:
-    """The teacher ``name`` on the refined grid ``fine`` whose every ``stride``-th node is a target.
+    """The teacher ``name`` on the refined grid ``fine``; every ``stride``-th node is a target.
 
-    ``solver`` walks the grid for the classic teachers, by default with its usual options; Restart
-    walks with Heun, as published.  ``histories=False`` (for a student without) spares Restart's
-    flow targets their origins.  Raises ValueError for an unknown name or target, and for Restart
+    ``solver`` is that of a classic teacher, by default with its default options; Restart uses
+    Heun, as published.  ``histories=False`` (for a student without history) skips the origins of
+    Restart's flow targets.  Raises ValueError for an unknown name or target, and for Restart
     without its intervals.
     """
     if name not in TEACHERS:
-        raise ValueError(f"no teacher is called {name!r}; choose one of {', '.join(TEACHERS)}")
+        raise ValueError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
     if name == "dopri5":
         return OracleTeacher(fine[::stride])
     if name != "restart":
@@ -57,13 +57,7 @@ def build_teacher(
         raise ValueError(
             f"--restart_target {restart.target!r} is unknown; choose {' or '.join(TARGETS)}"
         )
-    heun = make_solver("heun")
-    plan = restart_plan(
-        fine,
-        restart.intervals,
-        heun,
-        churn=Churn(S_noise=restart.S_noise),
-        required_nodes=fine[::stride],
-    )
+    heun, churn = make_solver("heun"), Churn(S_noise=restart.S_noise)
+    plan = restart_plan(fine, restart.intervals, heun, churn=churn, required_nodes=fine[::stride])
     flow = restart.target == "flow"
     return RestartTeacher(plan, heun, fine, stride, flow=flow, origins=histories)

@@ -1,4 +1,4 @@
-"""What training achieves: students beat their own solvers, and what Restart's noise costs."""
+"""Results of training: students beat their solvers, and the effect of Restart's noise."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ AROUND = '{"0": [3, 2, 0.06, 2.0]}'
 
 @pytest.mark.parametrize("student", ["amed", "ipndm"])
 def test_trajectory_targets_have_a_floor_of_the_logged_variance_and_flow_has_not(student, tmp_path):
-    """DESIGN, section 6: the noise of a Restart trajectory is loss that no student removes."""
+    """The variance of Restart's trajectories is loss that no deterministic student can remove."""
     runs = {
         target: train_on(
             mixture(spread=0.5, components=6),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -69,10 +68,10 @@ def test_an_embedding_is_four_sines_before_four_cosines(dtype):
             angles = [t * 1e-4 ** (k / 3) for k in range(4)]
             channels = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             lifted = torch.tensor([3.0 + c for c in channels], dtype=torch.float64)
-            found = predictor._embed(at(t), 2)
-            assert found.shape == (2, 8) and found.dtype == dtype
+            embedding = predictor._embed(at(t), 2)
+            assert embedding.shape == (2, 8) and embedding.dtype == dtype
             # the frequencies are rounded to float32: 2^-24 of an angle of at most 80
-            assert (found.double() - lifted * lifted.sigmoid()).abs().max() < 1e-5
+            assert (embedding.double() - lifted * lifted.sigmoid()).abs().max() < 1e-5
 
 
 def test_parameter_count():
@@ -200,7 +199,6 @@ def test_outputs_have_the_dtype_of_the_state(state, own):
 
 
 @pytest.mark.parametrize("scales", [(-0.1, 0.0), (1.0, 0.0), (0.0, 1.5), (math.nan, 0.0)])
-def test_scales_outside_their_range_are_refused(scales):
-    message = f"scale_dir = {scales[0]:g} and scale_time = {scales[1]:g} must lie in [0, 1)"
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_scales_out_of_range_raise(scales):
+    with pytest.raises(ValueError, match=f"scale_dir = {scales[0]:g} .* = {scales[1]:g} "):
         AMEDPredictor(*scales)

@@ -156,15 +156,15 @@ def test_conversion_gives_what_train_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset_name": "cifar11"}, "was trained for 'cifar11', which is unknown; known: "),
-        ({"dataset_name": ...}, "has None as its setting 'dataset_name'; give a predictor that"),
-        ({"num_steps": "four"}, "has 'four' as its setting 'num_steps'"),
-        ({"sampler_stu": "unipc"}, "holds a student that cannot be built: no student is called"),
-        ({"schedule_type": "cosine"}, "holds a student that cannot be built: "),
-        ({"scale_time": 0.0}, r"the weights in .* are not those of a predictor with scale_dir"),
+        ({"dataset_name": "cifar11"}, "trained for 'cifar11'"),
+        ({"dataset_name": ...}, "None as its setting 'dataset_name'"),
+        ({"num_steps": "four"}, "'four' as its setting 'num_steps'"),
+        ({"sampler_stu": "unipc"}, "invalid settings: unknown student 'unipc'"),
+        ({"schedule_type": "cosine"}, "invalid settings: .*'cosine'"),
+        ({"scale_time": 0.0}, "do not fit .*scale_time = 0;"),
     ],
 )
-def test_predictors_that_make_no_sense(changes: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_predictors_raise(changes: Any, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "network-snapshot-000010.pkl", **changes)
     with pytest.raises(UserError, match=message):
         load_predictor(str(path), tmp_path)
@@ -176,7 +176,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="web page"):
         load_predictor(str(path), tmp_path)
     path.write_bytes(b"\x80\x04}.")  # an empty dict
-    with pytest.raises(UserError, match=r"holds no predictor \(its keys: none\)"):
+    with pytest.raises(UserError, match="keys: none"):
         load_predictor(str(path), tmp_path)
-    with pytest.raises(UserError, match="there is no predictor at .*nowhere.pkl"):
+    with pytest.raises(UserError, match="no predictor at .*nowhere.pkl"):
         load_predictor(str(tmp_path / "nowhere.pkl"), tmp_path)

@@ -17,7 +17,7 @@ from amed.step import (
     GRADIENT_BOUND,
     IntervalResult,
     MicroBatch,
-    next_head,
+    next_state,
     student_interval,
     train_batch,
 )
@@ -95,7 +95,7 @@ def test_recorded_student_states_network_times_and_nfe(run):
     spy = Recorder(ours.denoiser)
     micro = ours.micro()._replace(meter=Meter(spy))
     for n, step in enumerate(meta["steps"]):
-        assert largest(micro.head.x, ours.recorded(f"step{n}|in")) < 1e-10
+        assert largest(micro.state.x, ours.recorded(f"step{n}|in")) < 1e-10
         spy.sigmas.clear()
         spent = micro.meter.nfe
         out = student_interval(ours.student, micro, n, ours.predictor)
@@ -103,8 +103,8 @@ def test_recorded_student_states_network_times_and_nfe(run):
         seen = torch.stack([sigma.flatten()[0] for sigma in spy.sigmas])
         assert largest(seen, torch.tensor(step["student_sigmas"], dtype=torch.float64)) < 1e-10
         assert largest(out.x, ours.recorded(f"step{n}|student")) < 1e-10
-        head = next_head(ours.student, micro, out, n, ours.predictor)
-        micro = micro._replace(head=head)
+        state = next_state(ours.student, micro, out, n, ours.predictor)
+        micro = micro._replace(state=state)
 
 
 def test_recorded_losses_and_gradients(run):
@@ -121,7 +121,7 @@ def test_recorded_losses_and_gradients(run):
             assert float(grad.norm()) == pytest.approx(norm, rel=1e-10), (n, name)
 
 
-# MicroBatch-batches and ranks
+# Micro-batches and ranks
 
 
 def assert_same(one: tuple, other: tuple) -> None:
@@ -139,7 +139,7 @@ def test_accumulated_portions_are_one_batch(name, flow):
     whole = update(settings, [[0, 1, 2, 3]], 4, flow)
     assert_same(update(settings, [[0, 1], [2, 3]], 4, flow), whole)
     assert_same(update(settings, [[3], [0, 2, 1]], 4, flow), whole)
-    other = update(settings, [[0, 1], [2, 4]], 4, flow)  # the comparison can tell
+    other = update(settings, [[0, 1], [2, 4]], 4, flow)  # other samples give another result
     assert largest(other[0]["fc_r.weight"], whole[0]["fc_r.weight"]) > 1e-6
 
 
@@ -178,7 +178,7 @@ def test_a_batch_split_over_ranks_is_one_batch(name, flow):
         assert sums == pytest.approx(list(result.mid), rel=1e-10)
 
 
-def test_results_hold_the_sums_of_what_the_predictor_chose():
+def test_results_hold_the_sums_of_the_predictors_outputs():
     settings = settings_of("amed")
     predictor, micro = predictor_of(settings), micro_of(settings, range(3))
     chosen = []

@@ -193,39 +193,36 @@ def test_logsnr_and_polynomial_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("karras", 6, 0.002, 80.0, 7), "unknown schedule 'karras'; choose one of polynomial"),
-        (("polynomial", 1, 0.002, 80.0, 7), "1 node.* has no interval; give num_steps >= 2"),
-        (
-            ("polynomial", 6, 0.002, 80.0, 0),
-            "schedule_rho = 0 has to be positive",
-        ),
+        (("karras", 6, 0.002, 80.0, 7), "unknown schedule 'karras'"),
+        (("polynomial", 1, 0.002, 80.0, 7), "num_steps >= 2"),
+        (("polynomial", 6, 0.002, 80.0, 0), "schedule_rho = 0"),
         (("polynomial", 6, 0.002, 80.0, float("nan")), "schedule_rho = nan"),
-        (("logsnr", 6, 80.0, 80.0), "sigma_min < sigma_max, got sigma_min = 80, sigma_max = 80"),
-        (("logsnr", 6, 0.0, 80.0), "0 < sigma_min < sigma_max, got sigma_min = 0"),
+        (("logsnr", 6, 80.0, 80.0), "sigma_min = 80, sigma_max = 80"),
+        (("logsnr", 6, 0.0, 80.0), "sigma_min = 0,"),
         (("logsnr", 6, 0.002, float("inf")), "sigma_max = inf"),
-        (("time_uniform", 6, 0.5, 1.0, 1), "no decreasing levels from sigma_max = 1 to"),
-        (("discrete", 6, 0.03, 14.0, 1), "'discrete' needs a model with its own time"),
+        (("time_uniform", 6, 0.5, 1.0, 1), "does not decrease"),
+        (("discrete", 6, 0.03, 14.0, 1), "'discrete' needs"),
     ],
 )
-def test_settings_that_make_no_grid(arguments, message):
+def test_invalid_settings_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         get_grid(*arguments)
 
 
-def test_negative_refinement_is_refused():
-    with pytest.raises(ValueError, match="M = -1 inserted nodes make no grid; give M >= 0"):
+def test_negative_refinement_raises():
+    with pytest.raises(ValueError, match="M = -1"):
         Grid("logsnr", 4, None, 0.002, 80.0).refined(-1)
 
 
 class Levels(NamedTuple):
-    """What a grid asks of a card."""
+    """A minimal `NoiseRange`."""
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     time_maps: TimeMaps | None = None
 
 
-def test_a_schedule_without_its_exponent_has_one_meaning():
+def test_default_exponents():
     for schedule, rho in (("polynomial", 7.0), ("time_uniform", 1.0), ("logsnr", None)):
         grid = Grid(schedule, 6).resolve(Levels())
         assert (grid.rho, grid.ends) == (rho, (0.002, 80.0))
@@ -238,7 +235,7 @@ def test_a_schedule_without_its_exponent_has_one_meaning():
     assert torch.equal(discrete.nodes(), get_grid("discrete", 6, 0.05, 10.0, 1.0, maps(model)))
 
 
-def test_what_a_grid_states_is_not_replaced():
+def test_given_settings_are_kept():
     grid = Grid("polynomial", 5, 3.0, 0.1, 9.0).resolve(Levels())
     assert torch.equal(grid.nodes(), get_grid("polynomial", 5, 0.1, 9.0, 3.0))
     assert torch.equal(grid.nodes(8), get_grid("polynomial", 8, 0.1, 9.0, 3.0))
@@ -247,7 +244,7 @@ def test_what_a_grid_states_is_not_replaced():
         Grid("polynomial", 5).nodes()
 
 
-def test_models_that_make_no_time():
+def test_invalid_noise_schedules_raise():
     with pytest.raises(ValueError, match="decrease strictly within"):
         DiscreteVP(double([0.5, 0.7, 0.1]))
     with pytest.raises(ValueError, match="must be a list of steps"):

@@ -60,5 +60,5 @@ def test_tighter_tolerance_costs_more_and_is_metered():
 
 def test_zero_is_out_of_reach():
     ts = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    with pytest.raises(ValueError, match="cannot reach sigma = 0; end the grid above"):
+    with pytest.raises(ValueError, match="sigma = 0"):
         dopri5(two_components(), latents(), ts)

@@ -1,4 +1,4 @@
-"""Plans of a budget: exact, complete over their small space, each once, in a fixed order."""
+"""Candidate plans of a budget: exact, complete, without repetitions, in a fixed order."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LIMITS = (0.002, 80.0)
 
 @pytest.mark.parametrize(("budget", "cost"), [(3, 1), (5, 1), (7, 1), (9, 1), (6, 1), (10, 2)])
 def test_every_plan_spends_the_budget_exactly(budget, cost):
-    found = list(candidates(budget, *LIMITS, cost=cost))
-    assert found
+    plans = list(candidates(budget, *LIMITS, cost=cost))
+    assert plans
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    for candidate in found:
+    for candidate in plans:
         meter = Meter(GaussianDenoiser(0.0, 1.0, cost=cost))
         run_plan(candidate.plan, meter, x, lambda _: x)
         assert plan_nfe(candidate.plan, cost) == meter.nfe == budget, candidate.label
@@ -84,17 +84,17 @@ def test_intervals_that_do_not_fit_are_left_out():
     inside = list(candidates(5, 0.03, 14.6, intervals=[(0.06, 0.3), (19.35, 40.79), (0.001, 0.5)]))
     assert inside
     assert {part.t_to for c in inside for part in c.plan if isinstance(part, Jump)} == {0.3}
-    # From 4 nodes on, 0.9 snaps to a node above 0.95 in some grids: those are gone, not bent.
+    # From 4 nodes on, the node nearest to 0.9 is above 0.95 in some grids, which are left out.
     for candidate in candidates(7, *LIMITS, intervals=[(0.9, 0.95)]):
         assert all(p.t_from < 0.95 for p in candidate.plan if isinstance(p, Jump))
 
 
 def test_every_decomposition_is_listed():
     walk = RestartWalks.by("euler", "euler")
-    found = {
-        (len(MAIN), len(jumps), len(down) - 1)
+    shapes = {
+        (len(main), len(jumps), len(down) - 1)
         for candidate in candidates(8, *LIMITS, intervals=[(0.002, 0.3)], walks=[walk])
-        for MAIN, jumps, down in [_shape(candidate.plan)]
+        for main, jumps, down in [_shape(candidate.plan)]
     }
     # N - 1 on the main walk and K (N_restart - 1) below make 8, with at least 3 main nodes.
     brute = {
@@ -104,7 +104,7 @@ def test_every_decomposition_is_listed():
         for steps in range(1, 20)
         if n - 1 + k * steps == 8
     }
-    assert found == brute
+    assert shapes == brute
 
 
 def _shape(plan):
@@ -121,12 +121,12 @@ def test_plans_of_two_intervals_are_complete():
     assert {c.label for c in one} < {c.label for c in both} and len(both) == len(
         {c.label for c in both}
     )
-    found = set()
+    shapes = set()
     for candidate in both:
         assert plan_nfe(candidate.plan) == 9
         chosen = candidate.intervals
         if len(chosen) == 2:
-            found.add((candidate.num_steps, *((at.n_restart, at.k) for at in chosen)))
+            shapes.add((candidate.num_steps, *((at.n_restart, at.k) for at in chosen)))
             tops = [part.t_to for part in candidate.plan if isinstance(part, Jump)]
             assert tops == sorted(tops, reverse=True) and set(tops) == {0.3, 5.0}
     brute = {
@@ -139,7 +139,7 @@ def test_plans_of_two_intervals_are_complete():
         if n - 1 + j * a + k * b == 9
     }
     # On the coarsest grid both intervals restart at one node, which is no plan.
-    assert found == {shape for shape in brute if shape[0] > 3}
+    assert shapes == {shape for shape in brute if shape[0] > 3}
 
 
 def test_walks_and_intervals_are_read():

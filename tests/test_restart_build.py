@@ -1,4 +1,4 @@
-"""Building plans: where jumps and nodes lie, who walks what, names of draws, what is refused."""
+"""Building plans: jumps, nodes, solvers, names of draws, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def grids(plan: Plan) -> list[torch.Tensor]:
     return [part.ts for part in plan if isinstance(part, Solve)]
 
 
-def test_levels_are_taken_on_the_way_down_and_named_as_given():
+def test_intervals_are_sorted_by_level_and_draws_named_by_index():
     intervals = [Interval(3, 2, 0.9, 3.0), Interval(2, 1, 4.4, 10.0)]
     plan = restart_plan(MAIN, intervals, EULER, rho=1.0)
     assert outline(plan) == [
@@ -84,14 +84,14 @@ def test_restart_grid_is_polynomial_with_the_given_exponent():
         assert torch.equal(grids(plan)[1], get_grid("polynomial", 5, 1.0, 3.0, rho))
 
 
-def test_without_churn_edm_is_one_walk():
+def test_without_churn_edm_is_one_solve():
     for plan in (edm_plan(MAIN), edm_plan(MAIN, Churn(9.0, 5.0, 7.0))):
         (only,) = plan
         assert isinstance(only, Solve) and only.solver == HEUN
         assert torch.equal(only.ts, MAIN)
 
 
-def test_churn_interrupts_the_walk_only_where_it_is_active():
+def test_churn_adds_jumps_only_where_it_is_active():
     plan = edm_plan(MAIN, Churn(1.2, 2.0, 4.0, 1.1))  # gamma = 1.2 / 6
     assert outline(plan) == [
         [16, 8, 4],
@@ -146,7 +146,7 @@ def test_restart_gamma_churns_descents_and_s_churn_the_main_walk():
     assert names == [("churn", 3), ("restart", 0, 0), ("restart", 0, 1)]
 
 
-def test_kept_times_are_nodes_of_the_final_descent_only_and_once():
+def test_required_times_are_nodes_of_the_final_descent_only_and_once():
     keep = torch.tensor([16.0, 3.0, 2.5, 2.5, 2.0, 1.25, 1.0, 0.7], dtype=torch.float64)
     plan = restart_plan(MAIN, [Interval(3, 3, 1.0, 3.0)], HEUN, rho=1.0, required_nodes=keep)
     assert [part for part in outline(plan) if isinstance(part, list)] == [
@@ -159,14 +159,14 @@ def test_kept_times_are_nodes_of_the_final_descent_only_and_once():
     assert plan_nfe(plan) == 11 + 2 * (2 + 2 + 4)
 
 
-def test_a_kept_time_replaces_the_node_that_rounding_left_beside_it():
+def test_a_required_time_replaces_a_node_within_rounding_of_it():
     near = 2.0 * (1 + 1e-12)
     keep = torch.tensor([near, 1.0 + 1e-12, 3.0 - 1e-12], dtype=torch.float64)
     plan = restart_plan(MAIN, [Interval(3, 1, 1.0, 3.0)], HEUN, rho=1.0, required_nodes=keep)
     assert grids(plan)[1].tolist() == [3.0, near, 1.0]
 
 
-def test_guides_and_analytic_steps_reach_their_own_walks():
+def test_main_walk_and_descents_have_separate_guides_and_afs():
     sigmas = []
 
     class Recorder(GaussianDenoiser):
@@ -196,7 +196,7 @@ def test_guides_and_analytic_steps_reach_their_own_walks():
     assert calls(main_guide=whole, restart_guide=half) == [16, 4, 4, 1, 9, 3, 9, 3]
 
 
-def test_the_analytic_step_is_the_first_of_all_and_not_the_first_after_a_restart():
+def test_only_the_first_step_of_the_plan_is_analytic():
     plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], WalkSpec("heun", HEUN, afs=True))
     assert [part.afs for part in plan if isinstance(part, Solve)] == [True, False, False, False]
     plan = restart_plan(MAIN, [Interval(3, 2, 1.0, 3.0)], HEUN, WalkSpec("heun", HEUN, afs=True))
@@ -241,97 +241,52 @@ def test_published_lines_and_files_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "asked", "message"),
     [
-        (f"18 {TWO}\n\n14 {TWO}\n", "", "restart_info file {file} has a configuration in "
-         "each of the lines 1, 3: name one as in {file}:1"),
-        (f"18 {TWO}\n\n14 {TWO}\n", ":2", "restart_info file {file} has a configuration in "
-         "each of the lines 1, 3 and none in line 2: name one as in {file}:1"),
-        (f"{TWO}\n", ":9", "restart_info file {file} has a configuration in line 1 and none in "
-         "line 9: name one as in {file}:1"),
-        ("hello\n", "", "{file}, line 1 is not of the form {form} or 'N {{json}}'"),
-        (f"18 {TWO}\nhello\n", ":1", "{file}, line 2 is not of the form {form} or 'N {{json}}'"),
-        (f'18 {TWO}\n\n18 {{"0": [3, 2, 0.3, 0.06]}}\n', ":1", "{file}, line 3: restart interval 0 "
-         "[3, 2, 0.3, 0.06]: t_min = 0.3 has to be below t_max = 0.06"),
-        (f'18 {{"0": [3, 2\n18 {TWO}\n', "", "{file}, line 1: restart_info '{{\"0\": [3, 2' is not "
-         "valid JSON (Expecting ',' delimiter at character 11); write {form}"),
-        ('{"0": [3, 2]}', "", '{file}, line 1: restart_info interval "0" is [3, 2]; '
-         "write the four numbers [N_restart, K, t_min, t_max]"),
-        (" \n", "", "restart_info file {file} is empty; write 'N {{json}}' lines into it"),
-        ("\udcff", "", "restart_info file {file} is not a text file"),
+        (f"18 {TWO}\n\n14 {TWO}\n", "", "params.txt has .* lines 1, 3: select one"),
+        (f"18 {TWO}\n\n14 {TWO}\n", ":2", "lines 1, 3, not in line 2"),
+        (f"{TWO}\n", ":9", "lines 1, not in line 9"),
+        ("hello\n", "", "params.txt, line 1 is not of the form"),
+        (f"18 {TWO}\nhello\n", ":1", "params.txt, line 2 is not of the form"),
+        (f'18 {TWO}\n\n18 {{"0": [3, 2, 0.3, 0.06]}}\n', ":1", "params.txt, line 3: .*t_min = 0.3"),
+        (f'18 {{"0": [3, 2\n18 {TWO}\n', "", "params.txt, line 1: .*at character 11"),
+        ('{"0": [3, 2]}', "", r'params.txt, line 1: .*interval "0" is \[3, 2\];'),
+        (" \n", "", "params.txt is empty"),
+        ("\udcff", "", "params.txt is not a text file"),
     ],
 )  # fmt: skip
-def test_bad_files_are_refused_by_name_and_line(text, asked, message, tmp_path):
+def test_invalid_files_raise(text, asked, message, tmp_path):
     file = tmp_path / "params.txt"
     file.write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=message):
         parse_restart_info(f"{file}{asked}")
-    assert str(error.value) == message.format(file=file, form=FORM)
-
-
-FORM = '{"0": [N_restart, K, t_min, t_max], ...}'
-FOUR = "write the four numbers [N_restart, K, t_min, t_max]"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", f"restart_info '' is neither a file nor of the form {FORM} or 'N {{json}}'"),
-        ("x.txt", f"restart_info 'x.txt' is neither a file nor of the form {FORM} or 'N {{json}}'"),
-        (
-            '{"0": [3, 2, 0.06, 0.3]',
-            "restart_info '{\"0\": [3, 2, 0.06, 0.3]' is not valid JSON "
-            f"(Expecting ',' delimiter at character 23); write {FORM}",
-        ),
-        ("{}", f"restart_info has no interval; write {FORM}"),
-        ('{"a": [3, 2, 1, 2]}', f'restart_info interval "a" is not a number; write {FORM}'),
-        (
-            '{"0": [3, 2, 1, 2], "0": [3, 2, 3, 4]}',
-            'restart_info names interval "0" twice; number them 0, 1, ...',
-        ),
-        ('{"0": [3, 2, 1]}', f'restart_info interval "0" is [3, 2, 1]; {FOUR}'),
-        ('{"0": [3, true, 1, 2]}', f'restart_info interval "0" is [3, true, 1, 2]; {FOUR}'),
-        ('{"0": {"a": 1}}', f'restart_info interval "0" is {{"a": 1}}; {FOUR}'),
-        ('{"0": [3, 2, "1", 2]}', f'restart_info interval "0" is [3, 2, "1", 2]; {FOUR}'),
-        (
-            '{"0": [3, 2, 0.1, 0.3], "1": [1, 2, 1, 2]}',
-            "restart interval 1 [1, 2, 1, 2]: N_restart = 1 has to be an integer of at least 2",
-        ),
-        (
-            '{"0": [2.5, 2, 1, 2]}',
-            "restart interval 0 [2.5, 2, 1, 2]: N_restart = 2.5 has to be an integer of at least 2",
-        ),
-        (
-            '{"0": [2, 0, 1, 2]}',
-            "restart interval 0 [2, 0, 1, 2]: K = 0 has to be an integer of at least 1",
-        ),
-        (
-            '{"0": [2, 1, 2, 2]}',
-            "restart interval 0 [2, 1, 2, 2]: t_min = 2 has to be below t_max = 2",
-        ),
-        (
-            '{"0": [2, 1, NaN, 2]}',
-            "restart interval 0 [2, 1, nan, 2]: "
-            "t_min = nan has to be a positive, finite noise level",
-        ),
-        (
-            '{"0": [2, 1, -1, 2]}',
-            "restart interval 0 [2, 1, -1, 2]: t_min = -1 has to be a positive, finite noise level",
-        ),
-        (
-            '{"0": [2, 1, 1, 1e999]}',
-            "restart interval 0 [2, 1, 1, inf]: "
-            "t_max = inf has to be a positive, finite noise level",
-        ),
-        (
-            '1 {"0": [2, 1, 1, 2]}',
-            "restart_info states 1 main node(s); a walk needs at least 2",
-        ),
+        ("", "restart_info '' is neither a file"),
+        ("x.txt", "restart_info 'x.txt' is neither a file"),
+        ('{"0": [3, 2, 0.06, 0.3]', "not valid JSON .*at character 23"),
+        ("{}", "no interval"),
+        ('{"a": [3, 2, 1, 2]}', 'interval "a" is not a number'),
+        ('{"0": [3, 2, 1, 2], "0": [3, 2, 3, 4]}', 'interval "0" twice'),
+        ('{"0": [3, 2, 1]}', r'interval "0" is \[3, 2, 1\]'),
+        ('{"0": [3, true, 1, 2]}', r'interval "0" is \[3, true, 1, 2\]'),
+        ('{"0": {"a": 1}}', 'interval "0" is {"a": 1}'),
+        ('{"0": [3, 2, "1", 2]}', r'interval "0" is \[3, 2, "1", 2\]'),
+        ('{"0": [3, 2, 0.1, 0.3], "1": [1, 2, 1, 2]}', "interval 1 .*N_restart = 1 "),
+        ('{"0": [2.5, 2, 1, 2]}', "interval 0 .*N_restart = 2.5 "),
+        ('{"0": [2, 0, 1, 2]}', "interval 0 .*K = 0 "),
+        ('{"0": [2, 1, 2, 2]}', "interval 0 .*t_min = 2 .*t_max = 2"),
+        ('{"0": [2, 1, NaN, 2]}', "interval 0 .*t_min = nan "),
+        ('{"0": [2, 1, -1, 2]}', "interval 0 .*t_min = -1 "),
+        ('{"0": [2, 1, 1, 1e999]}', "interval 0 .*t_max = inf "),
+        ('1 {"0": [2, 1, 1, 2]}', "1 main node"),
     ],
 )
-def test_bad_texts_are_refused_in_one_sentence(text, message, tmp_path, monkeypatch):
+def test_invalid_texts_raise(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=message):
         parse_restart_info(text)
-    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -339,38 +294,21 @@ def test_bad_texts_are_refused_in_one_sentence(text, message, tmp_path, monkeypa
     [
         (
             [Interval(3, 2, 0.9, 3.0), Interval(3, 1, 1.2, 5.0)],
-            "restart intervals 0 [3, 2, 0.9, 3] and 1 [3, 1, 1.2, 5] both restart at the grid "
-            "node 1; use more main nodes or drop one of them",
+            r"intervals 0 \[3, 2, 0.9, 3\] and 1 \[3, 1, 1.2, 5\] both restart at the grid node 1;",
         ),
-        (
-            [Interval(3, 2, 0.8, 0.95)],
-            "restart interval 0 [3, 2, 0.8, 0.95]: the grid node nearest to t_min is 1, not below "
-            "t_max = 0.95; use more main nodes or a wider interval",
-        ),
+        ([Interval(3, 2, 0.8, 0.95)], "interval 0 .*nearest to t_min is 1, not below t_max = 0.95"),
         (
             [Interval(3, 2, 1.0, 3.0), Interval(3, 2, 3.0, 20.0)],
-            "restart interval 1 [3, 2, 3, 20] lies outside the grid: t_max = 20 is above its first "
-            "node 16",
+            "interval 1 .*t_max = 20 is above its first node 16",
         ),
-        (
-            [Interval(3, 2, 0.2, 3.0)],
-            "restart interval 0 [3, 2, 0.2, 3] lies outside the grid: t_min = 0.2 is below its "
-            "last node 0.5",
-        ),
-        (
-            [Interval(1, 2, 1.0, 3.0)],
-            "restart interval 0 [1, 2, 1, 3]: N_restart = 1 has to be an integer of at least 2",
-        ),
-        (
-            [Interval(2, 1, 3.0, 1.0)],
-            "restart interval 0 [2, 1, 3, 1]: t_min = 3 has to be below t_max = 1",
-        ),
+        ([Interval(3, 2, 0.2, 3.0)], "interval 0 .*t_min = 0.2 is below its last node 0.5"),
+        ([Interval(1, 2, 1.0, 3.0)], "interval 0 .*N_restart = 1 "),
+        ([Interval(2, 1, 3.0, 1.0)], "interval 0 .*t_min = 3 .*t_max = 1"),
     ],
 )
-def test_bad_intervals_are_refused_in_one_sentence(intervals, message):
-    with pytest.raises(UserError) as error:
+def test_invalid_intervals_raise(intervals, message):
+    with pytest.raises(UserError, match=message):
         restart_plan(MAIN, intervals, HEUN)
-    assert str(error.value) == message
 
 
 def test_the_ends_of_the_grid_are_inside_it():
@@ -379,10 +317,9 @@ def test_the_ends_of_the_grid_are_inside_it():
 
 
 @pytest.mark.parametrize("name", ["S_noise", "S_churn", "S_min", "restart_gamma", "S_max"])
-def test_bad_noise_settings_are_refused(name):
+def test_invalid_noise_settings_raise(name):
     for value in (-1.0, math.nan) if name == "S_max" else (-1.0, math.nan, math.inf):
         settings: dict[str, Any] = {name: value}
-        with pytest.raises(UserError) as error:
-            gamma = settings.pop("restart_gamma", 0.0)
+        gamma = settings.pop("restart_gamma", 0.0)
+        with pytest.raises(UserError, match=f"{name} = {value:g} "):
             restart_plan(MAIN, [], HEUN, churn=Churn(**settings), restart_gamma=gamma)
-        assert str(error.value) == f"{name} = {value:g} has to be a number of at least 0"

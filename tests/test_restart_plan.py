@@ -1,6 +1,6 @@
-"""Plans: what a jump and a walk do, what they cost, and that Restart keeps and restores marginals.
+"""Plans: jumps, solves, their cost, and that Restart keeps and restores marginals.
 
-Truths: calculus on Gaussian data, where every step is linear and variances follow exactly.
+On Gaussian data every step is linear, so variances are known exactly.
 """
 
 from __future__ import annotations
@@ -227,16 +227,13 @@ def test_nfe_of_heun_inside_heun_is_the_published_formula(n_main, counts):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Jump(2.0, 1.0, ("a",)), "a jump goes up in noise, got 2 -> 1 (('a',))"),
-        (lambda: Jump(math.nan, 1.0, ("a",)), "a jump goes up in noise, got nan -> 1 (('a',))"),
-        (
-            lambda: Solve(HEUN, f64(1.0, 2.0)),
-            "a walk needs two or more decreasing times, got [1.0, 2.0]",
-        ),
-        (lambda: Solve(HEUN, f64(1.0)), "a walk needs two or more decreasing times, got [1.0]"),
+        (lambda: Jump(2.0, 1.0, ("a",)), "jump .* 2 -> 1"),
+        (lambda: Jump(math.nan, 1.0, ("a",)), "jump .* nan -> 1"),
+        (lambda: Solve(HEUN, f64(1.0, 2.0)), r"decreasing times, got \[1.0, 2.0\]"),
+        (lambda: Solve(HEUN, f64(1.0)), r"two or more .* got \[1.0\]"),
         (
             lambda: run_plan((), GaussianDenoiser(0.0, 1.0), f64(0.0), no_draw),
-            "a plan needs at least one walk or jump",
+            "the plan is empty",
         ),
         (
             lambda: run_plan(
@@ -245,11 +242,10 @@ def test_nfe_of_heun_inside_heun_is_the_published_formula(n_main, counts):
                 torch.zeros(1, 1, 1, 1),
                 no_draw,
             ),
-            "the plan has a gap: a segment ends at 1, the next begins at 1.5",
+            "ends at 1, the next begins at 1.5",
         ),
     ],
 )
-def test_bad_plans_are_refused(make, message):
-    with pytest.raises(ValueError) as error:
+def test_invalid_plans_raise(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
-    assert str(error.value) == message

@@ -37,11 +37,11 @@ with world() as w:
         torch.tensor([2.0**-50, -(2.0**-80)], dtype=torch.float64))
     same = w.sum_(tensor) is tensor
     w.barrier()
-    found = dict(sum=[v.hex() for v in tensor.tolist()], same=same, shard=w.shard(range(5))[:],
+    result = dict(sum=[v.hex() for v in tensor.tolist()], same=same, shard=w.shard(range(5))[:],
         size=w.size, device=str(w.device), box=w.broadcast_object({"from": w.rank}))
-    found["shard"] = list(found["shard"])
+    result["shard"] = list(result["shard"])
 with open(f"{sys.argv[1]}/{w.rank}.json", "w") as file:
-    json.dump(found, file)
+    json.dump(result, file)
 assert not torch.distributed.is_initialized()
 """
 
@@ -50,11 +50,11 @@ def test_two_processes_sum_float64_exactly(tmp_path: Path) -> None:
     done = torchrun(tmp_path, SUM, str(tmp_path))
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    for found in ranks:
-        assert found["sum"] == [(1 + 2.0**-50).hex(), (2.0**-50 - 2.0**-80).hex()]
-        assert found["same"] and found["size"] == 2 and found["device"] == "cpu"
-        assert found["box"] == {"from": 0}
-    assert [found["shard"] for found in ranks] == [[0, 2, 4], [1, 3]]
+    for result in ranks:
+        assert result["sum"] == [(1 + 2.0**-50).hex(), (2.0**-50 - 2.0**-80).hex()]
+        assert result["same"] and result["size"] == 2 and result["device"] == "cpu"
+        assert result["box"] == {"from": 0}
+    assert [result["shard"] for result in ranks] == [[0, 2, 4], [1, 3]]
 
 
 FAIL = """
@@ -97,22 +97,17 @@ def test_one_process_needs_no_group() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpu", "device 'gpu' is unknown: use cuda, cuda:1, mps or cpu"),
-        ("meta", "device 'meta' is not supported: use cuda, cuda:1, mps or cpu"),
-        (
-            "cuda:1",
-            "device 'cuda:1' is not on this machine, which has 1 of that kind: "
-            "use --device cpu, or leave --device out",
-        ),
+        ("gpu", "'gpu' is unknown"),
+        ("meta", "'meta' is not supported"),
+        ("cuda:1", "'cuda:1' does not exist, this machine has 1 "),
     ],
 )
-def test_devices_that_are_not_there(
+def test_unavailable_devices_raise(
     monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     pretend_gpus(monkeypatch, 1)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=message):
         choose_device(name)
-    assert str(caught.value) == message
 
 
 def test_the_best_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,16 +123,8 @@ def test_the_best_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        (
-            "cuda",
-            "process 2 of this machine has no GPU of its own, there are 2: "
-            "start torchrun with --nproc_per_node=2, or use --device cpu",
-        ),
-        (
-            "cuda:0",
-            "device 'cuda:0' is one device, but torchrun started several processes: "
-            "use --device cuda or cpu, or start a single process",
-        ),
+        ("cuda", "process 2 .* --nproc_per_node=2"),
+        ("cuda:0", "'cuda:0' cannot be shared"),
     ],
 )
 def test_each_process_needs_its_own_gpu(
@@ -146,9 +133,8 @@ def test_each_process_needs_its_own_gpu(
     pretend_gpus(monkeypatch, 2)
     for key, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "3")):
         monkeypatch.setenv(key, value)
-    with pytest.raises(UserError) as caught, world(device):
+    with pytest.raises(UserError, match=message), world(device):
         pass
-    assert str(caught.value) == message
 
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -149,14 +148,14 @@ def test_download_once_and_check_ever_after(server: Server, tmp_path: Path) -> N
     assert download(server.url, tmp_path / "cache", sha256=HASH) == path
     assert server.asked == [None]
     path.write_bytes(b"other")
-    with pytest.raises(UserError, match=re.escape(f"{path} has the SHA-256 ")):
+    with pytest.raises(UserError, match="net 1.bin has the SHA-256"):
         download(server.url, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_broken_download_resumes(server: Server, tmp_path: Path, ranges: bool) -> None:
     server.ranges, server.stop = ranges, 1000
-    with pytest.raises(UserError, match="the connection ended after 1000 of 10240 bytes"):
+    with pytest.raises(UserError, match="after 1000 of 10240 bytes"):
         download(server.url, tmp_path, sha256=HASH)
     assert not (tmp_path / "net 1.bin").exists()
     server.stop = None
@@ -172,7 +171,7 @@ def test_a_part_of_something_longer_starts_again(server: Server, tmp_path: Path)
 
 
 def test_a_wrong_download_is_not_kept(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"where 000000000000\.\.\. was expected: nothing was kept"):
+    with pytest.raises(UserError, match=r"where 000000000000"):
         download(server.url, tmp_path, sha256="0" * 64)
     assert os.listdir(tmp_path) == []
 
@@ -182,8 +181,5 @@ def test_offline_names_file_address_and_folder(tmp_path: Path) -> None:
         url = gone.url
     with pytest.raises(UserError) as caught:
         download(url, tmp_path)
-    assert re.fullmatch(
-        rf"net 1\.bin could not be fetched from {re.escape(url)} \(.*refused.*\): run again to "
-        rf"carry on, or fetch it elsewhere and put it into {re.escape(str(tmp_path))}",
-        str(caught.value),
-    )
+    for part in ("net 1.bin", url, "refused", str(tmp_path)):
+        assert part in str(caught.value)

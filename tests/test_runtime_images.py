@@ -29,7 +29,7 @@ def test_a_diverged_image_is_named() -> None:
     x = torch.zeros(4, 1, 2, 2)
     x[2, 0, 1, 1] = float("nan")
     x[3, 0, 0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"^image 2 of the batch is not finite \(2 of 4 are not\)"):
+    with pytest.raises(ValueError, match=r"^image 2 .*2 of 4"):
         to_uint8(x)
 
 
@@ -65,11 +65,11 @@ def test_headings_stand_over_their_columns_and_beside_their_rows(width: int) -> 
 
 
 def test_grid_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="^2 labels for 3 columns: give one for each$"):
+    with pytest.raises(ValueError, match="2 labels for 3 columns"):
         image_grid(tiles(5), 3, labels=["a", "b"])
-    with pytest.raises(ValueError, match="^1 labels for 2 rows: give one for each$"):
+    with pytest.raises(ValueError, match="1 labels for 2 rows"):
         image_grid(tiles(5), 3, row_labels=["a"])
-    with pytest.raises(ValueError, match="^a grid of 0 images in 3 columns: give at least one$"):
+    with pytest.raises(ValueError, match="0 images in 3 columns"):
         image_grid([], 3)
 
 

@@ -1,6 +1,7 @@
 """Logs of a resumed run equal those of an uninterrupted one."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,18 +28,18 @@ def test_rows_are_on_disk_when_append_returns(tmp_path: Path) -> None:
     log.close()
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 7, "lo', b'{"step": 7}'])
-def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path: Path, torn: bytes) -> None:
-    with JsonLines(tmp_path / "whole.jsonl") as log:
+@pytest.mark.parametrize("incomplete", [b"", b'{"step": 7, "lo', b'{"step": 7}'])
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path: Path, incomplete: bytes) -> None:
+    with closing(JsonLines(tmp_path / "whole.jsonl")) as log:
         for row in rows(1, 10):
             log.append(row)
     path = tmp_path / "killed.jsonl"
-    with JsonLines(path) as log:
+    with closing(JsonLines(path)) as log:
         for row in rows(1, 6):
             log.append(row)
-    path.write_bytes(path.read_bytes() + torn)
+    path.write_bytes(path.read_bytes() + incomplete)
     assert read_json_lines(path) == rows(1, 6)
-    with JsonLines(path, resume_after=4) as log:
+    with closing(JsonLines(path, resume_after=4)) as log:
         for row in rows(5, 10):
             log.append(row)
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -47,8 +48,7 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path: Path, torn: bytes) 
 def test_a_new_log_starts_empty_and_other_ranks_write_nothing(tmp_path: Path) -> None:
     path = tmp_path / "stats.jsonl"
     path.write_text('{"step": 1}\n')
-    with JsonLines(path, resume_after=1, enabled=False) as log:
-        log.append({"step": 2})
+    JsonLines(path, resume_after=1, enabled=False).append({"step": 2})
     assert read_json_lines(path) == [{"step": 1}]
     JsonLines(path).close()
     assert path.read_bytes() == b""
@@ -56,14 +56,11 @@ def test_a_new_log_starts_empty_and_other_ranks_write_nothing(tmp_path: Path) ->
     assert (tmp_path / "new.jsonl").read_bytes() == b""
 
 
-def test_a_line_broken_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_json_raises(tmp_path: Path) -> None:
     path = tmp_path / "stats.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="line 2 is not JSON"):
         read_json_lines(path)
-    assert str(caught.value) == (
-        f"{path}, line 2 is not JSON: delete that line, or start the run again"
-    )
 
 
 def test_text_goes_to_screen_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +79,7 @@ def test_progress_shows_on_the_main_rank_only(capsys: pytest.CaptureFixture[str]
         assert ("sampling: 100%" in shown and "3/3" in shown) if enabled else shown == ""
 
 
-def test_a_long_batch_shows_how_far_it_is_but_not_at_every_state(
+def test_progress_within_a_batch_is_shown_once_a_second(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -96,7 +93,7 @@ def test_a_long_batch_shows_how_far_it_is_but_not_at_every_state(
     assert 8 <= shown.count("of a batch") <= 11 and "907/1000 of a batch" in shown
 
 
-def test_resumed_tensorboard_hides_what_the_killed_run_wrote_ahead(tmp_path: Path) -> None:
+def test_resumed_tensorboard_hides_later_steps_of_the_interrupted_run(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert tensorboard(tmp_path, enabled=False) is None

@@ -1,4 +1,4 @@
-"""Run records: what is written is what is read, and everything else is refused by name."""
+"""Run records: round trips, and errors for invalid ones."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def test_the_commit_is_that_of_this_checkout(
 
 
 def test_values_json_cannot_hold_are_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"options\['path'\] = .* cannot go into a record"):
+    with pytest.raises(TypeError, match=r"options\['path'\]"):
         RunRecord.make("train", {"path": Path("x")}, {}, {})
 
 
@@ -73,65 +73,32 @@ def change(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            change(colour="red"),
-            "run.json has the unknown key 'colour': remove it, "
-            "or use the version of the toolkit that wrote it",
-        ),
-        (
-            change(schema=2, colour="red"),
-            "run.json has schema 2, but this version reads up to 1: "
-            "update the toolkit to the version that wrote it",
-        ),
-        (
-            '{"command": "train",\n  "options": }',
-            "run.json is not valid JSON (line 2, column 14: Expecting value): "
-            "mend it there, or delete it and run again",
-        ),
-        (
-            "[1, 2]",
-            "run.json holds a list instead of a run record: delete it and run again",
-        ),
-        (
-            '{"command": "train"}',
-            "run.json lacks the key 'options': delete the record and run again",
-        ),
-        (
-            change(git_commit=5),
-            "run.json has 5 as 'git_commit' where a str or null belongs: "
-            "mend it, or delete the record and run again",
-        ),
-        (
-            change(schema=True),
-            "run.json has True as 'schema' where a int belongs: "
-            "mend it, or delete the record and run again",
-        ),
+        (change(colour="red"), "unknown key 'colour'"),
+        (change(schema=2, colour="red"), "schema 2"),
+        ('{"command": "train",\n  "options": }', "line 2, column 14"),
+        ("[1, 2]", "holds a list"),
+        ('{"command": "train"}', "lacks the key 'options'"),
+        (change(git_commit=5), "5 as 'git_commit' where a str or null"),
+        (change(schema=True), "True as 'schema'"),
     ],
 )
-def test_broken_records_are_refused_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("run.json").write_text(text)
-    with pytest.raises(UserError) as caught:
-        RunRecord.read("run.json")
-    assert str(caught.value) == message
-
-
-def test_unreadable_files_are_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_invalid_records_raise(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.json"
-    with pytest.raises(UserError) as caught:
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"run.json .*{message}"):
         RunRecord.read(path)
-    assert str(caught.value) == (
-        f"{path} cannot be read (No such file or directory): give the folder of a run"
-    )
+
+
+def test_unreadable_files_raise(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with pytest.raises(UserError, match=r"run\.json cannot be read"):
+        RunRecord.read(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"run\.json is not a text file"):
         RunRecord.read(path)
-    assert str(caught.value) == f"{path} is not a text file: delete it and run again"
 
 
-def test_differences_name_what_would_change_the_images() -> None:
+def test_differences() -> None:
     one = RunRecord.make("sample", {"seeds": "0-9", "batch": 4}, {"name": "a"}, {"nfe": 5})
     two = RunRecord.make("sample", {"seeds": "0-4", "batch": 8}, {"name": "a"}, {"nfe": 5, "x": 1})
     assert one.differences(one) == []

@@ -243,7 +243,7 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "euler", "schedule_type": "discrete"}, "needs a model with its own time"),
         ({"sampler": "edm", "afs": True}, "--afs True is not an option of sampler 'edm'"),
         ({"sampler": "restart", "restart_info": "{0: 1"}, "is not valid JSON"),
-        ({"sampler": "restart", "restart_info": '{"0": [3, 1, 2, 1]}'}, "has to be below t_max"),
+        ({"sampler": "restart", "restart_info": '{"0": [3, 1, 2, 1]}'}, "must be below t_max"),
         ({"sampler": "restart", "num_steps": 9, "restart_info": f"18 {INFO}"}, "contradicts the"),
         ({"sampler": "restart", "restart_config": "magic-1"}, "unknown restart configuration"),
         ({"sampler": "restart", "restart_config": "cifar10-vp-43", "nfe": 43},

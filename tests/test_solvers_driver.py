@@ -90,14 +90,14 @@ def test_known_budgets():
     assert planned_nfe(make_solver("heun"), [80.0, 0.0], afs=True) == 0
 
 
-def test_one_meter_serves_several_walks():
+def test_one_meter_counts_several_integrations():
     meter, ts = Meter(Counter(cost=2)), grid(3)
     first = integrate(make_solver("heun"), meter, start(), ts)
     second = integrate(make_solver("euler"), meter, start(), ts)
     assert (first.nfe, second.nfe, meter.nfe) == (8, 4, 12)
 
 
-# --- where a walk starts and ends -----------------------------------------------------------
+# --- first and last interval ----------------------------------------------------------------
 
 
 def test_analytic_first_step_closed_form():
@@ -111,7 +111,7 @@ def test_analytic_first_step_closed_form():
     state = advance(make_solver("euler"), Meter(counter), State(x), t, t_next, analytic_first=True)
     assert counter.calls == 0
     assert relative_error(state.x, x + (t_next - t) * d) < 1e-12
-    # Only the first interval of a walk is free.
+    # Only the first interval costs nothing.
     afs = integrate(make_solver("euler"), counter, x, ts, afs=True)
     rest = integrate(make_solver("euler"), counter, state.x, ts[1:])
     assert torch.equal(afs.x[1:], rest.x) and counter.calls == 2 * (len(ts) - 2)
@@ -134,7 +134,7 @@ def test_an_interval_to_zero_lands_on_the_denoised_state(name):
 
 @dataclass(frozen=True)
 class Spy:
-    """A solver that steps by Euler and notes the order and the history it was offered."""
+    """A solver that takes Euler steps and records the order and the length of the history."""
 
     inner: Solver
     seen: list[tuple[int, int]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Gradients of an interval in r, c and a, which the training of a guide rests on."""
+"""Gradients of an interval in r, c and a, as needed to train a guide."""
 
 from __future__ import annotations
 

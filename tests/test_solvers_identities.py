@@ -1,4 +1,4 @@
-"""Identities between methods: algebra says they are one, so the code must."""
+"""Identities between methods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.solver_problem import (
 
 
 def refined(ts: Tensor, r: float) -> Tensor:
-    """The grid that a constant ``r`` walks, by the driver's own formula."""
+    """The grid with a node inserted at the constant ``r`` in every interval."""
     nodes = [ts[0]]
     for t, t_next in zip(ts, ts[1:], strict=False):
         nodes += [t_next**r * t ** (1 - r), t_next]
@@ -110,7 +110,7 @@ def test_amed_rule_at_the_geometric_mean_is_dpm_solver_2():
     half = FixedRatio(0.5)
     ours = sample(make_solver("amed"), grid(), half)
     assert relative_error(ours, sample(make_solver("dpm"), grid())) < 1e-12
-    # Elsewhere the two part: the AMED rule drops the first slope.
+    # They differ elsewhere: the AMED rule ignores the first slope.
     other = sample(make_solver("amed"), grid(), FixedRatio(0.3))
     assert relative_error(other, sample(make_solver("dpm", r=0.3), grid())) > 1e-3
 
@@ -154,7 +154,7 @@ def test_ipndm_walks_polynomials_exactly(order):
 
 
 def test_scales_of_the_direction_and_of_the_network_time():
-    """The state is affine in ``c``; ``a`` moves what the network sees and not the slope."""
+    """The state is affine in ``c``; ``a`` scales the network time but not the slope."""
     x, t, t_next = start(), grid()[1], grid()[2]
     denoiser = mixture()
 
@@ -234,23 +234,23 @@ def test_a_thresholded_step_by_hand():
     assert relative_error(ours, by_hand) < 1e-12
 
 
-def test_settings_that_no_method_has():
+def test_invalid_settings_raise():
     cases = [
-        (lambda: make_solver("rk45"), "unknown solver 'rk45'; choose one of euler, heun, dpm"),
-        (lambda: AdamsBashforth(max_order=5), "iPNDM has orders 1 to 4, got max_order = 5"),
-        (lambda: make_solver("ipndm", max_order=0), "iPNDM has orders 1 to 4, got max_order = 0"),
-        (lambda: DPMpp(max_order=4), r"DPM-Solver\+\+ has orders 1 to 3, got max_order = 4"),
-        (lambda: make_solver("dpmpp", max_order=0), "orders 1 to 3, got max_order = 0"),
-        (lambda: DPMpp(predict_x0=False, thresholding=True), "set predict_x0=True"),
-        (lambda: FixedRatio(0.0), "r = 0 puts the inserted node outside the interval"),
-        (lambda: make_solver("dpm", r=1.5), "r = 1.5 puts the inserted node outside"),
+        (lambda: make_solver("rk45"), "unknown solver 'rk45'"),
+        (lambda: AdamsBashforth(max_order=5), "max_order = 5"),
+        (lambda: make_solver("ipndm", max_order=0), "max_order = 0"),
+        (lambda: DPMpp(max_order=4), "max_order = 4"),
+        (lambda: make_solver("dpmpp", max_order=0), "max_order = 0"),
+        (lambda: DPMpp(predict_x0=False, thresholding=True), "predict_x0=True"),
+        (lambda: FixedRatio(0.0), "r = 0 "),
+        (lambda: make_solver("dpm", r=1.5), "r = 1.5 "),
     ]
     for make, message in cases:
         with pytest.raises(ValueError, match=message):
             make()
 
 
-def test_names_give_the_methods_they_promise():
+def test_solvers_by_name():
     assert make_solver("dpm", r=None) == TwoStage(FixedRatio(0.5))
     assert make_solver("heun") == TwoStage(FixedRatio(1.0))
     assert make_solver("ipndm", max_order=None) == AdamsBashforth(4)
@@ -265,12 +265,12 @@ def test_names_give_the_methods_they_promise():
     [("ipndm", {"max_ordr": 2}), ("heun", {"r": 0.2}), ("dpmpp3c", {"max_order": 2}),
      ("ipndm", {"predict_x0": None})],
 )  # fmt: skip
-def test_options_that_a_solver_does_not_have_are_refused(name, options):
+def test_unknown_options_raise(name, options):
     with pytest.raises(ValueError, match=f"{name!r} has no option '{next(iter(options))}'"):
         make_solver(name, **options)
 
 
-def test_a_solver_takes_those_of_all_options_that_it_has():
+def test_solver_options_passes_only_what_the_solver_accepts():
     options = SolverOptions(max_order=2, predict_x0=False, r=0.3)
     assert options.make("ipndm") == AdamsBashforth(2)
     assert options.make("dpmpp") == DPMpp(2, predict_x0=False)

@@ -1,4 +1,4 @@
-"""train.py as people use it: killed, on two processes, given nonsense; and its folders."""
+"""train.py: killed runs, two processes, invalid options; and run folders."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def finish(process: subprocess.Popen[str]) -> Path:
 
 
 def same_to(folder: Path, other: Path, tol: float) -> None:
-    """Predictors and figures agree to ``tol``, relative; 0 means bit-equal."""
+    """Predictors and metrics agree to ``tol``, relative; 0 means bit-equal."""
     one, two = (safetensors.torch.load_file(f / "predictor.safetensors") for f in (folder, other))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=tol, atol=tol)
@@ -113,87 +113,64 @@ def test_two_processes_train_the_bundled_model(tmp_path):
     assert (untrained["fc_r.weight"] - trained["fc_r.weight"]).abs().max() > 1e-3
 
 
-# Nonsense
+# Invalid options
 
 OUTSIDE = '--restart_info={"0": [3, 2, 0.06, 100]}'
 REFUSED = [
-    (
-        ["--dataset_name=cifar11"],
-        1,
-        f"error: unknown dataset 'cifar11'; known: {', '.join(cards())}",
-    ),
-    (["--M=0"], 1, "error: M = 0 inserts no node for the teacher"),
-    (["--schedule_type=discrete", "--schedule_rho=1"], 1, "error: schedule 'discrete' needs a mod"),
-    (
-        ["--sampler_stu=dpmpp", "--max_order=4"],
-        1,
-        "error: DPM-Solver++ has orders 1 to 3, got max_order = 4",
-    ),
-    (["--sampler_tea=dpmpp", "--max_order=4"], 1, "error: DPM-Solver++ has orders 1 to 3"),
-    (
-        ["--sampler_stu=dpmpp", "--thresholding=True", "--predict_x0=False"],
-        1,
-        "error: dynamic thresholding acts on data predictions",
-    ),
-    (["--num_steps=2", "--afs=True"], 1, "error: --afs spends the first of 1 interval(s)"),
-    (["--guidance_type=cfg"], 1, "error: 'cifar10-small' has no guidance, not 'cfg'"),
-    (["--guidance_rate=7.5"], 1, "error: 'cifar10-small' has no guidance: leave --guidance_rate"),
-    (["--prompt_path=train.py"], 1, "error: 'cifar10-small' takes no text: leave --prompt and"),
-    (
-        ["--sampler_tea=restart", "--restart_info=often"],
-        1,
-        "error: restart_info 'often' is neither a file nor of the form",
-    ),
-    (
-        ["--sampler_tea=restart", '--restart_info={"0": [3, 2, 0.06]}'],
-        1,
-        'error: restart_info interval "0" is [3, 2, 0.06]; write the four numbers',
-    ),
-    (
-        ["--sampler_tea=restart", OUTSIDE],
-        1,
-        "error: restart interval 0 [3, 2, 0.06, 100] lies outside the grid: t_max = 100 is above",
-    ),
-    ([OUTSIDE], 1, "error: --restart_info was given, but the teacher is heun; add --sampler_tea="),
-    (["--resume=7"], 1, "error: no run 7 in "),
-    (["--resume=nowhere"], 1, "error: nowhere/run.json cannot be read"),
-    (["--device=abacus"], 1, "error: device 'abacus' is unknown"),
-    (["--max_order=5"], 2, "Error: Invalid value for '--max_order': 5 is not in the range 1<=x<=4"),
-    (["--num_steps=1"], 2, "Error: Invalid value for '--num_steps'"),
-    (["--batch=0"], 2, "Error: Invalid value for '--batch'"),
-    (["--total_kimg=0"], 2, "Error: Invalid value for '--total_kimg'"),
-    (["--scale_dir=1"], 2, "Error: Invalid value for '--scale_dir'"),
-    (["--sampler_stu=heun"], 2, "Error: Invalid value for '--sampler_stu'"),
-    (["--sampler_tea=amed"], 2, "Error: Invalid value for '--sampler_tea'"),
-    (["--restart_target=states"], 2, "Error: Invalid value for '--restart_target'"),
+    (["--dataset_name=cifar11"], 1, "'cifar11'"),
+    (["--M=0"], 1, "M = 0 "),
+    (["--schedule_type=discrete", "--schedule_rho=1"], 1, "'discrete'"),
+    (["--sampler_stu=dpmpp", "--max_order=4"], 1, "max_order = 4"),
+    (["--sampler_tea=dpmpp", "--max_order=4"], 1, "max_order = 4"),
+    (["--sampler_stu=dpmpp", "--thresholding=True", "--predict_x0=False"], 1, "predict_x0=True"),
+    (["--num_steps=2", "--afs=True"], 1, "--afs "),
+    (["--guidance_type=cfg"], 1, "'cfg'"),
+    (["--guidance_rate=7.5"], 1, "--guidance_rate"),
+    (["--prompt_path=train.py"], 1, "leave --prompt"),
+    (["--sampler_tea=restart", "--restart_info=often"], 1, "'often'"),
+    (["--sampler_tea=restart", '--restart_info={"0": [3, 2, 0.06]}'], 1, "[3, 2, 0.06];"),
+    (["--sampler_tea=restart", OUTSIDE], 1, "[3, 2, 0.06, 100] lies outside"),
+    ([OUTSIDE], 1, "the teacher is heun"),
+    (["--resume=7"], 1, "no run 7 in "),
+    (["--resume=nowhere"], 1, "nowhere/run.json"),
+    (["--device=abacus"], 1, "'abacus'"),
+    (["--max_order=5"], 2, "'--max_order'"),
+    (["--num_steps=1"], 2, "'--num_steps'"),
+    (["--batch=0"], 2, "'--batch'"),
+    (["--total_kimg=0"], 2, "'--total_kimg'"),
+    (["--scale_dir=1"], 2, "'--scale_dir'"),
+    (["--sampler_stu=heun"], 2, "'--sampler_stu'"),
+    (["--sampler_tea=amed"], 2, "'--sampler_tea'"),
+    (["--restart_target=states"], 2, "'--restart_target'"),
 ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"), REFUSED, ids=[" ".join(row[0]) for row in REFUSED]
 )
-def test_nonsense_is_refused_in_one_sentence(
+def test_invalid_options_end_in_one_sentence(
     arguments, code, message, tmp_path, monkeypatch, capsys
 ):
     outdir = tmp_path / "exps"
     fixed = ["train.py", "--dataset_name=cifar10-small", f"--outdir={outdir}", "--device=cpu"]
-    short = ["--batch=1", "--total_kimg=0.001"]  # were it not refused, it would soon be over
+    short = ["--batch=1", "--total_kimg=0.001"]  # a short run, in case it is not refused
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", [*fixed, *short, *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.run(train.main)
     out, err = capsys.readouterr()
     assert ended.value.code == code and out == ""
-    assert err.splitlines()[-1].startswith(message), err
+    last = err.splitlines()[-1]
+    assert last.lower().startswith("error: ") and message in last, err
     assert code == 2 or len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refusal_of_the_real_script_has_no_traceback(tmp_path):
+def test_an_error_of_the_script_has_no_traceback(tmp_path):
     process = spawn("train.py", "--dataset_name=cifar11", f"--outdir={tmp_path / 'exps'}")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1 and out == "" and not (tmp_path / "exps").exists()
-    assert err.startswith("error: unknown dataset 'cifar11'; known: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and "'cifar11'" in err and err.count("\n") == 1
 
 
 # Folders
@@ -234,7 +211,7 @@ def test_processes_that_start_together_take_different_numbers(tmp_path):
 
 @pytest.mark.parametrize("there", ["00001", "00001-first"])
 def test_a_number_taken_in_the_meantime_is_left_alone(tmp_path, monkeypatch, there):
-    """Another process claims the number, or claims and names it, after we looked."""
+    """Another process creates the folder, or also renames it, after we listed the runs."""
     (tmp_path / there).mkdir()
     looks = []
 
@@ -256,7 +233,7 @@ def test_numbers_go_on_after_the_largest(tmp_path):
     assert create_run(tmp_path / "fresh" / "root", "new").name == "00001-new"
 
 
-# Predictors that are none
+# Invalid predictors
 
 
 def settings() -> StudentSettings:
@@ -289,44 +266,39 @@ def newer(path: Path) -> None:
     safetensors.torch.save_file(weights, path, metadata={"record": json.dumps(record)})
 
 
-WRONG = {
-    "a missing file": (lambda path: None, "there is no predictor at {path}; train one"),
-    "a text file": (lambda path: path.write_text("hello"), "{path} is not a readable safetensors"),
-    "an empty file": (lambda path: path.touch(), "{path} is not a readable safetensors file"),
-    "a folder without one": (lambda path: path.mkdir(), "there is no predictor at {path}/predict"),
+INVALID = {
+    "a missing file": (lambda path: None, "no predictor at .*file.safetensors;"),
+    "a text file": (lambda path: path.write_text("hello"), "file.safetensors is not a readable"),
+    "an empty file": (lambda path: path.touch(), "file.safetensors is not a readable"),
+    "a folder without one": (lambda path: path.mkdir(), "no predictor at .*file.safetensors/pred"),
     "a denoiser": (
         lambda path: path.write_bytes(cards()["cifar10-small"].bundled.read_bytes()),
-        "{path} was written by train_denoiser.py; give a predictor.safetensors of train.py",
+        "written by train_denoiser.py",
     ),
     "weights without a record": (
         lambda path: safetensors.torch.save_file({"w": torch.zeros(1)}, path),
-        "{path} carries no run record, so it is no predictor of this toolkit",
+        "no run record",
     ),
-    "a record of samples": (
-        lambda path: write(path, "sample"),
-        "{path} was written by sample.py; give a predictor.safetensors of train.py",
-    ),
+    "a record of samples": (lambda path: write(path, "sample"), "written by sample.py"),
     "other heads": (
         lambda path: write(path, predictor=AMEDPredictor(0.01, 0.2)),
-        "the weights in {path} are not those of a predictor with scale_dir = 0.01 and scale_time",
+        "file.safetensors do not fit",
     ),
-    "a newer schema": (newer, "{path} has schema"),
+    "a newer schema": (newer, "file.safetensors has schema"),
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_what_is_no_predictor_is_refused(what, tmp_path):
-    make, message = WRONG[what]
+@pytest.mark.parametrize("what", INVALID)
+def test_invalid_predictors_raise(what, tmp_path):
+    make, message = INVALID[what]
     path = tmp_path / "file.safetensors"
     make(path)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=message):
         load_predictor(str(path), tmp_path)
-    assert str(refused.value).startswith(message.format(path=path)), refused.value
 
 
 def test_an_unknown_number_lists_the_known_ones(tmp_path):
     write(create_run(tmp_path, "mine") / "predictor.safetensors")
     assert load_predictor("1", tmp_path).settings == settings()
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=r"no run 2 .*\(runs: 1\)"):
         load_predictor("2", tmp_path)
-    assert str(refused.value).startswith(f"no run 2 in {tmp_path} (there: 1)")

@@ -176,9 +176,7 @@ def test_a_known_card_gives_its_settings() -> None:
     assert about.bottleneck == card.bottleneck == net.model.bottleneck
     again, _ = train_denoiser.first_network(None, None, "cifar10-small", recipe, "a.zip")
     assert all(map(torch.equal, net.parameters(), again.parameters()))
-    other, _ = train_denoiser.first_network(
-        None, None, "cifar10-small", Recipe(kimg=1, augment=0.1), "a.zip"
-    )
+    other, _ = train_denoiser.first_network(None, None, "cifar10-small", Recipe(kimg=1), "a.zip")
     assert not torch.equal(other.model.map_layer0.weight, net.model.map_layer0.weight)
 
 
@@ -188,8 +186,7 @@ def test_a_published_pickle_can_be_continued(tmp_path) -> None:
     published_net = published.network("EDMPrecond", settings, net.state_dict())
     path = tmp_path / "edm.pkl"
     path.write_bytes(published.pickled(published.snapshot(published_net)))
-    recipe = Recipe(kimg=1, augment=0.1)
-    again, about = train_denoiser.first_network(path, None, None, recipe, "a.zip")
+    again, about = train_denoiser.first_network(path, None, None, Recipe(kimg=1), "a.zip")
     assert all(map(torch.equal, again.state_dict().values(), net.state_dict().values()))
     assert about.images_before == 0 and about.config["label_dim"] == 4
 
@@ -222,7 +219,7 @@ def test_a_longer_run_continues_a_finished_one(run) -> None:
     assert part == again
 
 
-class Killed(BaseException):
+class KilledTraining(BaseException):
     """Ends the process at once, as a kill would."""
 
 
@@ -237,13 +234,13 @@ def test_a_killed_run_continues_bit_equal(run, monkeypatch) -> None:
 
         def stop(*given: Any, real: Any = real, left: Any = left) -> Any:
             if next(left, None) is None:
-                raise Killed
+                raise KilledTraining
             return real(*given)
 
         out = f"{place}-{after}"
         with monkeypatch.context() as patch:
             patch.setattr(owner, place, stop)
-            with pytest.raises(Killed):
+            with pytest.raises(KilledTraining):
                 run(*arguments, out=out)
         torch.rand(1)
         assert_bit_equal(run(*arguments, out=out), whole)

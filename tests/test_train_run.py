@@ -1,4 +1,4 @@
-"""A training run from its command line to its folder, on a model in closed form."""
+"""Training runs through the command line, on a model in closed form."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_predictor_is_found_by_number_folder_and_file(command, tmp_path):
         assert settings.nfe() == record.plan["nfe"] == 3
 
 
-def test_figures_are_means_over_the_tick_and_do_not_depend_on_its_length(command):
+def test_metrics_are_means_over_the_tick(command):
     every, once = (rows(command(f"--tick={tick}").folder) for tick in (0, 1))
     assert [row["step"] for row in once] == [20]
     for key in ("loss", "r", "c", "a"):
@@ -206,7 +206,7 @@ def test_every_trajectory_is_drawn_once(monkeypatch, size):
     student = StudentSettings("tiny", "amed", 3, 0.002, 80.0)
     teacher = build_teacher("heun", *student.grid.refined(student.M))
     loop = Loop(total=18, batch=5, micro=2, tick=100, snap=0, lr=1e-3)
-    assert loop.iterations == 4  # no trajectory less than asked for
+    assert loop.iterations == 4  # rounded up
     for it in range(loop.iterations):
         for rank in range(size):
             amed.trainer._micros(data, teacher, loop, World(rank, size, CPU), it)
@@ -217,7 +217,7 @@ def test_every_trajectory_is_drawn_once(monkeypatch, size):
 
 
 class Killed(BaseException):
-    """Ends the process at once, as a kill would: nothing is tidied up on the way."""
+    """Ends the run at once, as a kill would."""
 
 
 @pytest.mark.parametrize("teacher", [(), RESTART], ids=["heun", "restart"])
@@ -226,7 +226,7 @@ class Killed(BaseException):
     [("train_batch", n) for n in (0, 1, 3)] + [("_save", n) for n in (0, 1, 2)],
 )
 def test_a_killed_run_resumes_bit_equal(command, monkeypatch, tmp_path, teacher, place, after):
-    """Killed between two saved states, and between a row of figures and its state."""
+    """Killed between two saved states, and between a row of metrics and its state."""
     whole = command(*teacher, "--tick=0.008", f"--outdir={tmp_path / 'whole'}").folder
     arguments = (*teacher, "--tick=0.008", "--resume=auto")
     real, calls = getattr(amed.trainer, place), []
@@ -267,10 +267,8 @@ def test_resume_refuses_other_options_and_names_them(command, tmp_path):
     before = weights(folder)
     refused = command("--resume=1", "--lr=0.001", "--seed=3")
     assert refused.code == 1
-    assert refused.err == (
-        f"error: {folder} was started with other options (options.lr: 0.005 != 0.001; "
-        "options.seed: 0 != 3); give the same ones, or leave --resume out to start anew\n"
-    )
+    assert f"{folder} was started with other options" in refused.err
+    assert "options.lr: 0.005 != 0.001; options.seed: 0 != 3" in refused.err
     assert len(list((tmp_path / "exps").iterdir())) == 1
     after = weights(folder)
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -284,8 +282,7 @@ def test_a_damaged_state_is_one_sentence(command, content):
     (folder / "training-state.pt").write_bytes(content)
     refused = command("--resume=auto")
     assert refused.code == 1 and refused.out == ""
-    assert refused.err.startswith(f"error: {folder / 'training-state.pt'} cannot be resumed from")
-    assert "delete it to start that run from the beginning" in refused.err
+    assert refused.err.startswith(f"error: {folder / 'training-state.pt'} cannot be read")
     assert refused.err.count("\n") == 1
 
 
@@ -297,10 +294,10 @@ def test_restart_intervals_are_recorded_however_they_were_given(command, tmp_pat
     assert same.folder == first and "already trained" in same.err
 
 
-def test_a_restart_teacher_that_is_a_heun_teacher_says_so(command):
+def test_a_note_if_a_restart_teacher_equals_a_heun_teacher(command):
     flow = command("--sampler_tea=restart")  # the default interval, 0.06 to 0.3, below 2.515
-    assert flow.code == 0 and flow.err.startswith("note: with --restart_target=flow this Restart")
-    assert "let t_max of --restart_info exceed 2.52" in flow.err
+    assert flow.code == 0 and flow.err.startswith("note: ")
+    assert "t_max above 2.52" in flow.err
     assert shifted(flow.folder, command().folder) == 0.0
     assert "note:" not in command(*RESTART).err
     dry = command("--sampler_tea=restart", "--dry-run")
@@ -325,8 +322,5 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(command, tmp_path):
 
 def test_more_processes_than_trajectories_are_refused():
     options = TrainOptions(ModelSource("cifar10-small"), batch=3)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="--batch=3 .*--batch 4 or more"):
         prepare(options).run(World(0, 4, CPU))
-    assert str(refused.value) == (
-        "--batch=3 leaves some of 4 processes without work; give --batch 4 or more"
-    )

@@ -8,7 +8,7 @@ from amed.experiments import TrainedStudent
 from denoisers.cards import Card
 from plans.plan import Solve
 from plans.walk import WalkSpec
-from restart.intervals import chosen_intervals
+from restart.intervals import resolve_intervals
 from runtime.errors import UserError
 from samplers.builders.restart import restart_sampler
 from samplers.options import (
@@ -78,7 +78,7 @@ def _on_students_grid(
     options: SamplerOptions, walk: WalkSpec, student: TrainedStudent, card: Card
 ) -> SamplerOptions:
     settings = student.settings
-    stated, _ = chosen_intervals(options.restart_info, card)
+    stated, _ = resolve_intervals(options.restart_info, card)
     if stated not in (None, settings.num_steps):
         raise UserError(
             f"--restart_info states {stated} main nodes, and {walk.name} walks its own "

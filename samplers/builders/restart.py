@@ -8,7 +8,7 @@ from denoisers.cards import Card
 from plans.plan import Plan
 from plans.walk import WalkSpec
 from restart.build import restart_plan
-from restart.intervals import chosen_intervals, interval_json
+from restart.intervals import interval_json, resolve_intervals
 from restart.tables import Configuration, configuration
 from runtime.errors import UserError
 from samplers.builders.common import find_length
@@ -41,7 +41,7 @@ def restart_sampler(
     grid, churn, gamma = options.grid.resolve(card), options.churn, options.restart_gamma or 0.0
     polynomial = grid.schedule_type == "polynomial"
     rho = (grid.rho if polynomial else None) or DEFAULT_RHO["polynomial"] or 0.0
-    stated, intervals = chosen_intervals(options.restart_info, card)
+    stated, intervals = resolve_intervals(options.restart_info, card)
 
     def make(num_steps: int) -> Plan:
         nodes = grid.closed(num_steps) if zero else grid.nodes(num_steps)

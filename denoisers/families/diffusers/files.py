@@ -162,10 +162,10 @@ def pipeline_card(
     stage: Mapping[str, Any],
     source: str,
 ) -> Card:
-    """The card of a pipeline with components of the classes ``parts``, from three's settings.
+    """The card of a pipeline with components of the classes ``parts``.
 
-    ``stage`` is empty if samples are images.  Raises UserError for a pipeline that is not
-    supported; ``source`` names it in the message.
+    ``unet``, ``scheduler`` and ``stage`` are settings; ``stage`` is empty if samples are images.
+    Raises UserError for a pipeline that is not supported; ``source`` names it in the message.
     """
     _check_parts(parts, source)
     _check_unet(unet, source)
