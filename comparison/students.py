@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from amed.experiments import TrainedStudent, load_predictor
 from comparison.rows import Row, solver_title
 from denoisers.cards import Card
-from restart.intervals import chosen_intervals, interval_json
+from restart.intervals import interval_json, resolve_intervals
 from runtime.errors import UserError
 from runtime.lists import parse_words
 from samplers.build import build
@@ -113,7 +113,7 @@ def learned_restart_rows(
     that is not the student's has N nodes where ``info`` is ``N {json}``, otherwise as many as the
     student's.
     """
-    stated, intervals = chosen_intervals(info, card)
+    stated, intervals = resolve_intervals(info, card)
     info = interval_json(intervals)
     rows: dict[tuple[str, int], Row] = {}
     for student in students:
