@@ -34,11 +34,11 @@ COMMANDS: dict[str, Entry] = {
         "commands.sample", "Sample images, one PNG per seed, with a record of how they were made."
     ),
     "fid": Entry(
-        "commands.fid", "Quality of images, with the detector's name beside every figure."
+        "commands.fid", "Quality of images, with the detector's name beside every number."
     ),
     "clip-score": Entry(
         "commands.clip_score",
-        "Scores of text-to-image models, with the network's name beside every figure.",
+        "Scores of text-to-image models, with the network's name beside every number.",
     ),
     "compare": Entry(
         "commands.compare",

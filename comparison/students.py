@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from amed.experiments import TrainedStudent, load_predictor
 from comparison.rows import Row, solver_title
 from denoisers.cards import Card
-from restart.intervals import resolve_intervals, interval_json
+from restart.intervals import interval_json, resolve_intervals
 from runtime.errors import UserError
 from runtime.lists import parse_words
 from samplers.build import build
