@@ -214,7 +214,7 @@ def test_a_longer_run_continues_a_finished_one(run) -> None:
     whole = run("--rampup_kimg=0")
     part = run("--rampup_kimg=0", "--kimg=0.032", out="part")
     again = run("--rampup_kimg=0", "--kimg=0.032", out="part")
-    assert run.err == f"already trained: {again}; give a larger --kimg to go on\n"
+    assert run.err == f"already trained: {again}; give a larger --kimg to continue\n"
     assert_bit_equal(run("--rampup_kimg=0", out="part"), whole)
     assert part == again
 
@@ -305,7 +305,7 @@ def broken(folder: Path) -> None:
 
 
 NONE = "holds no JSON object of constructor settings ("
-LOSS = "the loss is that of networks with EDM's preconditioning and Gaussian noise, not of "
+LOSS = "the loss is for networks with EDM's preconditioning and Gaussian noise, not for "
 #: options, what to do to the folder first, the sentence
 REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
     "no data": (["--data=nowhere.zip"], None, "nowhere.zip does not exist: pass a folder or a zip"),
@@ -339,17 +339,13 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
         broken,
         "image 100.png in {}/train.zip cannot be read (cannot identify image file",
     ),
-    "two networks": (["--like=cifar10", "--init=x"], None, "say what to train by one of --init,"),
-    "unknown card": (
-        ["--like=imagenet256"],
-        None,
-        "--like imagenet256 is unknown; known: cif",
-    ),
-    "other noise": (["--like=cifar10-vp"], None, LOSS + "VPPrecond; train an EDMPrecond"),
+    "two networks": (["--like=cifar10", "--init=x"], None, "choose the network to train: "),
+    "unknown card": (["--like=imagenet256"], None, "--like imagenet256 is unknown; known: cif"),
+    "other noise": (["--like=cifar10-vp"], None, LOSS + "VPPrecond: train an EDMPrecond"),
     "PFGM++": (
         [],
         lambda folder: (folder / "song.json").write_text(json.dumps({**SONG, "D": 128})),
-        LOSS + "EDMPrecond with D, PFGM++; train an EDMPrecond",
+        LOSS + "EDMPrecond with D, PFGM++: train an EDMPrecond",
     ),
     "no JSON": (["--config={}/train.zip"], None, "{}/train.zip " + NONE + "'utf-8' codec"),
     "a number": ([], lambda folder: (folder / "song.json").write_text("7"), "{}/song.json " + NONE),

@@ -52,7 +52,9 @@ Examples:
 )
 @click.option("--dest", type=PATH, help="write statistics to this .npz")
 @click.option("--outdir", type=PATH, help="keep the images in this folder")
-@click.option("--detector", type=click.Choice(list(DETECTORS)), default="cifar10-small")
+@click.option(
+    "--detector", type=click.Choice(list(DETECTORS)), default="cifar10-small", help="for --dest"
+)
 @detector_path_option
 @dtype_option
 @device_option
