@@ -1,7 +1,7 @@
 """Pipelines of ``diffusers`` on disk: what their settings say, and where their weights lie.
 
-Only JSON is read here, so nothing has to be loaded, and ``diffusers`` not even installed, to know
-whether a pipeline can be used and on which noise levels.
+Settings are JSON and a ``.ckpt`` is read as data, so ``diffusers`` need not even be installed to
+know whether a pipeline can be used and on which noise levels.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from runtime.errors import UserError
 from runtime.files import sha256_file
 
 from .noise_schedules import BETAS, DiscreteVP
+from .snapshots import read_state_dict
 
 INDEX = "model_index.json"
 EPSILON_T = 1e-3  #: smallest time that samplers use (arXiv:2206.00927, section 5)
@@ -26,6 +27,12 @@ EPSILON_T = 1e-3  #: smallest time that samplers use (arXiv:2206.00927, section 
 UNWANTED = ("safety_checker", "feature_extractor", "image_encoder")
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+#: Before the weights of CLIP in a single file: of Stable Diffusion 1, 2 and XL.
+TEXT_ENCODER_NAMES = (
+    "cond_stage_model.transformer.text_model.",
+    "cond_stage_model.model.",
+    "conditioner.",
+)
 FIRST_STAGES = ("vae", "vqvae")
 #: Components with weights, in the order in which they are loaded.
 WEIGHTED = ("unet", *FIRST_STAGES, "text_encoder", "text_encoder_2")
@@ -41,19 +48,18 @@ def is_diffusers(path: str | Path) -> bool:
     path = Path(path)
     if path.is_dir():
         return (path / INDEX).is_file()
-    return any(name.startswith(("cond_stage_model.", "conditioner.")) for name in _names(path))
+    return any(name.startswith(TEXT_ENCODER_NAMES) for name in _names(path))
 
 
 def _names(path: Path) -> Iterable[str]:
-    """The tensors of a single file; none where it is something else."""
+    """The tensors of a single file; none where it is something else, or no safe one."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return list(file.keys())
         if path.suffix == ".ckpt":
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return [str(name) for name in content.get("state_dict", content)]
-    except Exception:  # a broken or hostile file ends in many ways, all of them no pipeline
+            return list(read_state_dict(path))
+    except (OSError, SafetensorError, UserError):
         pass
     return ()
 
@@ -256,19 +262,18 @@ def weight_files(main: Path) -> list[Path]:
     if main.is_file():
         return [main]
     parts = component_classes(read_json(main / INDEX), str(main))
-    files: set[Path] = set()
-    for name in (name for name in WEIGHTED if name in parts):
-        folder = component_folder(main, name)
-        whole = [p for p in folder.iterdir() if "." not in p.stem]
-        found = [p for p in whole if p.suffix == ".safetensors"] or [
-            p for p in whole if p.suffix == ".bin"
-        ]
-        if not found:
-            raise UserError(
-                f"{folder} has no weights, so the pipeline is not complete; copy it anew"
-            )
-        files.update(found)
-    return sorted(files)
+    folders = {component_folder(main, name) for name in WEIGHTED if name in parts}
+    return sorted(file for folder in folders for file in component_files(folder))
+
+
+def component_files(folder: Path) -> list[Path]:
+    """The files with the weights of one component; UserError where there are none."""
+    whole = sorted(p for p in folder.iterdir() if "." not in p.stem)
+    for suffix in (".safetensors", ".bin"):
+        found = [p for p in whole if p.suffix == suffix]
+        if found:
+            return found
+    raise UserError(f"{folder} has no weights, so the pipeline is not complete; copy it anew")
 
 
 def sha256_pipeline(main: Path) -> str:
