@@ -129,7 +129,7 @@ def misspelt(words: list[str], known: dict[str, set[str]]) -> list[str]:
     return sorted(given - known[title]) if title in known else [title]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
     known = known_options()
     assert [f"{words}: {bad}" for words in commands(page) if (bad := misspelt(words, known))] == []
