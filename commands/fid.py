@@ -1,4 +1,4 @@
-"""Metrics of images, or of a model's samples, against reference statistics; making such statistics."""
+"""Metrics of images, or of a model's samples, against reference statistics."""
 
 from __future__ import annotations
 
