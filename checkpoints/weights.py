@@ -155,3 +155,15 @@ def filled(make: Callable[[], NetworkT], tensors: Mapping[str, Tensor], source: 
         net = make()
     fill(net, tensors, source)
     return net.eval().requires_grad_(False)
+
+
+def own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory with each other, as required by safetensors."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        whole = tensor.untyped_storage()
+        shared = whole.data_ptr() in seen or whole.nbytes() != tensor.nbytes
+        seen.add(whole.data_ptr())
+        out[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
+    return out

@@ -1,12 +1,4 @@
-"""How well images show their prompts, and their looks: CLIP score and aesthetic score.
-
-Examples:
-
-    python clip_score.py calc --images samples/ms_coco/dpmpp_nfe8
-    python clip_score.py calc --images images.zip --prompt_path MS-COCO_val2014_30k_captions.csv
-    python clip_score.py calc --images samples/a --metrics clip,aesthetic --json scores.json
-    torchrun --standalone --nproc_per_node=2 clip_score.py calc --images samples/a --batch 256
-"""
+"""How well images show their prompts, and their looks: CLIP score and aesthetic score."""
 
 from __future__ import annotations
 
@@ -28,8 +20,16 @@ from evaluation.scores import CLIP_G, CLIP_L, NAMES, ScoreOptions, prepare
 from runtime.job import execute
 from runtime.options import parse_options
 
+EXAMPLES = """\b
+Examples:
+  python clip_score.py calc --images samples/ms_coco/dpmpp_nfe8
+  python clip_score.py calc --images images.zip --prompt_path MS-COCO_val2014_30k_captions.csv
+  python clip_score.py calc --images samples/a --metrics clip,aesthetic --json scores.json
+  torchrun --standalone --nproc_per_node=2 clip_score.py calc --images samples/a --batch 256
+"""
 
-@click.group()
+
+@click.group(epilog=EXAMPLES)
 def main() -> None:
     """Scores of text-to-image models, with the network's name beside every number."""
 

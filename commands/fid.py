@@ -1,13 +1,4 @@
-"""Metrics of images, or of a model's samples, against reference statistics; making such statistics.
-
-Examples:
-
-    python fid.py gen --predictor_path=1 --seeds 0-49999 --json fid.json
-    python fid.py calc --images samples/00001 --num 2000 --json fid.json
-    python fid.py calc --images samples/00001 --metrics fid,kid,pr,dc --ref stats.npz
-    python fid.py ref --data cifar10-32x32-train.zip --features 10000 --dest stats.npz
-    torchrun --standalone --nproc_per_node=2 fid.py calc --images images.zip --num_images 5000
-"""
+"""Metrics of images, or of a model's samples, against reference statistics."""
 
 from __future__ import annotations
 
@@ -43,9 +34,17 @@ SAMPLING = [o for o in sample.main.params if o.name not in {"outdir", "grid", "r
 pass_options = combine(
     metric_options, num_option, batch_option(256), cache_option, device_option, dry_run_option
 )
+EXAMPLES = """\b
+Examples:
+  python fid.py gen --predictor_path=1 --seeds 0-49999 --json fid.json
+  python fid.py calc --images samples/00001 --num 2000 --json fid.json
+  python fid.py calc --images samples/00001 --metrics fid,kid,pr,dc --ref stats.npz
+  python fid.py ref --data cifar10-32x32-train.zip --features 10000 --dest stats.npz
+  torchrun --standalone --nproc_per_node=2 fid.py calc --images images.zip --num_images 5000
+"""
 
 
-@click.group(context_settings={"show_default": True})
+@click.group(epilog=EXAMPLES, context_settings={"show_default": True})
 def main() -> None:
     """Quality of images, with the detector's name beside every number."""
 

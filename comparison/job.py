@@ -17,7 +17,6 @@ from comparison.seed_provenance import seeds_section
 from comparison.significance import with_gaps
 from comparison.students import learned_restart_rows, learned_rows, load_students, table_rate
 from denoisers.cards import Card
-from denoisers.conditions import ConditionOptions
 from evaluation.harness import Harness, HarnessOptions, open_harness
 from plan_search.objectives import choose_restart, selection_cost
 from runtime.dist import World
@@ -74,6 +73,7 @@ class ComparisonJob:
     extra: Sequence[Row]  #: at budgets of their own
     ceilings: Sequence[Row]
     rounds: Sequence[int]  #: images per candidate in Restart's selection
+    selection_images: int  #: that the selections make in all
     facts: Mapping[str, Json]  #: more for the record
 
     def record(self, harness: Harness | None = None) -> RunRecord:
@@ -110,7 +110,7 @@ class ComparisonJob:
             record.write(self.folder / RECORD)
         others = len(self.extra) + len(self.ceilings)
         images = len(self.seeds) * (others + sum(len(rows) + 1 for rows in self.rows.values()))
-        images += sum(selection_cost(budget, harness, self.rounds) for budget in self.rows)
+        images += self.selection_images
         measured = []
         with progress(images, "compare", "img", enabled=here.is_main) as bar:
             for row in self._rows(harness, bar.update, bar.set_description):
@@ -150,8 +150,7 @@ def prepare(options: CompareOptions) -> ComparisonJob:
     students = load_students(options.predictors, card)
     rate = table_rate(options.harness.conditions.guidance_rate, students)
     harness = with_rate(options.harness, rate)
-    check_conditions(harness.conditions, card, seeds, selection)
-    harness.detector.single()
+    check_conditions(harness, seeds, selection)
     extra = _extra_rows(options, students, card, rate)
     ceilings = ceiling_rows(card, rate) if options.ceilings else []
     if not budgets and not extra and not ceilings:
@@ -177,9 +176,10 @@ def prepare(options: CompareOptions) -> ComparisonJob:
         "guidance_rate": rate,
         "seeds": seeds_section(seeds, selection, students),
     }
+    images = sum(selection_cost(budget, card, rate, rounds) for budget in budgets)
     return ComparisonJob(
         "compare", options, harness, card, seeds, options.blocks, options.outdir,
-        rows, extra, ceilings, rounds, facts,
+        rows, extra, ceilings, rounds, images, facts,
     )  # fmt: skip
 
 
@@ -199,10 +199,10 @@ def with_rate(options: HarnessOptions, guidance_rate: float | None) -> HarnessOp
 
 
 def check_conditions(
-    options: ConditionOptions, card: Card, seeds: Sequence[int], selection: Sequence[int] = ()
+    options: HarnessOptions, seeds: Sequence[int], selection: Sequence[int] = ()
 ) -> None:
     """Raise UserError for conditions that the model does not take, or too few prompts."""
-    prompts = len(options.resolve(card).prompts)
+    prompts = len(options.resolve_conditions(()).prompts)
     for flag, images in (("--num", len(seeds)), ("--select", len(selection))):
         if 1 < prompts < images:
             raise UserError(

@@ -66,15 +66,13 @@ def prepare(options: NfeSweepOptions) -> ComparisonJob:
     """
     seeds = row_seeds(options.num, options.blocks)
     card = options.harness.model.card()
-    conditions = options.harness.conditions
-    check_conditions(conditions, card, seeds)
-    options.harness.detector.single()
+    check_conditions(options.harness, seeds)
     rows = _ode_rows(options, card) + _sde_rows(options, card)
     walkers = SamplerOptions(
         sampler="restart",
         main_solver=options.main_solver,
         restart_solver=options.restart_solver,
-        guidance_rate=conditions.guidance_rate,
+        guidance_rate=options.harness.conditions.guidance_rate,
     )
     rows += restart_rows(options.restart, walkers, card)
     if not rows:
@@ -82,7 +80,7 @@ def prepare(options: NfeSweepOptions) -> ComparisonJob:
     facts: dict[str, Json] = {"rows": [row.sampler.label for row in rows]}
     return ComparisonJob(
         "nfe_sweep", options, options.harness, card, seeds, options.blocks, options.outdir,
-        {}, rows, [], [], facts,
+        {}, rows, [], [], 0, facts,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from runtime.errors import UserError
 from runtime.files import cache_folder
 from runtime.images import to_uint8
 from runtime.log import progress
-from runtime.options import flat_options
+from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, parse_seeds
 from samplers.folder import FREE, Folder
@@ -124,7 +124,7 @@ class OdeSampleJob:
         """The record of images and statistics; its metered NFE is null until they are made."""
         given = flat_options(self.options)
         options = {key: given[key] for key in RECORDED} | describe_conditions(self.conditions)
-        plan = {"solver": "dopri5", "tol": self.options.tol, "nfe_metered": None}
+        plan: dict[str, Json] = {"solver": "dopri5", "tol": self.options.tol, "nfe_metered": None}
         model = {"name": self.card.name, "sha256": weights_sha256}
         return RunRecord.make(COMMAND, options, model, plan)
 

@@ -200,7 +200,8 @@ def choose_restart(
     return replace(restart_sampler(best, card, rate), extra={"candidates": len(field)})
 
 
-def selection_cost(budget: int, harness: Harness, rounds: Sequence[int]) -> int:
-    """Images that the selection makes, for the progress bar."""
-    field = Space().field(budget, harness.model.card, harness.conditions.guidance_rate)
-    return search_images(len(field), rounds)
+def selection_cost(
+    budget: int, card: Card, guidance_rate: float | None, rounds: Sequence[int]
+) -> int:
+    """Images that the selection makes; UserError where no plan spends the budget."""
+    return search_images(len(Space().field(budget, card, guidance_rate)), rounds)

@@ -25,12 +25,17 @@ from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows,
 from evaluation.harness import SHOWN, Harness
 from metrics.fid import block_fid
 from metrics.statistics import Statistics
-from plan_search.objectives import SELECTION_START, Space, choose_restart, selection_cost
+from plan_search.objectives import (
+    SELECTION_START,
+    Space,
+    choose_restart,
+    restart_sampler,
+    selection_cost,
+)
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from runtime.typed import read_result
-from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
 from tests.comparison_problems import CARD, HERE, OPTIONS, forbid_loading, make_harness
@@ -125,7 +130,7 @@ def test_a_measured_row_is_kept_and_a_changed_one_measured_again(harness, tmp_pa
 def test_restart_is_held_against_the_solver_of_its_main_walk():
     titles = {row.method for row in classic_rows(5, CARD)}
     for candidate in Space().field(5, CARD):
-        row = restart_row(5, build(candidate.options, CARD))
+        row = restart_row(5, restart_sampler(candidate, CARD))
         own = "iPNDM(4) + AFS" if candidate.label.startswith("ipndm") else None
         assert row.own_solver == own and (own is None or own in titles)
 
@@ -143,7 +148,7 @@ def test_restart_is_chosen_by_fid_on_seeds_of_its_own(harness, tmp_path, monkeyp
     images: list[int] = []
     chosen = choose_restart(3, harness, [4, 8], tmp_path, images.append)
     assert chosen.nfe == 3
-    assert sum(images) == selection_cost(3, harness, [4, 8])
+    assert sum(images) == selection_cost(3, CARD, None, [4, 8])
     assert min(min(seeds) for runs in asked.values() for seeds, _ in runs) == SELECTION_START
     finals = {label: runs[1][1] for label, runs in asked.items() if len(runs) == 2}
     assert len(finals) == 3 and len(asked) == 12  # a quarter goes on
@@ -262,6 +267,7 @@ def test_detectors_do_not_mix(harness, tmp_path):
         (["--predictors", "no/such/run"], "there is no predictor at no/such/run"),
         (["--dataset_name", "cifar11"], "unknown dataset 'cifar11'"),
         (["--ref", "nothing.npz"], "nothing.npz"),
+        (["-n", "--budgets", "1,5"], "no Restart plan spends exactly 1 NFE"),
     ],
 )
 def test_nonsense_is_one_sentence_and_leaves_nothing(flags, sentence, tmp_path):

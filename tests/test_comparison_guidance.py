@@ -12,16 +12,17 @@ from click.testing import CliRunner
 from commands import compare, solver_error
 from comparison.job import CompareOptions, ComparisonJob
 from comparison.job import prepare as prepare_comparison
-from comparison.measure import measure
+from comparison.results import ComparisonResults
 from comparison.rows import Row
 from comparison.solver_error.job import SolverErrorOptions
 from comparison.solver_error.job import prepare as prepare_errors
 from comparison.students import table_rate
 from denoisers.cards import Card
-from denoisers.conditions import ConditionOptions
+from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.registry import ModelSource
 from evaluation.detectors import DetectorOptions
 from runtime.errors import UserError
+from runtime.typed import read_result
 from solvers.types import Denoiser
 from tests.comparison_problems import (
     CARD,
@@ -81,10 +82,9 @@ def every_row(job: ComparisonJob) -> list[Row]:
 
 
 def test_a_guided_student_stands_in_the_table_of_what_it_spends(model: GuidedModel) -> None:
-    job = prepare_comparison(options(predictors="1,2", budgets="9,10", extra=("pds",)))
+    job = prepare_comparison(options(predictors="1,2", budgets="10", extra=("pds",)))
     rows = {budget: [row.method for row in rows] for budget, rows in job.rows.items()}
     assert "AMED-Solver" in rows[10] and "AMED plugin on iPNDM" in rows[10]
-    assert rows[9] == []  # guided calls are even in number
     assert {"iPNDM(4)", "iPNDM(4) + AFS", "DPM-Solver-2 + AFS"} <= set(rows[10])
     for row in every_row(job):
         assert row.sampler.cost == 2 and row.sampler.guidance_rate == 2.0
@@ -93,6 +93,8 @@ def test_a_guided_student_stands_in_the_table_of_what_it_spends(model: GuidedMod
     assert job.harness.conditions.guidance_rate == job.facts["guidance_rate"] == 2.0
     with pytest.raises(UserError, match="spends 10 NFE, which is not among --budgets 5"):
         prepare_comparison(options(predictors="1", budgets="5"))
+    with pytest.raises(UserError, match="no Restart plan spends exactly 9 NFE"):  # calls cost 2
+        prepare_comparison(options(predictors="1", budgets="9,10"))
 
 
 def test_the_rate_that_was_asked_for_decides(model: GuidedModel) -> None:
@@ -115,20 +117,19 @@ def test_students_that_disagree_are_named_with_the_remedy(model: GuidedModel) ->
     assert table_rate(None, []) is None and table_rate(3.0, []) == 3.0
 
 
-@pytest.mark.parametrize("rate", [None, 2.0])
+@pytest.mark.parametrize(("rate", "nfe"), [(None, 3), (2.0, 6)])
 def test_measured_rows_spend_their_budget(
-    model: GuidedModel, rate: float | None, tmp_path: Path
+    model: GuidedModel, rate: float | None, nfe: int, tmp_path: Path
 ) -> None:
-    job = prepare_comparison(options(rate, budgets="10"))
-    harness = replace(make_harness(), model=model)
-    for row in job.rows[10][:2]:
-        model.calls.clear()
-        found = measure(row, harness, tmp_path, lambda n: None)
-        assert found.nfe_metered == found.nfe_planned == 10
-        batches = 2 + 1  # one in each block, and one for the pictures
-        assert sum(model.calls) == 10 * batches
-        assert set(model.calls) == {1 if rate is None else 2}
-    assert model.rates == {rate}
+    job = prepare_comparison(options(rate, budgets=str(nfe), ceilings=False, outdir=tmp_path))
+    conditions = Conditions(guidance_rate=rate)
+    job.run(HERE, replace(make_harness(), model=model, conditions=conditions))
+    results = read_result(ComparisonResults, tmp_path / "results.json")
+    assert results is not None and "Restart" in {row.method for row in results.rows}
+    assert {(row.nfe_planned, row.nfe_metered) for row in results.rows} == {(nfe, nfe)}
+    assert {row.identity.sampler["guidance_rate"] for row in results.rows} == {rate}
+    assert model.rates == {rate} and set(model.calls) == {1 if rate is None else 2}
+    assert results.record.plan["guidance_rate"] == rate
 
 
 def test_solver_errors_are_those_of_guided_walks(model: GuidedModel, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_killed_sweep_goes_on_and_draws_its_figure(harness, tmp_path, monkeypa
     assert len({row.key for row in rows}) == 5  # two plans of one NFE keep two files
     options = NfeSweepOptions(OPTIONS, num=12, blocks=2, outdir=tmp_path)
     job = ComparisonJob(
-        "nfe_sweep", options, OPTIONS, CARD, range(12), 2, tmp_path, {}, rows, [], [], {}
+        "nfe_sweep", options, OPTIONS, CARD, range(12), 2, tmp_path, {}, rows, [], [], 0, {}
     )
     original = Harness.fid
     made: list[str] = []

@@ -219,7 +219,8 @@ def test_guided_candidates_cost_twice_and_are_sampled_with_the_rate(tmp_path: Pa
         assert objective.describe()["guidance_rate"] == 3.0
     chosen = choose_restart(10, guided, [4, 8], tmp_path, lambda n: None)
     assert (chosen.nfe, chosen.cost, chosen.guidance_rate) == (10, 2, 3.0)
-    assert selection_cost(10, guided, [4, 8]) == selection_cost(5, small_harness(model), [4, 8])
+    plain_cost = selection_cost(5, model.card, None, [4, 8])
+    assert selection_cost(10, model.card, 3.0, [4, 8]) == plain_cost
 
 
 def test_scores_of_other_conditions_are_other_scores() -> None:
