@@ -24,7 +24,7 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import note
 from runtime.noise import SeedNoise
-from runtime.options import flat_options
+from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from solvers.driver import Meter, integrate
 from solvers.grids import Grid
@@ -105,7 +105,7 @@ class TrainingJob:
             resolved.pop(key)
         resolved["restart_info"] = interval_json(self.intervals) if self.intervals else None
         resolved["prompts"] = self.conditions.describe()
-        plan = {
+        plan: dict[str, Json] = {
             "times": self.student.ts.tolist(),
             "nfe": self.settings.nfe(self._cost),
             "teacher_nfe": teacher_nfe(self.teacher, self._cost),

@@ -7,7 +7,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from PIL import Image
 
 from benchmarks.sampling import CLOCKS, Stopwatch
-from evaluation.images import image_pass
+from commands.options import device_option
+from evaluation.images import ImagePassOptions, image_pass
 from image_data.sources import image_batches
 from metrics.detectors import CHUNK, Detector, load_detector
 from metrics.statistics import DetectorId
@@ -60,7 +60,7 @@ def noise(folder: Path, count: int, size: int) -> Path:
 @click.option(
     "--clock", type=click.Choice(sorted(CLOCKS)), default="wall", help="wall time, or CPU time"
 )
-@cli.device_option
+@device_option
 def throughput(
     images: Path | None, num: int, size: int, detector: str, path: Path | None, batch: int,
     rounds: int, threads: int | None, clock: str, device: str | None,
@@ -79,7 +79,7 @@ def throughput(
     network = load_detector(detector, path=path, device=here.device)
     with tempfile.TemporaryDirectory() as folder:
         source = images or noise(Path(folder), num, size)
-        options: dict[str, Any] = {"num": num, "seed": 0, "batch": batch, "cache_dir": folder}
+        options = ImagePassOptions(num, batch=batch, cache_dir=folder)
         ready = list(image_batches(source, batch, num=num))
 
         def forward() -> None:

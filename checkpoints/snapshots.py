@@ -22,7 +22,7 @@ PREDICTOR_KEYS = ("model",)
 PREDICTOR_CLASS = "AMED_predictor"
 #: Positional arguments of the published preconditionings; all others are given by name.
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-MOST_MODULES = 100_000
+MOST_LETTERS = 5_000_000  #: of all names in a network; those of 1000 layers have 100,000
 MOST_LEVELS = 32
 LONGEST_LIST = 1000
 
@@ -158,33 +158,39 @@ def _averaged(model: dict[Any, Any], shadows: Any, source: str) -> dict[str, Ten
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
-    """The entries of a dict that are tensors with a name; none if it is no dict."""
-    if type(value) is not dict:
-        return {}
-    return {k: v for k, v in value.items() if type(k) is str and type(v) is Tensor}
+    """The entries of a dict that are tensors with a name; none of anything else."""
+    return {k: v for k, v in _named(value).items() if type(v) is Tensor}
 
 
 def flattened(record: Record, source: str) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under dotted names, in the order of ``state_dict()``."""
+    """Parameters and persistent buffers under dotted names, in the order of ``state_dict()``.
+
+    Raises UserError for modules that hold each other: a small file can name them without an end.
+    """
     out: dict[str, Tensor] = {}
-    waiting = [("", record)]
-    for _ in range(MOST_MODULES):
-        if not waiting:
-            return out
+    waiting, left = [("", record)], MOST_LETTERS
+    while waiting:
         prefix, module = waiting.pop()
         parameters, buffers, children = (
-            module.state.get(f"_{kind}") or {} for kind in ("parameters", "buffers", "modules")
+            _named(module.state.get(f"_{kind}")) for kind in ("parameters", "buffers", "modules")
         )
+        left -= sum(len(prefix) + len(name) + 1 for name in (*parameters, *buffers, *children))
+        if left < 0 or prefix.count(".") > MOST_LEVELS:
+            raise UserError(
+                f"{source} holds a network that is nested without an end; fetch it again"
+            )
         passing = module.state.get("_non_persistent_buffers_set")
         unsaved = passing if type(passing) is set else set()
         kept = {k: v for k, v in _tensors(buffers).items() if k not in unsaved}
         out |= {f"{prefix}{name}": t for name, t in {**_tensors(parameters), **kept}.items()}
-        too_many = prefix.count(".") > MOST_LEVELS or len(out) > MOST_MODULES
-        if too_many or type(children) is not dict:
-            break
         inner = [(f"{prefix}{k}.", v) for k, v in children.items() if type(v) is Record]
         waiting += reversed(inner)
-    raise UserError(f"{source} holds a network that is nested without an end; fetch it again")
+    return out
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """The entries of a dict that have a name; none of anything else."""
+    return {k: v for k, v in value.items() if type(k) is str} if type(value) is dict else {}
 
 
 def _object(content: Any, keys: tuple[str, ...]) -> Record | None:
@@ -210,7 +216,7 @@ def _constructor(record: Record, source: str) -> dict[str, Any]:
 
 
 def _attributes(record: Record) -> dict[str, Any]:
-    plain = {k: v for k, v in record.state.items() if _is_plain(v)}
+    plain = {k: v for k, v in _named(record.state).items() if _is_plain(v)}
     return {k: v for k, v in plain.items() if not k.startswith("_") and k != "training"}
 
 

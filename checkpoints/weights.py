@@ -107,6 +107,21 @@ def check_entries(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], sour
         raise unknown_entry(source, unknown[0])
 
 
+def axis_size(
+    tensors: Mapping[str, Tensor], name: str, axis: int, source: str, network: str
+) -> int:
+    """The length of an axis of a tensor, 1 or more.
+
+    Raises UserError if ``source`` has no such tensor, and is thus no ``network``.
+    """
+    tensor = tensors.get(name)
+    if tensor is None or tensor.ndim <= axis or not tensor.shape[axis]:
+        raise UserError(
+            f"{source} has no '{name}' as in {network}; it holds the weights of another network"
+        )
+    return tensor.shape[axis]
+
+
 def missing_entry(source: object, name: str) -> UserError:
     """The error of a file without a tensor that the network needs."""
     return UserError(f"{source} lacks '{name}'; it holds the weights of another network")
@@ -140,3 +155,15 @@ def filled(make: Callable[[], NetworkT], tensors: Mapping[str, Tensor], source: 
         net = make()
     fill(net, tensors, source)
     return net.eval().requires_grad_(False)
+
+
+def own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory with each other, as required by safetensors."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        whole = tensor.untyped_storage()
+        shared = whole.data_ptr() in seen or whole.nbytes() != tensor.nbytes
+        seen.add(whole.data_ptr())
+        out[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
+    return out

@@ -17,7 +17,7 @@ import click
 from runtime import __version__
 
 
-class Entry(NamedTuple):
+class Subcommand(NamedTuple):
     """Where a command is defined."""
 
     module: str  #: with a click command, or a group, called ``main``
@@ -25,63 +25,65 @@ class Entry(NamedTuple):
 
 
 #: The subcommands of ``amed``.  Underscores in a name are accepted as well as dashes.
-COMMANDS: dict[str, Entry] = {
-    "train": Entry(
+COMMANDS: dict[str, Subcommand] = {
+    "train": Subcommand(
         "commands.train",
         "Train a predictor for a few-step student of a pre-trained diffusion model.",
     ),
-    "sample": Entry(
+    "sample": Subcommand(
         "commands.sample", "Sample images, one PNG per seed, with a record of how they were made."
     ),
-    "fid": Entry(
-        "commands.fid", "Quality of images, with the detector's name beside every figure."
+    "fid": Subcommand(
+        "commands.fid", "Quality of images, with the detector's name beside every number."
     ),
-    "clip-score": Entry(
+    "clip-score": Subcommand(
         "commands.clip_score",
-        "Scores of text-to-image models, with the network's name beside every figure.",
+        "Scores of text-to-image models, with the network's name beside every number.",
     ),
-    "compare": Entry(
+    "compare": Subcommand(
         "commands.compare",
         "Compare samplers at matched budgets, on the same seeds, through one FID harness.",
     ),
-    "solver-error": Entry(
+    "solver-error": Subcommand(
         "commands.solver_error",
         "Measure solver error without a reference: the distance to the exact solution of the ODE.",
     ),
-    "visualize": Entry(
+    "visualize": Subcommand(
         "commands.visualize",
         "Sample the same seeds with several samplers: a row of one picture for each.",
     ),
-    "nfe-sweep": Entry(
+    "nfe-sweep": Subcommand(
         "tools.nfe_sweep",
         "Measure FID against NFE for the ODE, the SDE and Restart on the same seeds.",
     ),
-    "plan-search": Entry(
+    "plan-search": Subcommand(
         "tools.plan_search",
         "Find the best Restart plan of exactly --nfe evaluations on a model.",
     ),
-    "report": Entry("tools.report", "Write report.html again from the results in FOLDER."),
-    "converged": Entry(
+    "report": Subcommand("tools.report", "Write report.html again from the results in FOLDER."),
+    "converged": Subcommand(
         "tools.converged",
         "Sample a model without solver error, by dopri5 on the probability-flow ODE.",
     ),
-    "convert": Entry("tools.convert", "Convert the checkpoint SOURCE to TARGET.safetensors."),
-    "dataset": Entry("tools.dataset_tool", "Convert a published image data set to EDM's layout."),
-    "draw-prompts": Entry(
+    "convert": Subcommand("tools.convert", "Convert the checkpoint SOURCE to TARGET.safetensors."),
+    "dataset": Subcommand(
+        "tools.dataset_tool", "Convert a published image data set to EDM's layout."
+    ),
+    "draw-prompts": Subcommand(
         "tools.draw_prompts", "Draw a reproducible subset of the prompts in a file."
     ),
-    "fit-masks": Entry(
+    "fit-masks": Subcommand(
         "tools.fit_masks", "Fit the frequency mask and the space mask of PDS to images."
     ),
-    "train-denoiser": Entry(
+    "train-denoiser": Subcommand(
         "tools.train_denoiser",
         "Train a denoiser of the EDM family on images (Karras et al. 2022, arXiv:2206.00364).",
     ),
-    "train-detector": Entry(
+    "train-detector": Subcommand(
         "tools.train_detector",
         "Train the CIFAR-10 feature detector, a small classifier.",
     ),
-    "restart-toy": Entry(
+    "restart-toy": Subcommand(
         "tools.restart_toy",
         "Run the Restart paper's synthetic experiment (arXiv:2306.14878, section 4.1, figure 2).",
     ),

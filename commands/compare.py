@@ -6,11 +6,10 @@ from typing import Any
 
 import click
 
-from commands.options import harness_options, image_options
-from comparison.job import EXTRA, prepare, run
-from evaluation.images import open_detector
-from runtime import cli
-from runtime.dist import world
+from commands.options import harness_options, image_options, mask_options
+from comparison.job import EXTRA, CompareOptions, prepare
+from runtime.job import execute
+from runtime.options import parse_options
 from solvers.grids import SCHEDULES
 
 EXAMPLES = """\b
@@ -47,20 +46,16 @@ Examples:
     help="of --with learned-restart  [default: the model's]",
 )
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
-@cli.mask_options
+@mask_options
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )
 @harness_options("samples/compare")
-def main(dry_run: bool, device: str | None, **options: Any) -> None:
+def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Compare samplers at matched budgets, on the same seeds, through one FID harness.
 
-    Students are trained predictors; Restart's plan for each budget is chosen on other seeds.  A
-    killed comparison goes on with the rows that are missing.
+    Students are trained predictors; Restart's plan for each budget is chosen on other seeds.  All
+    rows have the same prompts, class and guidance rate.  A killed comparison continues with the
+    rows that are missing.
     """
-    with world(device) as here:
-        detector = open_detector(options, here)
-        job = prepare(options, here, detector)
-        text = job.outline() if dry_run else run(job, here)
-        if here.is_main:
-            click.echo(text)
+    execute(prepare, parse_options(CompareOptions, flags), dry_run, device)

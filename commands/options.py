@@ -1,4 +1,4 @@
-"""The options that comparisons share: what a figure stands on."""
+"""The options that several commands share, each under one name with one meaning."""
 
 from __future__ import annotations
 
@@ -12,92 +12,202 @@ from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
-from runtime import cli
 from runtime.seeds import SELECTION_START
 
 F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
 
 
-def work_options(outdir: str, detectors: Iterable[str] = DETECTORS) -> Callable[[F], F]:
-    """Model, detector, and how to compute; results go to ``outdir`` by default."""
+def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator made of several; ``--help`` lists them in this order."""
 
     def add(function: F) -> F:
-        for option in (
-            cli.dry_run_option,
-            cli.device_option,
-            click.option(
-                "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network"
-            ),
-            click.option("--outdir", type=click.Path(path_type=Path), default=Path(outdir)),
-            click.option("--detector-path", "detector_path", type=click.Path(path_type=Path)),
-            click.option("--detector", type=click.Choice(list(detectors)), default="cifar10-small"),
-            cli.model_options,
-            click.option(
-                "--dataset_name", default="cifar10-small", help=f"model: {', '.join(cards())}"
-            ),
-        ):
+        for option in reversed(options):
             function = option(function)
         return function
 
     return add
 
 
-def harness_options(outdir: str) -> Callable[[F], F]:
-    """As `work_options`, with the reference of a FID."""
+# How a command runs
 
-    def add(function: F) -> F:
-        for option in (
-            click.option(
-                "--ref", default="cifar10-small", help="reference statistics: a name or an .npz"
-            ),
-            cli.batch_option(128),
-        ):
-            function = option(function)
-        return work_options(outdir)(function)
+device_option = click.option(
+    "--device", metavar="NAME", help="cuda, mps or cpu  [default: the best available]"
+)
+#: ``-n``/``--dry-run``: print the resolved record and touch nothing.
+dry_run_option = click.option(
+    "-n", "--dry-run", is_flag=True, help="Print what would be done and touch nothing."
+)
+#: See :func:`runtime.files.cache_folder`.
+cache_option = click.option(
+    "--cache_dir",
+    "--cache-dir",
+    "cache_dir",
+    metavar="DIR",
+    help="for downloads  [default: $AMED_CACHE or ~/.cache/amed-toolkit]",
+)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="dtype of the network"
+)
+json_option = click.option("--json", "result_path", type=PATH, help="write the result to this file")
 
-    return add
+
+def batch_option(default: int) -> Callable[[F], F]:
+    """``--batch``: images at once over all processes."""
+    return click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help="images at once, over all processes",
+    )
 
 
-def image_options(function: F) -> F:
-    """How many images a row has, in how many blocks, and what else they are held against."""
-    function = click.option(
-        "--ref_model",
+def seeds_option(default: str) -> Callable[[F], F]:
+    """``--seeds``: text for :func:`runtime.seeds.parse_seeds`."""
+    return click.option(
+        "--seeds", metavar="LIST", default=default, show_default=True, help="such as 0-9,12,20-29"
+    )
+
+
+# The model and what its images are conditioned on
+
+#: The weights of ``--dataset_name``, where they are not those that its card names.
+model_options: Callable[[F], F] = combine(
+    click.option(
+        "--model_path",
+        metavar="PATH",
+        help="own weights of the same model, or of one with a name of your own",
+    ),
+    click.option(
+        "--model_family",
         metavar="NAME",
-        help="statistics of the model's own converged samples, for a second FID: a name, an .npz "
-        "or 'none'  [default: NAME-converged of the model NAME, if bundled]",
-    )(function)
-    function = click.option(
-        "--blocks", type=click.IntRange(2), default=4, help="disjoint seed blocks"
-    )(function)
-    return click.option(  # torchrun takes --num for an abbreviation of its own option
+        help="of --model_path  [default: recognised from the file]",
+    ),
+    click.option(
+        "--companion_path", metavar="FILE", help="own classifier (adm) or first stage (ldm)"
+    ),
+    cache_option,
+)
+dataset_option = click.option(
+    "--dataset_name", default="cifar10-small", help=f"model: {', '.join(cards())}"
+)
+class_option = click.option(
+    "--class", "label", type=int, help="class of every image  [default: by seed]"
+)
+#: Prompts of text models.
+prompt_options: Callable[[F], F] = combine(
+    click.option("--prompt", metavar="TEXT", help="of every image, for text models"),
+    click.option(
+        "--prompt_path",
+        type=click.Path(exists=True, dir_okay=False),
+        metavar="FILE",
+        help="prompts: a CSV with a column 'text', or a line each; seed i takes row i",
+    ),
+)
+#: Strength of the condition.
+guidance_options: Callable[[F], F] = combine(
+    click.option(
+        "--guidance_type",
+        type=click.Choice(["cg", "cfg", "uncond"]),
+        help="classifier, classifier-free, none: must be the model's",
+    ),
+    click.option(
+        "--guidance_rate",
+        type=click.FloatRange(0),
+        help="1 is none  [default: the predictor's, or none]",
+    ),
+)
+condition_options: Callable[[F], F] = combine(class_option, prompt_options, guidance_options)
+
+
+def mask_options(function: F) -> F:
+    """Masks of preconditioned sampling."""
+    for kind, default in (("space", "none"), ("freq", "bundled")):
+        function = click.option(
+            f"--{kind}_mask_path",
+            metavar="FILE",
+            help=f"pds: .npy, 'bundled' or 'none'  [default: {default}]",
+        )(function)
+    return function
+
+
+# What is measured
+
+detector_path_option = click.option(
+    "--detector-path",
+    "detector_path",
+    type=PATH,
+    help="file of a detector that is not bundled",
+)
+#: What ``fid.py`` measures, with one detector or several.
+metric_options: Callable[[F], F] = combine(
+    click.option(
+        "--detector",
+        default="cifar10-small",
+        metavar="LIST",
+        help=f"{', '.join(DETECTORS)}, a TorchScript file, or name=path; by comma",
+    ),
+    detector_path_option,
+    click.option(
+        "--metrics", default="fid", metavar="LIST", help=f"of {', '.join(METRICS)}, by comma"
+    ),
+    click.option(
+        "--features",
+        type=click.IntRange(min=2),
+        metavar="N",
+        help="of at most N images, for fid_inf, kid, pr and dc  [default: 10000]",
+    ),
+    click.option("--seed", type=int, default=0, help="draws the N images, and subsets"),
+)
+#: How many images of a folder or zip; torchrun takes --num for a prefix of its own options, hence
+#: the longer name.
+num_option = click.option(
+    "--num", "--num_images", "num", type=click.IntRange(min=2), help="use N images"
+)
+
+
+def work_options(outdir: str, detectors: Iterable[str] = DETECTORS) -> Callable[[F], F]:
+    """Model, one detector, and how to compute; results go to ``outdir`` by default."""
+    return combine(
+        dataset_option,
+        model_options,
+        click.option("--detector", type=click.Choice(list(detectors)), default="cifar10-small"),
+        detector_path_option,
+        click.option("--outdir", type=PATH, default=Path(outdir)),
+        dtype_option,
+        device_option,
+        dry_run_option,
+    )
+
+
+def harness_options(outdir: str) -> Callable[[F], F]:
+    """As `work_options`, with the conditions of the images and the reference of a FID."""
+    return combine(
+        click.option(
+            "--ref", default="cifar10-small", help="reference statistics: a name or an .npz"
+        ),
+        batch_option(128),
+        condition_options,
+        work_options(outdir),
+    )
+
+
+#: How many images a row has, in how many blocks, and the second reference.
+image_options: Callable[[F], F] = combine(
+    click.option(  # torchrun takes --num for an abbreviation of its own option
         "--num_images",
         "--num",
         "num",
         type=click.IntRange(4, SELECTION_START),  # selections have the seeds from there on
         default=2000,
         help="images per row",
-    )(function)
-
-
-def detector_options(function: F) -> F:
-    """What ``fid.py`` measures, and by which detectors: ``open_detectors`` takes several."""
-    for option in (
-        click.option("--seed", type=int, default=0, help="draws the N images, and subsets"),
-        click.option(
-            "--features", type=click.IntRange(min=2), metavar="N",
-            help="of at most N images, for fid_inf, kid, pr and dc  [default: 10000]",
-        ),
-        click.option(
-            "--metrics", default="fid", metavar="LIST", help=f"of {', '.join(METRICS)}, by comma"
-        ),
-        click.option(
-            "--detector-path", type=click.Path(path_type=Path),
-            help="file of a detector that is not bundled",
-        ),
-        click.option(
-            "--detector", default="cifar10-small", metavar="LIST",
-            help=f"{', '.join(DETECTORS)}, a TorchScript file, or name=path; by comma",
-        ),
-    ):  # fmt: skip
-        function = option(function)
-    return function
+    ),
+    click.option("--blocks", type=click.IntRange(2), default=4, help="disjoint blocks of seeds"),
+    click.option(
+        "--ref_model",
+        metavar="NAME",
+        help="statistics of the model's own converged samples, for a second FID: a name, an .npz "
+        "or 'none'  [default: NAME-converged of the model NAME, if bundled]",
+    ),
+)

@@ -6,10 +6,20 @@ from typing import Any
 
 import click
 
+from commands.options import (
+    batch_option,
+    class_option,
+    device_option,
+    dry_run_option,
+    dtype_option,
+    guidance_options,
+    mask_options,
+    model_options,
+    prompt_options,
+    seeds_option,
+)
 from denoisers.cards import cards
-from denoisers.precision import DTYPES
 from restart.tables import configurations
-from runtime import cli
 from runtime.job import execute
 from runtime.options import parse_options
 from samplers.job import DEFAULT_DATASET, SampleOptions, prepare
@@ -45,11 +55,11 @@ POSITIVE = click.FloatRange(0, min_open=True)
     metavar="NAME",
     help=f"model: {', '.join(cards())}  [default: the predictor's, else {DEFAULT_DATASET}]",
 )
-@cli.model_options
-@cli.seeds_option("0-63")
-@cli.batch_option(64)
-@click.option("--class", "label", type=int, help="class of every image  [default: by seed]")
-@cli.prompt_options
+@model_options
+@seeds_option("0-63")
+@batch_option(64)
+@class_option
+@prompt_options
 @click.option("--outdir", metavar="DIR", help="[default: samples/<dataset>/<sampler>_nfe<NFE>]")
 @click.option("--subdirs", is_flag=True, help="a folder for every 1000 seeds")
 @click.option(
@@ -60,9 +70,9 @@ POSITIVE = click.FloatRange(0, min_open=True)
     is_flag=True,
     help="also film strips, a row per sample and a column per time: <outdir>-inters.png",
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network")
-@cli.device_option
-@cli.dry_run_option
+@dtype_option
+@device_option
+@dry_run_option
 # Grid
 @click.option(
     "--num_steps",
@@ -113,7 +123,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 )
 # Predictor-corrector
 @click.option("--speed_up", type=click.IntRange(1), help="pds: divides --num_steps  [default: 1]")
-@cli.mask_options
+@mask_options
 @click.option("--alpha", type=click.FloatRange(1, min_open=True), help="of masks  [default: 5]")
 @click.option("--snr", type=POSITIVE, help="of the corrector  [default: the model's, else 0.16]")
 @click.option("--n_steps", type=click.IntRange(0), help="of the corrector  [default: 1]")
@@ -121,7 +131,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
     "--batch_coupled", type=bool, help="step sizes of a batch, as published  [default: False]"
 )
 # Guidance
-@cli.guidance_options
+@guidance_options
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Sample images, one PNG per seed, with a record of how they were made.
 

@@ -8,9 +8,15 @@ import click
 
 from amed.job import TrainOptions, prepare
 from amed.settings import STUDENTS
+from commands.options import (
+    device_option,
+    dry_run_option,
+    dtype_option,
+    guidance_options,
+    model_options,
+    prompt_options,
+)
 from denoisers.cards import cards
-from denoisers.precision import DTYPES
-from runtime import cli
 from runtime.job import execute
 from runtime.options import parse_options
 from solvers.grids import SCHEDULES
@@ -30,8 +36,8 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 # General
 @click.option("--dataset_name", required=True, metavar="NAME", help=f"model: {', '.join(cards())}")
-@cli.model_options
-@cli.prompt_options
+@model_options
+@prompt_options
 @click.option("--outdir", type=click.Path(file_okay=False), default="exps", help="parent folder")
 @click.option("--total_kimg", type=click.FloatRange(0, min_open=True), default=10.0)
 @click.option("--batch", type=click.IntRange(1), default=128, help="trajectories per update")
@@ -45,7 +51,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option(
     "--resume", metavar="auto|RUN", help="go on with a run; auto finds one with equal options"
 )
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="of the network")
+@dtype_option
 # Solver
 @click.option("--sampler_stu", type=click.Choice(STUDENTS), default="amed")
 @click.option("--sampler_tea", type=click.Choice(TEACHERS), default="heun")
@@ -63,15 +69,15 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--lower_order_final", type=bool, default=True, help="dpmpp: taper the order")
 @click.option("--thresholding", type=bool, default=False, help="dpmpp: dynamic thresholding")
 # Guidance
-@cli.guidance_options
+@guidance_options
 # Restart as a teacher
 @click.option("--restart_info", metavar="JSON", help="intervals  [default: the model's own]")
 @click.option("--restart_target", type=click.Choice(TARGETS), default="flow")
 @click.option(
     "--S_noise", "S_noise", type=click.FloatRange(0), default=1.0, help="jump noise scale"
 )
-@cli.device_option
-@cli.dry_run_option
+@device_option
+@dry_run_option
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Train a predictor for a few-step student of a pre-trained diffusion model.
 

@@ -1,207 +1,239 @@
-"""A comparison from resolved options to its report."""
+"""A comparison: from options to its rows, and from the rows to its report."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from amed.experiments import TrainedStudent
+from comparison.baselines import completed
+from comparison.measure import measure
 from comparison.report.html import closing_line, write_page
-from comparison.report.table import markdown, ordered, write_report
-from comparison.rows import (
-    Row,
-    TrainedStudent,
-    ceiling_rows,
-    classic_rows,
-    distinct,
-    learned_restart_rows,
-    learned_rows,
-    load_students,
-    pds_rows,
-    restart_row,
-)
+from comparison.report.table import markdown
+from comparison.report.write import write_report
+from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows, restart_row
 from comparison.seed_provenance import seeds_section
 from comparison.significance import with_gaps
+from comparison.students import learned_restart_rows, learned_rows, load_students, table_rate
 from denoisers.cards import Card
-from denoisers.registry import ModelSource
-from evaluation.converged import NONE, open_converged
-from evaluation.harness import Harness, measure
-from metrics.detectors import Detector, load_reference
+from evaluation.harness import Harness, HarnessOptions, open_harness
 from plan_search.objectives import choose_restart, selection_cost
 from runtime.dist import World
 from runtime.errors import UserError
+from runtime.lists import parse_whole_numbers
 from runtime.log import progress
+from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import selection_seeds
+from runtime.typed import to_plain
+from samplers.options import SamplerOptions
 
-#: What ``--with`` adds, and the options that mean nothing without it.
+#: What ``--with`` adds, and the options that require it.
 EXTRA: dict[str, tuple[str, ...]] = {
     "pds": ("iterations", "freq_mask_path", "space_mask_path"),
     "learned-restart": ("restart_info",),
 }
 PDS_ITERATIONS = "50"  #: 20 times fewer than published without preconditioning
+RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What ``compare.py`` is asked for, under the names of its flags."""
+
+    harness: HarnessOptions
+    predictors: str = ""
+    budgets: str = "3,5,7,9"
+    num: int = 2000  #: images per row
+    blocks: int = 4
+    select: str = "64,256"  #: images per candidate in each round of Restart's selection
+    ceilings: bool = True
+    extra: tuple[str, ...] = ()  #: keys of `EXTRA`
+    restart_info: str | None = None
+    iterations: str | None = None
+    freq_mask_path: str | None = None
+    space_mask_path: str | None = None
+    schedule_type: str | None = None
+    outdir: Path = Path("samples/compare")
 
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """A comparison that is ready to start; nothing has been written yet."""
+    """A comparison, laid out; nothing has been loaded or written yet."""
 
-    harness: Harness
-    rows: dict[int, list[Row]]  #: per budget, all rows but Restart's, which is chosen first
-    extra: list[Row]  #: what was asked for beside, at its own budgets
-    ceilings: list[Row]
-    rounds: list[int]  #: images per candidate in Restart's selection
+    command: str  #: of the record
+    options: object  #: a dataclass, for the record
+    harness: HarnessOptions  #: with the guidance rate of the table
+    card: Card
+    seeds: range
+    blocks: int
     folder: Path
-    record: RunRecord
+    rows: Mapping[int, Sequence[Row]]  #: by budget, all but Restart's row, which is chosen first
+    extra: Sequence[Row]  #: at budgets of their own
+    ceilings: Sequence[Row]
+    rounds: Sequence[int]  #: images per candidate in Restart's selection
+    selection_images: int  #: that the selections make in all
+    facts: Mapping[str, Json]  #: more for the record
 
-    @property
-    def budgets(self) -> list[int]:
-        return list(self.rows)
+    def record(self, harness: Harness | None = None) -> RunRecord:
+        """The record of this run; without a harness, in a dry run, what is known before it."""
+        sha256 = self.harness.model.known_sha256
+        plan = self.harness.describe(self.seeds, self.blocks)
+        processes: dict[str, Json] = {}
+        if harness is not None:
+            sha256, plan = harness.model.sha256, to_plain(harness.identity)
+            processes = {"world_size": harness.here.size, "device": str(harness.here.device)}
+        model: dict[str, Json] = {"name": self.card.name, "sha256": sha256}
+        plan = {**plan, **self.facts, **processes}
+        return RunRecord.make(self.command, flat_options(self.options), model, plan)
 
     def outline(self) -> str:
-        """What would be run, in words: for a dry run."""
-        lines = [self.record.to_json()]
+        """The record and the rows, for a dry run."""
+        lines = [self.record().to_json()]
         for budget, rows in self.rows.items():
-            lines.append(f"{budget} NFE: {', '.join(r.method for r in rows)}, Restart (chosen)")
-        lines += [f"{row.budget} NFE: {row.method}, {row.detail}" for row in self.extra]
-        lines.append(f"ceilings: {', '.join(r.method for r in self.ceilings) or 'none'}")
+            names = [*(row.method for row in rows), "Restart (chosen)"]
+            lines.append(f"{budget} NFE: {', '.join(names)}")
+        lines += map(str, self.extra)
+        lines.append(f"ceilings: {', '.join(row.method for row in self.ceilings) or 'none'}")
         return "\n".join(lines)
 
+    def run(self, here: World, harness: Harness | None = None) -> str:
+        """Choose, measure and report; returns the table and where the report lies.
 
-def prepare(options: dict[str, Any], world: World, detector: Detector) -> ComparisonJob:
-    """Load everything and lay out the rows.
+        ``harness`` takes the place of the one that the options name.
+        """
+        if harness is None:
+            harness = open_harness(self.harness, self.seeds, self.blocks, here)
+        record = self.record(harness)
+        if here.is_main:
+            record.write(self.folder / RECORD)
+        others = len(self.extra) + len(self.ceilings)
+        images = len(self.seeds) * (others + sum(len(rows) + 1 for rows in self.rows.values()))
+        images += self.selection_images
+        measured = []
+        with progress(images, "compare", "img", enabled=here.is_main) as bar:
+            for row in self._rows(harness, bar.update, bar.set_description):
+                bar.set_description(f"{row.method} at {row.sampler.nfe} NFE")
+                measured.append(measure(row, harness, self.folder, bar.update))
+        here.barrier()
+        if not here.is_main:
+            return ""
+        results = completed(record, with_gaps(measured, harness, self.folder))
+        files = write_report(self.folder, results)
+        last = closing_line(write_page(self.folder))
+        return "\n".join([markdown(results.rows), *map(str, files), last])
+
+    def _rows(
+        self, harness: Harness, tick: Callable[[int], object], say: Callable[[str], object]
+    ) -> list[Row]:
+        """All rows in the order of work, Restart's plans chosen."""
+        rows: list[Row] = []
+        for budget, fixed in self.rows.items():
+            say(f"choosing Restart at {budget} NFE")
+            sampler = choose_restart(budget, harness, self.rounds, self.folder, tick)
+            rows += [*fixed, restart_row(budget, sampler)]
+        return distinct([*rows, *self.extra, *self.ceilings])
+
+
+def prepare(options: CompareOptions) -> ComparisonJob:
+    """Lay out the rows.
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    asked = options["budgets"]
-    budgets = [] if asked == "none" else numbers("--budgets", asked, 1)
-    rounds = numbers("--select", options["select"], 2)
-    selected = selection_seeds(rounds[-1] if budgets else 0)
-    harness = open_harness(options, world, detector, check_blocks(options))
-    card = harness.model.card
-    specs = [s for s in options["predictors"].split(",") if s]
-    students = load_students(specs, card, "exps", world.device)
-    extra = _extra(options, students, card)
-    ceilings = ceiling_rows(card) if options["ceilings"] else []
+    asked = options.budgets
+    budgets = [] if asked == "none" else parse_whole_numbers("--budgets", asked, 1)
+    rounds = parse_whole_numbers("--select", options.select, 2)
+    selection = selection_seeds(rounds[-1] if budgets else 0)
+    seeds = row_seeds(options.num, options.blocks)
+    card = options.harness.model.card()
+    students = load_students(options.predictors, card)
+    rate = table_rate(options.harness.conditions.guidance_rate, students)
+    harness = with_rate(options.harness, rate)
+    check_conditions(harness, seeds, selection)
+    extra = _extra_rows(options, students, card, rate)
+    ceilings = ceiling_rows(card, rate) if options.ceilings else []
     if not budgets and not extra and not ceilings:
         raise UserError("--budgets none leaves no row: give budgets, or --with pds")
-    unused = [s.name for s in students if s.settings.nfe() not in budgets]
-    if unused and "learned-restart" not in options["extra"]:
+    learned = learned_rows(students, card, rate)
+    unused = [row for row in learned if row.budget not in budgets]
+    if unused and "learned-restart" not in options.extra:
+        name = students[learned.index(unused[0])].name
         raise UserError(
-            f"predictor {unused[0]} spends none of the budgets {options['budgets']}; "
-            "add its NFE to --budgets, or leave it out"
+            f"predictor {name} spends {unused[0].budget} NFE, which is not among --budgets "
+            f"{asked}: add it, or leave the predictor out"
         )
     rows = {
-        b: classic_rows(b, card, options["schedule_type"]) + learned_rows(b, students, card)
-        for b in budgets
+        budget: [
+            *classic_rows(budget, card, rate, options.schedule_type),
+            *(row for row in learned if row.budget == budget),
+        ]
+        for budget in budgets
     }
-    seeds = seeds_section(harness.seeds, selected, students)
-    more = {"budgets": budgets, "predictors": [s.name for s in students], "seeds": seeds}
-    record = make_record("compare", options, harness, more)
-    return ComparisonJob(harness, rows, extra, ceilings, rounds, options["outdir"], record)
+    facts: dict[str, Json] = {
+        "budgets": list(budgets),
+        "predictors": [student.name for student in students],
+        "guidance_rate": rate,
+        "seeds": seeds_section(seeds, selection, students),
+    }
+    images = sum(selection_cost(budget, card, rate, rounds) for budget in budgets)
+    return ComparisonJob(
+        "compare", options, harness, card, seeds, options.blocks, options.outdir,
+        rows, extra, ceilings, rounds, images, facts,
+    )  # fmt: skip
 
 
-def check_blocks(options: dict[str, Any]) -> range:
-    """The seeds of every row; UserError where they do not fall into the blocks."""
-    num, blocks = options["num"], options["blocks"]
+def row_seeds(num: int, blocks: int) -> range:
+    """The seeds of every row; UserError where they do not fall into equal blocks."""
     if num % blocks or num // blocks < 2:
         raise UserError(
-            f"--num {num} does not fall into {blocks} equal blocks of two or more images; "
+            f"--num {num} cannot be split into {blocks} equal blocks of two or more images; "
             f"give --num {max(2, round(num / blocks)) * blocks}"
         )
     return range(num)
 
 
-def open_harness(
-    options: dict[str, Any], world: World, detector: Detector, seeds: range
-) -> Harness:
-    """The model of the options, the detector and its references, for ``seeds``."""
-    model = ModelSource.from_options(options).load(options["dtype"], world)
-    return Harness(
-        model,
-        detector,
-        load_reference(options["ref"], detector),
-        seeds,
-        options.get("blocks", 1),
-        -(-options["batch"] // world.size),
-        torch.float64 if options["dtype"] == "float64" else torch.float32,
-        world,
-        open_converged(options.get("ref_model", NONE), model, detector, seeds),
-    )
+def with_rate(options: HarnessOptions, guidance_rate: float | None) -> HarnessOptions:
+    """The options with the guidance rate that all rows have."""
+    return replace(options, conditions=options.conditions.at(guidance_rate))
 
 
-def make_record(
-    command: str, options: dict[str, Any], harness: Harness, more: dict[str, Any]
-) -> RunRecord:
-    """The record of a comparison on ``harness``."""
-    model, here = harness.model, harness.world
-    return RunRecord.make(
-        command,
-        {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
-        {"name": model.card.name, "sha256": model.sha256},
-        {**harness.describe(), **more, "world_size": here.size, "device": str(here.device)},
-    )
+def check_conditions(
+    options: HarnessOptions, seeds: Sequence[int], selection: Sequence[int] = ()
+) -> None:
+    """Raise UserError for conditions that the model does not take, or too few prompts."""
+    prompts = len(options.resolve_conditions(()).prompts)
+    for flag, images in (("--num", len(seeds)), ("--select", len(selection))):
+        if 1 < prompts < images:
+            raise UserError(
+                f"{flag} {images} is more images than --prompt_path has prompts: give {flag} "
+                f"{prompts} or less"
+            )
 
 
-def run(job: ComparisonJob, world: World) -> str:
-    """Choose, measure and report; returns the table and where the report lies."""
-    num = len(job.harness.seeds)
-    others = len(job.extra) + len(job.ceilings)
-    listed = sum(len(rows) + 1 for rows in job.rows.values()) + others
-    spent = sum(selection_cost(b, job.harness, job.rounds) for b in job.budgets)
-    if world.is_main:
-        job.record.write(job.folder / "run.json")
-    results = []
-    with progress(listed * num + spent, "compare", "img", enabled=world.is_main) as bar:
-        for row in _rows(job, bar.update, bar.set_description):
-            bar.set_description(f"{row.method} at {row.sampler.nfe} NFE")
-            results.append(measure(row, job.harness, job.folder, bar.update))
-    world.barrier()
-    if not world.is_main:
-        return ""
-    results = with_gaps(results, job.harness, job.folder)
-    files = write_report(job.folder, job.record, results)
-    last = closing_line(write_page(job.folder))
-    return "\n".join([markdown(ordered(results)), *map(str, files), last])
-
-
-def _rows(job: ComparisonJob, tick: Any, say: Any) -> list[Row]:
-    """All rows in the order of work, Restart's plans chosen."""
-    rows: list[Row] = []
-    for budget, fixed in job.rows.items():
-        say(f"choosing Restart at {budget} NFE")
-        sampler = choose_restart(budget, job.harness, job.rounds, job.folder, tick)
-        rows += [*fixed, restart_row(budget, sampler)]
-    return distinct([*rows, *job.extra, *job.ceilings])
-
-
-def _extra(options: dict[str, Any], students: list[TrainedStudent], card: Card) -> list[Row]:
+def _extra_rows(
+    options: CompareOptions,
+    students: Sequence[TrainedStudent],
+    card: Card,
+    guidance_rate: float | None,
+) -> list[Row]:
     """The rows of ``--with``."""
-    asked = options["extra"]
     for kind, flags in EXTRA.items():
-        given = [flag for flag in flags if options[flag]]
-        if given and kind not in asked:
-            raise UserError(f"--{given[0]} {options[given[0]]} means nothing without --with {kind}")
+        for flag in flags:
+            value = getattr(options, flag)
+            if value and kind not in options.extra:
+                raise UserError(f"--{flag} {value} requires --with {kind}")
     rows: list[Row] = []
-    if "learned-restart" in asked:
+    if "learned-restart" in options.extra:
         if not students:
-            raise UserError("--with learned-restart has nobody to walk it: give --predictors")
-        rows += learned_restart_rows(students, card, options["restart_info"])
-    if "pds" in asked:
-        iterations = numbers("--iterations", options["iterations"] or PDS_ITERATIONS, 2)
-        masks = options["freq_mask_path"], options["space_mask_path"]
-        rows += pds_rows(iterations, card, *masks)
-    return rows
-
-
-def numbers(flag: str, text: str, least: int) -> list[int]:
-    """Whole numbers by comma, each once, in order."""
-    parts = [p.strip() for p in text.split(",") if p.strip()]
-    bad = [p for p in parts if not p.isdigit() or int(p) < least]
-    if bad or not parts:
-        raise UserError(
-            f"{flag} {text!r} is no list of whole numbers of {least} or more; give {flag} 5,7"
+            raise UserError("--with learned-restart needs --predictors")
+        rows += learned_restart_rows(students, card, options.restart_info, guidance_rate)
+    if "pds" in options.extra:
+        asked = options.iterations or PDS_ITERATIONS
+        masks = SamplerOptions(
+            freq_mask_path=options.freq_mask_path,
+            space_mask_path=options.space_mask_path,
+            guidance_rate=guidance_rate,
         )
-    return sorted({int(p) for p in parts})
+        rows += pds_rows(parse_whole_numbers("--iterations", asked, 2), card, masks)
+    return rows

@@ -1,47 +1,50 @@
-"""Whose random numbers are whose: what the record says of evaluation, selection and training.
+"""Seed provenance: which random numbers served evaluation, selection and training.
 
-Every draw has a generator of its own, keyed by (seed, *name). Seeds of evaluation and selection are
-different numbers; training counts its own numbers from 0, but each of its names begins with a word
-with which no sampler's name begins. So no key of one use is a key of another.
+Every draw has a generator of its own, keyed by (seed, *name). Evaluation and selection have
+different seeds; training counts its own numbers from 0, but each of its names begins with a word
+that no sampler's name begins with. So the three uses never share a key.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+from amed.experiments import TrainedStudent
 from amed.trainer import STREAMS
-from comparison.rows import TrainedStudent
 from runtime.errors import UserError
+from runtime.options import Json
 
 
 def seeds_section(
     evaluation: Sequence[int], selection: Sequence[int], students: Iterable[TrainedStudent]
-) -> dict[str, Any]:
-    """The section ``seeds`` of a record; JSON values.
+) -> dict[str, Json]:
+    """The section ``seeds`` of a record.
 
     Raises UserError where a seed of the evaluation serves the selection too.
     """
     shared = [seed for seed in selection if seed in evaluation]
     if shared:
         raise UserError(
-            f"seed {shared[0]} would choose a plan and then judge it: evaluate on smaller seeds"
+            f"seed {shared[0]} would serve both the choice of a plan and its evaluation: evaluate "
+            "on smaller seeds"
         )
+    training: dict[str, Json] = {student.name: _training(student) for student in students}
+    keys: dict[str, Json] = {
+        "evaluation and selection": "(seed, *name), as in (0, 'latent')",
+        "training": "(number, stream, run seed, *name), as in (0, 'train', 0, 'latent')",
+        "streams": list(STREAMS),
+    }
     return {
         "evaluation": _range(evaluation),
         "selection": _range(selection),
-        "training": {s.name: _training(s) for s in students},
-        "keys": {
-            "evaluation and selection": "(seed, *name), as in (0, 'latent')",
-            "training": "(number, stream, run seed, *name), as in (0, 'train', 0, 'latent')",
-            "streams": list(STREAMS),
-        },
+        "training": training,
+        "keys": keys,
     }
 
 
-def _training(student: TrainedStudent) -> dict[str, Any] | None:
-    """What a student was trained on; None where its record does not say, as published ones."""
+def _training(student: TrainedStudent) -> dict[str, Json] | None:
+    """Seed and numbers of a training run; None where its record lacks them (published ones)."""
     options = student.record.options
     if any(options.get(key) is None for key in ("seed", "batch", "total_kimg")):
         return None

@@ -1,60 +1,102 @@
 """FID against NFE in whole series: ODE, SDE and Restart, as in figure 3 of arXiv:2306.14878.
 
-A sweep is a comparison with rows of its own: harness, files, resuming and report are shared.
+A sweep over NFE is a comparison with other rows: harness, files, resuming and report are shared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from comparison.job import ComparisonJob, check_blocks, make_record, numbers, open_harness
+from comparison.job import ComparisonJob, check_conditions, row_seeds
 from comparison.rows import Row
 from denoisers.cards import Card
-from metrics.detectors import Detector
-from restart.intervals import read_configurations
+from evaluation.harness import HarnessOptions
+from restart.intervals import interval_json, read_configurations
 from restart.tables import configurations
-from runtime.dist import World
 from runtime.errors import UserError
+from runtime.lists import parse_whole_numbers
+from runtime.options import Json
 from samplers.build import build
-from samplers.builders.restart import interval_json
 from samplers.options import SamplerOptions
 
-#: S_churn, S_min, S_max and S_noise that EDM's stochastic sampler is published with
-#: (arXiv:2206.00364, table 5), by data set and model.
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Settings of EDM's stochastic sampler (arXiv:2206.00364, table 5)."""
+
+    S_churn: float
+    S_min: float
+    S_max: float
+    S_noise: float
+
+
+#: As published, by data set and model.
 CHURN = {
-    "cifar10-vp": (30.0, 0.01, 1.0, 1.007),
-    "cifar10-ve": (80.0, 0.05, 1.0, 1.007),
-    "imagenet64-adm": (80.0, 0.05, 50.0, 1.003),
-    "imagenet64-edm": (40.0, 0.05, 50.0, 1.003),
+    "cifar10-vp": Noise(30.0, 0.01, 1.0, 1.007),
+    "cifar10-ve": Noise(80.0, 0.05, 1.0, 1.007),
+    "imagenet64-adm": Noise(80.0, 0.05, 50.0, 1.003),
+    "imagenet64-edm": Noise(40.0, 0.05, 50.0, 1.003),
 }
 
 
-def prepare(options: dict[str, Any], world: World, detector: Detector) -> ComparisonJob:
-    """Load everything and lay out the series.
+@dataclass(frozen=True)
+class NfeSweepOptions:
+    """What ``tools.nfe_sweep`` is asked for, under the names of its flags."""
+
+    harness: HarnessOptions
+    restart: tuple[str, ...] = ()  #: each as `configurations_of` reads it
+    ode: str = NONE  #: NFE of Heun
+    sde: str = NONE  #: NFE of EDM's stochastic sampler
+    churn: tuple[str, ...] = ()  #: each as `churned` reads it
+    main_solver: str | None = None
+    restart_solver: str | None = None
+    num: int = 2000  #: images per row
+    blocks: int = 4
+    outdir: Path = Path("samples/sweep")
+
+
+def prepare(options: NfeSweepOptions) -> ComparisonJob:
+    """Lay out the series.
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    harness = open_harness(options, world, detector, check_blocks(options))
-    card = harness.model.card
-    edm = SamplerOptions(sampler="edm")
-    rows = series("ODE (Heun)", "ode", edm, _budgets("--ode", options["ode"]), card)
-    for spec in options["churn"]:
-        budgets = _budgets("--sde", options["sde"])
-        rows += series(f"SDE (EDM, churn {spec})", "sde", churned(spec), budgets, card)
+    seeds = row_seeds(options.num, options.blocks)
+    card = options.harness.model.card()
+    check_conditions(options.harness, seeds)
+    rows = _ode_rows(options, card) + _sde_rows(options, card)
     walkers = SamplerOptions(
         sampler="restart",
-        main_solver=options["main_solver"],
-        restart_solver=options["restart_solver"],
+        main_solver=options.main_solver,
+        restart_solver=options.restart_solver,
+        guidance_rate=options.harness.conditions.guidance_rate,
     )
-    rows += restart_rows(options["restart"], walkers, card)
+    rows += restart_rows(options.restart, walkers, card)
     if not rows:
         raise UserError("nothing is left to sweep: give --restart, --ode or --sde")
-    more = {"rows": [row.sampler.label for row in rows]}
-    record = make_record("nfe_sweep", options, harness, more)
-    return ComparisonJob(harness, {}, rows, [], [], options["outdir"], record)
+    facts: dict[str, Json] = {"rows": [row.sampler.label for row in rows]}
+    return ComparisonJob(
+        "nfe_sweep", options, options.harness, card, seeds, options.blocks, options.outdir,
+        {}, rows, [], [], 0, facts,
+    )  # fmt: skip
+
+
+def _ode_rows(options: NfeSweepOptions, card: Card) -> list[Row]:
+    rate = options.harness.conditions.guidance_rate
+    edm = SamplerOptions(sampler="edm", guidance_rate=rate)
+    return series("ODE (Heun)", "ode", edm, _budgets("--ode", options.ode), card)
+
+
+def _sde_rows(options: NfeSweepOptions, card: Card) -> list[Row]:
+    rate, budgets = options.harness.conditions.guidance_rate, _budgets("--sde", options.sde)
+    rows = []
+    for spec in options.churn:
+        asked = replace(churned(spec), guidance_rate=rate)
+        rows += series(f"SDE (EDM, churn {spec})", "sde", asked, budgets, card)
+    return rows
 
 
 def series(
@@ -64,7 +106,7 @@ def series(
     rows = []
     for nfe in budgets:
         sampler = build(replace(options, nfe=nfe), card)
-        detail = f"{sampler.settings['num_steps']} nodes and 0"
+        detail = f"{sampler.options.num_steps} nodes and 0"
         rows.append(Row(title, group, nfe, sampler, detail))
     return rows
 
@@ -72,13 +114,19 @@ def series(
 def churned(spec: str) -> SamplerOptions:
     """EDM's stochastic sampler by a name of `CHURN`, or by ``S_churn,S_min,S_max,S_noise``."""
     try:
-        churn, low, high, noise = CHURN.get(spec) or map(float, spec.split(","))
-    except ValueError:
+        noise = CHURN.get(spec) or Noise(*map(float, spec.split(",")))
+    except (TypeError, ValueError):
         raise UserError(
             f"--churn {spec!r} is none of {', '.join(CHURN)}, nor four numbers "
             "S_churn,S_min,S_max,S_noise such as 30,0.01,1,1.007"
         ) from None
-    return SamplerOptions(sampler="edm", S_churn=churn, S_min=low, S_max=high, S_noise=noise)
+    return SamplerOptions(
+        sampler="edm",
+        S_churn=noise.S_churn,
+        S_min=noise.S_min,
+        S_max=noise.S_max,
+        S_noise=noise.S_noise,
+    )
 
 
 def restart_rows(specs: Sequence[str], walkers: SamplerOptions, card: Card) -> list[Row]:
@@ -87,35 +135,36 @@ def restart_rows(specs: Sequence[str], walkers: SamplerOptions, card: Card) -> l
     title = "Restart" if set(by) == {"heun"} else f"Restart ({by[0]}, descents {by[1]})"
     rows: dict[str, Row] = {}
     for spec in specs:
-        for detail, chosen in configurations_of(spec).items():
-            sampler = build(replace(walkers, **chosen), card)
+        for detail, options in configurations_of(spec, walkers).items():
+            sampler = build(options, card)
             rows[detail] = Row(title, "restart", sampler.nfe, sampler, detail)
     return list(rows.values())
 
 
-def configurations_of(spec: str) -> dict[str, dict[str, Any]]:
-    """The options of the configurations that ``spec`` names, each under what to call it.
+def configurations_of(spec: str, walkers: SamplerOptions) -> dict[str, SamplerOptions]:
+    """``walkers`` with the configurations that ``spec`` names, by what to call each.
 
-    A name of the published table; the model of some rows there (``cifar10-vp``), for all of them;
-    a file of published ``N {json}`` lines, for all of them; or whatever ``--restart_info`` reads.
+    ``spec`` is a name of the published table; the model of some of its rows (``cifar10-vp``), for
+    all of them; a file of published ``N {json}`` lines, for all of them; or anything else that
+    ``--restart_info`` reads.
     """
     known = configurations()
     published = [name for name, row in known.items() if spec in (name, row.model)]
     if published:
-        return {name: {"restart_config": name} for name in published}
+        return {name: replace(walkers, restart_config=name) for name in published}
     if Path(spec).is_file():
         lines = (
             f"{'' if n is None else f'{n} '}{interval_json(intervals)}"
             for n, intervals in read_configurations(spec).values()
         )
-        return {line: {"restart_info": line} for line in lines}
+        return {line: replace(walkers, restart_info=line) for line in lines}
     if "{" not in spec and ":" not in spec:
         raise UserError(
             f"--restart {spec!r} is neither a file nor a published configuration: choose one of "
             f"{', '.join(known)}, or give 'N {{json}}'"
         )
-    return {spec: {"restart_info": spec}}
+    return {spec: replace(walkers, restart_info=spec)}
 
 
 def _budgets(flag: str, text: str) -> list[int]:
-    return [] if text == "none" else numbers(flag, text, 1)
+    return [] if text == NONE else parse_whole_numbers(flag, text, 1)

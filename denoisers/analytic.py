@@ -51,7 +51,7 @@ class GaussianDenoiser:
         return Denoised(self._scale(x, var / (var + sigma**2)), _feature(x, sigma))
 
     def solution(self, x: Tensor, start: Tensor | float, end: Tensor | float) -> Tensor:
-        """The solution of the probability-flow ODE from ``x`` (B, C, H, W) at start to sigma = end.
+        """The solution at sigma = end of the probability-flow ODE from ``x`` (B, C, H, W) at start.
 
         The ODE is linear: each principal direction with variance v scales by
         ``sqrt((v + end^2) / (v + start^2))``.

@@ -14,6 +14,7 @@ from denoisers.protocol import Model
 from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
+from runtime.seeds import row_of
 from solvers.types import Denoiser
 
 StreamName = tuple[str | int, ...]  #: goes before the names of a stream of draws
@@ -53,8 +54,9 @@ class Conditions:
     """Class, prompts and guidance.
 
     A model with classes draws one per seed unless ``label`` fixes it.  With one prompt every
-    image takes it; of several, the image of seed i takes number i when sampling, and a drawn one
-    when training.  Without a prompt a text model gets the empty one.
+    image takes it; of several, the image of seed i takes number i when sampling (seeds of
+    selections and of converged samples count from their own start), and a drawn one when training.
+    Without a prompt a text model gets the empty one.
     """
 
     label: int | None = None
@@ -67,10 +69,13 @@ class Conditions:
         check_class(card, self.label)
         if self.prompts and not card.text:
             raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
-        if len(self.prompts) > 1 and seeds and max(seeds) >= len(self.prompts):
+        last = max(seeds, key=row_of, default=0)
+        if len(self.prompts) > 1 and row_of(last) >= len(self.prompts):
+            shifted = "" if row_of(last) == last else f", here row {row_of(last)}"
             raise UserError(
-                f"seed {max(seeds)} has no prompt: --prompt_path has {len(self.prompts)} rows, and "
-                "the image of seed i takes row i (from 0); give smaller --seeds"
+                f"seed {last} has no prompt: --prompt_path has {len(self.prompts)} rows, and the "
+                f"image of seed i takes row i (from 0){shifted}; "
+                + ("use fewer images" if shifted else "give smaller --seeds")
             )
         if self.guidance_type not in (None, card.guidance):
             has = f"--guidance_type {card.guidance}" if card.guidance else "no guidance"
@@ -116,7 +121,7 @@ class Conditions:
             return None
         if len(self.prompts) < 2:
             return (self.prompts or ("",)) * len(noise.seeds)
-        rows: Sequence[int] = noise.seeds
+        rows: Sequence[int] = [row_of(seed) for seed in noise.seeds]
         if stream:
             rows = noise.integers((*stream, "prompt"), len(self.prompts)).tolist()
         return tuple(self.prompts[row] for row in rows)

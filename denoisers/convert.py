@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.snapshots import EDMSnapshot, find_network, find_tensors, is_network
+from checkpoints.weights import own_storages
 from denoisers.cards import Card, cards
 from denoisers.families.common import samples_of
 from denoisers.families.edm import make_network
@@ -103,15 +104,3 @@ def entry(card: Card) -> dict[str, Any]:
     """A card as an entry of ``cards.json``."""
     values = asdict(card)
     return {values.pop("name"): values}
-
-
-def own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory with each other, as required by safetensors."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        whole = tensor.untyped_storage()
-        shared = whole.data_ptr() in seen or whole.nbytes() != tensor.nbytes
-        seen.add(whole.data_ptr())
-        out[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
-    return out

@@ -1,8 +1,8 @@
-"""A model's own converged samples as a second reference: the error of the model set aside.
+"""A model's own converged samples as a second reference, which sets the model's error aside.
 
-A FID to the data is what solver *and* model get wrong.  Held against samples of the same model
-without a solver's error (`python -m tools.converged`), on seeds that no table reports on, only the
-solver's part is left, and the bias of a small N.
+A FID to the data contains the error of the solver *and* that of the model.  A FID to samples of
+the same model without solver error (`evaluation.ode_samples`), on seeds that no table reports on,
+contains only the solver's error and the bias of a small N.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from denoisers.conditions import Conditions
 from denoisers.protocol import Model
 from metrics.detectors import REFERENCES, Detector
 from metrics.statistics import Statistics, read_arrays
@@ -28,23 +28,35 @@ RECORD = "record"  #: its key in the file
 
 
 @dataclass(frozen=True)
+class ConvergedIdentity:
+    """Which converged samples: what two FIDs to such samples must share to be compared."""
+
+    reference: str
+    n: int
+    seeds: str
+    solver: str
+    tol: float
+    sha256: str  #: of the images
+
+
+@dataclass(frozen=True)
 class Converged:
     """Statistics of a model's converged samples, and the record of how they were made."""
 
     statistics: Statistics
     record: RunRecord
 
-    def describe(self) -> dict[str, Any]:
-        """What two figures must share to be compared; JSON values."""
-        stats = self.statistics
-        return {
-            "reference": stats.source,
-            "n": stats.n,
-            "seeds": self.record.options["seeds"],
-            "solver": self.record.plan["solver"],
-            "tol": self.record.plan["tol"],
-            "sha256": stats.source_sha256,
-        }
+    @property
+    def identity(self) -> ConvergedIdentity:
+        statistics, plan = self.statistics, self.record.plan
+        return ConvergedIdentity(
+            reference=statistics.source,
+            n=statistics.n,
+            seeds=self.record.options["seeds"],
+            solver=plan["solver"],
+            tol=plan["tol"],
+            sha256=statistics.source_sha256,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write an .npz that ``load`` reads, and any reader of statistics too."""
@@ -66,43 +78,65 @@ class Converged:
             )
         return cls(statistics, record)
 
-    def misfit(self, model: Model, detector: Detector, seeds: Sequence[int]) -> str | None:
-        """Why images of ``seeds`` by ``model`` cannot be held against these; None if they can."""
-        made, stats = self.record.model, self.statistics
-        if made.get("sha256") != model.sha256:
-            return f"are of the model {made.get('name')} (SHA-256 {str(made.get('sha256'))[:12]})"
-        if stats.detector != detector.id:
-            return f"were made with detector {stats.detector}"
-        shared = set(seeds).intersection(parse_seeds(self.record.options["seeds"]))
-        return f"are of the same seeds, {min(shared)} for one" if shared else None
+    def misfit(
+        self,
+        model: Model,
+        detector: Detector,
+        seeds: Sequence[int],
+        conditions: Conditions | None = None,
+    ) -> str | None:
+        """Why images of ``seeds`` by ``model`` cannot be compared with these; None if they can."""
+        recorded, options = self.record.model, self.record.options
+        if recorded.get("sha256") != model.sha256:
+            sha256 = str(recorded.get("sha256"))
+            return f"are of the model {recorded.get('name')} (SHA-256 {sha256[:12]})"
+        if self.statistics.detector != detector.id:
+            return f"were made with detector {self.statistics.detector}"
+        shared = set(seeds).intersection(parse_seeds(options["seeds"]))
+        if shared:
+            return f"are of the same seeds, such as {min(shared)}"
+        asked = describe_conditions(conditions or Conditions())
+        other = [key for key, value in asked.items() if options.get(key) != value]
+        return f"were made with another {other[0]}" if other else None
+
+
+def describe_conditions(conditions: Conditions) -> dict[str, object]:
+    """What a record of converged samples says about their conditions, under these keys."""
+    return {
+        "class": conditions.label,
+        "prompts": conditions.describe(),
+        "guidance_rate": conditions.guidance_rate,
+    }
 
 
 def open_converged(
-    text: str | None, model: Model, detector: Detector, seeds: Sequence[int]
+    text: str | None,
+    model: Model,
+    detector: Detector,
+    seeds: Sequence[int],
+    conditions: Conditions | None = None,
 ) -> Converged | None:
-    """The reference of ``--ref_model``: a name, an .npz or ``none``; or the one that comes along.
+    """The reference that ``--ref_model`` names: a bundled name, an .npz, or ``none``.
 
-    Left out (None), it is the one bundled for a model of this name, where there is one that fits
-    the weights and the detector.
-
-    Raises UserError for one that was asked for and cannot be used.
+    None asks for the one that is bundled for a model of this name, if it fits the weights, the
+    detector and the conditions.  Raises UserError for one that was asked for and does not fit.
     """
     if text is None:
         path = REFERENCES.get(f"{model.card.name}-converged")
         if path is None or not path.is_file():
             return None
-        known = Converged.load(path)
-        return known if known.misfit(model, detector, seeds) is None else None
+        bundled = Converged.load(path)
+        return bundled if bundled.misfit(model, detector, seeds, conditions) is None else None
     if text == NONE:
         return None
     path = REFERENCES.get(text, Path(text))
     if not path.is_file():
         raise UserError(
-            f"--ref_model {text} is no file of statistics ({path} does not exist): make it with "
+            f"--ref_model {text} is not a file of statistics ({path} does not exist): make it with "
             "python -m tools.converged --dest, or give --ref_model none"
         )
     asked = Converged.load(path)
-    why = asked.misfit(model, detector, seeds)
+    why = asked.misfit(model, detector, seeds, conditions)
     if why is not None:
         raise UserError(
             f"the samples of --ref_model {text} {why}, which does not fit this run (model "

@@ -1,33 +1,33 @@
-"""Measuring a row: images of the shared seeds, block by block, through one detector."""
+"""Measuring samplers: images of the same seeds, block by block, through one detector."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from comparison.rows import Row
+from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
-from evaluation.converged import Converged
-from metrics.detectors import Detector
+from denoisers.registry import ModelSource
+from evaluation.converged import Converged, ConvergedIdentity, open_converged
+from evaluation.detectors import DetectorOptions, open_detector
+from metrics.detectors import Detector, load_reference
 from metrics.fid import BlockFid, block_fid
 from metrics.measures import KEPT
 from metrics.statistics import Statistics
 from metrics.summary import Collector, FeatureSummary, Requirements, joined
 from runtime.dist import World
-from runtime.files import atomic_write, read_earlier, write_json
-from runtime.images import image_grid, save_png, to_uint8
-from samplers.generate import generate
+from runtime.images import to_uint8
+from runtime.options import Json
+from runtime.typed import OPTIONAL
+from samplers.generate import SampleBatch, generate
 from samplers.sampler import Sampler
 
-SHOWN = 10  #: images of each row in the picture
+SHOWN = 10  #: images of each sampler in pictures
 
 
 class Measured(NamedTuple):
@@ -37,12 +37,75 @@ class Measured(NamedTuple):
     converged: BlockFid | None  #: to the model's own converged samples
     nfe: int  #: metered
     images_per_second: float  #: of sampling alone
-    summary: FeatureSummary  #: with features, of at most `KEPT` images, in the order of the seeds
+    summary: FeatureSummary  #: with features of at most `KEPT` images, in the order of the seeds
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """What metrics of samplers depend on, under the names of the flags."""
+
+    model: ModelSource = field(default_factory=ModelSource)
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    detector: DetectorOptions = field(default_factory=DetectorOptions)
+    ref: str = "cifar10-small"  #: reference statistics: a bundled name or an .npz
+    ref_model: str | None = None  #: see `evaluation.converged.open_converged`
+    batch: int = 128  #: images at once, over all processes
+
+    def resolve_conditions(self, seeds: Sequence[int]) -> Conditions:
+        """The conditions of images of ``seeds``; UserError for what the model does not take."""
+        card = self.model.card()
+        conditions = self.conditions.resolve(card)
+        conditions.check(card, seeds)
+        self.detector.single()
+        return conditions
+
+    def describe(self, seeds: Sequence[int], blocks: int) -> dict[str, Json]:
+        """As much of the `HarnessIdentity` as is known before anything is loaded."""
+        return {
+            "model": self.model.card().name,
+            "model_sha256": self.model.known_sha256,
+            "detector": self.detector.detector,
+            "reference": self.ref,
+            "seeds": seed_range(seeds),
+            "blocks": blocks,
+        }
+
+
+@dataclass(frozen=True)
+class PromptsIdentity:
+    """Which prompts."""
+
+    count: int
+    sha256: str
+
+    @classmethod
+    def of(cls, conditions: Conditions) -> PromptsIdentity | None:
+        """The prompts of ``conditions``; None where there are none."""
+        known = conditions.describe()
+        return None if known is None else cls(int(known["count"]), str(known["sha256"]))
+
+
+@dataclass(frozen=True)
+class HarnessIdentity:
+    """What two metrics must share to be compared."""
+
+    model: str
+    model_sha256: str
+    detector: str
+    detector_sha256: str
+    reference: str
+    reference_n: int
+    reference_sha256: str
+    seeds: str
+    blocks: int
+    converged: ConvergedIdentity | None = field(default=None, metadata=OPTIONAL)
+    prompts: PromptsIdentity | None = field(default=None, metadata=OPTIONAL)
+    label: int | None = field(default=None, metadata=OPTIONAL)  #: class of all images
 
 
 @dataclass(frozen=True)
 class Harness:
-    """One model, one detector, the same references, one list of seeds for every row."""
+    """One model, one detector, the same references and the same seeds for every sampler."""
 
     model: Model
     detector: Detector
@@ -51,154 +114,114 @@ class Harness:
     blocks: int  #: disjoint, equal blocks of seeds, for the spread
     batch: int  #: images at once on one process
     dtype: torch.dtype  #: of the state
-    world: World
+    here: World
+    conditions: Conditions = Conditions()  #: the guidance rate is each sampler's own
     converged: Converged | None = None  #: the second reference, where there is one
 
-    def describe(self) -> dict[str, Any]:
-        """What two figures must share to be compared."""
-        second = {} if self.converged is None else {"converged": self.converged.describe()}
-        return {
-            "model": self.model.card.name,
-            "model_sha256": self.model.sha256,
-            "detector": self.detector.name,
-            "detector_sha256": self.detector.sha256,
-            "reference": self.reference.source,
-            "reference_n": self.reference.n,
-            "reference_sha256": self.reference.source_sha256,
-            "seeds": f"{self.seeds[0]}-{self.seeds[-1]}",
-            "blocks": self.blocks,
-            **second,
-        }
+    @property
+    def identity(self) -> HarnessIdentity:
+        """What metrics of two harnesses must share to be compared; the samplers aside."""
+        reference = self.reference
+        return HarnessIdentity(
+            model=self.model.card.name,
+            model_sha256=self.model.sha256,
+            detector=self.detector.name,
+            detector_sha256=self.detector.sha256,
+            reference=reference.source,
+            reference_n=reference.n,
+            reference_sha256=reference.source_sha256,
+            seeds=seed_range(self.seeds),
+            blocks=self.blocks,
+            converged=None if self.converged is None else self.converged.identity,
+            prompts=PromptsIdentity.of(self.conditions),
+            label=self.conditions.label,
+        )
+
+    def generate(
+        self, sampler: Sampler, seeds: Sequence[int], batch: int | None = None
+    ) -> Iterator[SampleBatch]:
+        """Images of ``seeds`` on this process, batch by batch, under the harness's conditions."""
+        return generate(
+            sampler,
+            self.model,
+            seeds,
+            batch=batch or self.batch,
+            device=self.here.device,
+            dtype=self.dtype,
+            conditions=self.conditions,
+        )
 
     def fid(
         self, sampler: Sampler, seeds: Sequence[int], blocks: int, tick: Callable[[int], object]
     ) -> Measured:
-        """FID of ``seeds`` in blocks to each reference, by one pass."""
-        per_block = len(seeds) // blocks
-        keep = Requirements(KEPT // blocks)
-        parts, nfe, seconds = [], 0, 0.0
+        """FID of ``seeds`` in equal blocks to each reference, by one pass.
+
+        ``tick`` is told how many images of all processes have been made.
+        """
+        size, parts, nfe, seconds = len(seeds) // blocks, [], 0, 0.0
         for b in range(blocks):
-            collector = Collector(self.detector, keep, per_block, source=sampler.label)
-            mine = self.world.shard(range(per_block))
-            begin = time.perf_counter()
-            for made in generate(
-                sampler,
-                self.model,
-                [seeds[b * per_block + place] for place in mine],
-                batch=self.batch,
-                device=self.world.device,
-                dtype=self.dtype,
-            ):
-                pixels = to_uint8(made.images)  # waits for the device
-                seconds += time.perf_counter() - begin
-                nfe = made.nfe
-                now, mine = mine[: len(pixels)], mine[len(pixels) :]
-                collector.update(torch.from_numpy(pixels).permute(0, 3, 1, 2), now)
-                tick(len(pixels) * self.world.size)
-                begin = time.perf_counter()
-            parts.append(collector.finish())
-        slowest = seconds / max(1, len(seeds) // self.world.size)
+            block = seeds[b * size : (b + 1) * size]
+            summary, nfe, spent = self._block(sampler, block, KEPT // blocks, tick)
+            parts.append(summary)
+            seconds += spent
         moments, second = [part.moments for part in parts], None
         if self.converged is not None:
             second = block_fid(moments, self.converged.statistics)
-        rate = 1 / slowest * self.world.size
+        slowest = seconds / max(1, len(seeds) // self.here.size)
+        rate = 1 / slowest * self.here.size
         return Measured(block_fid(moments, self.reference), second, nfe, rate, joined(parts))
 
+    def _block(
+        self, sampler: Sampler, seeds: Sequence[int], kept: int, tick: Callable[[int], object]
+    ) -> tuple[FeatureSummary, int, float]:
+        """Features of one block of all processes, the metered NFE, and seconds of sampling here."""
+        needs, nfe, seconds = Requirements(kept), 0, 0.0
+        collector = Collector(self.detector, needs, len(seeds), source=sampler.label)
+        positions = self.here.shard(range(len(seeds)))
+        begin = time.perf_counter()
+        for batch in self.generate(sampler, [seeds[position] for position in positions]):
+            pixels = to_uint8(batch.images)  # waits for the device
+            seconds += time.perf_counter() - begin
+            nfe = batch.nfe
+            now, positions = positions[: len(pixels)], positions[len(pixels) :]
+            collector.update(torch.from_numpy(pixels).permute(0, 3, 1, 2), now)
+            tick(len(pixels) * self.here.size)
+            begin = time.perf_counter()
+        return collector.finish(), nfe, seconds
+
     def pictures(self, sampler: Sampler) -> np.ndarray:
-        """The first few seeds of a sampler, (SHOWN, H, W, C) uint8."""
-        shown = self.seeds[:SHOWN]
-        made = generate(
-            sampler,
-            self.model,
-            shown,
-            batch=len(shown),
-            device=self.world.device,
-            dtype=self.dtype,
-        )
-        return np.concatenate([to_uint8(b.images) for b in made])
+        """Images of the first few seeds, (SHOWN, H, W, C) uint8."""
+        seeds = self.seeds[:SHOWN]
+        batches = self.generate(sampler, seeds, batch=len(seeds))
+        return np.concatenate([to_uint8(batch.images) for batch in batches])
 
 
-def measure(
-    row: Row, harness: Harness, folder: Path, tick: Callable[[int], object]
-) -> dict[str, Any]:
-    """The figures of one row; read from ``folder`` if the same row was measured before.
+def open_harness(
+    options: HarnessOptions, seeds: Sequence[int], blocks: int, here: World
+) -> Harness:
+    """Load the model, the detector and both references; call it on every rank.
 
-    A row is one JSON file, written whole at its end, so a killed comparison loses one row at most.
-    Its statistics and features lie beside it (`FeatureSummary.load`): what else may be asked of the
-    row needs no sampling.
+    Raises UserError or ValueError, one sentence with the remedy, for files that are missing or do
+    not fit each other.
     """
-    file = folder / "rows" / f"{row.key}.json"
-    identity = json.loads(
-        json.dumps({"sampler": row.sampler.describe(), "harness": harness.describe()})
+    conditions = options.resolve_conditions(seeds)
+    detector = open_detector(options.detector, here)
+    reference = load_reference(options.ref, detector)
+    model = options.model.load(here)
+    return Harness(
+        model,
+        detector,
+        reference,
+        seeds,
+        blocks,
+        here.share(options.batch),
+        options.model.state_dtype,
+        here,
+        conditions,
+        open_converged(options.ref_model, model, detector, seeds, conditions),
     )
-    found = read_earlier(file)
-    if found is not None and found["identity"] != identity:
-        found = _held_anew(found, identity, harness, folder)
-        if found is not None and harness.world.is_main:
-            write_json(file, found)
-    if found is not None:
-        tick(len(harness.seeds))
-        return found
-    begin = time.perf_counter()
-    made = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
-    fid, converged = made.fid, made.converged
-    second = {} if converged is None else {"fid_converged": converged.fid}
-    result = {
-        "method": row.method,
-        "group": row.group,
-        "budget": row.budget,
-        "detail": row.detail,
-        "own_solver": row.own_solver,
-        "fid": fid.fid,
-        **second,
-        "fid_block_mean": fid.mean,
-        "fid_block_spread": fid.spread,
-        "fid_blocks": list(fid.blocks),
-        "n": fid.n,
-        "nfe_planned": row.sampler.nfe,
-        "nfe_metered": made.nfe,
-        "images_per_second": made.images_per_second,
-        "seconds": time.perf_counter() - begin,
-        "detector": harness.detector.name,
-        "identity": identity,
-        "pictures": f"rows/{row.key}.png",
-        "statistics": f"rows/{row.key}.npz",
-    }
-    if harness.world.is_main:
-        images = harness.pictures(row.sampler)
-        save_png(file.with_suffix(".png"), image_grid(images, columns=len(images)))
-        with atomic_write(file.with_suffix(".npz")) as temporary:
-            made.summary.save(temporary)
-        write_json(file, result)
-    return result
 
 
-def _held_anew(
-    found: dict[str, Any], identity: dict[str, Any], harness: Harness, folder: Path
-) -> dict[str, Any] | None:
-    """An earlier result of the same images, held against the second reference of now.
-
-    None where more than that reference differs, and where the statistics that were kept of the
-    images are not those of the result.
-    """
-    if _without_second(found["identity"]) != _without_second(identity):
-        return None
-    try:
-        moments = FeatureSummary.load(folder / found["statistics"], harness.detector).moments
-        fid = moments.fid(harness.reference)
-    except (OSError, KeyError, ValueError):
-        return None
-    if not math.isclose(fid, found["fid"], rel_tol=1e-6, abs_tol=1e-6):  # of another run
-        return None
-    result: dict[str, Any] = {}
-    for key, value in found.items():
-        if key != "fid_converged":
-            result[key] = value
-        if key == "fid" and harness.converged is not None:  # its neighbour in every table
-            result["fid_converged"] = moments.fid(harness.converged.statistics)
-    return {**result, "identity": identity}
-
-
-def _without_second(identity: dict[str, Any]) -> dict[str, Any]:
-    harness = {k: v for k, v in identity.get("harness", {}).items() if k != "converged"}
-    return {**identity, "harness": harness}
+def seed_range(seeds: Sequence[int]) -> str:
+    """Consecutive seeds as they are written on the command line."""
+    return f"{seeds[0]}-{seeds[-1]}"

@@ -1,10 +1,10 @@
-"""Samples of a model straight into statistics: no image has to lie on disk."""
+"""Metrics of a model's samples: they go straight into the statistics, without images on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,141 +13,177 @@ from torch import Tensor
 from tqdm import tqdm
 
 from denoisers.protocol import Model
-from evaluation.images import destinations, keep, open_detectors, open_references, report
-from evaluation.passes import ImageStream, gathered
-from metrics.detectors import Detector, parse_detectors
-from metrics.measures import needs_of, parse_metrics, reference_needs
-from metrics.summary import FeatureSummary, Requirements
+from evaluation.converged import NONE
+from evaluation.detectors import open_detectors
+from evaluation.metric_report import (
+    MeasuredSet,
+    MetricOptions,
+    report_metrics,
+    save_statistics,
+)
+from evaluation.passes import ImageStream, gather_features
+from metrics.detectors import Detector
+from metrics.summary import FeatureSummary
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder
 from runtime.images import to_uint8
 from runtime.log import watch_batch
+from runtime.options import flat_options
 from runtime.record import RunRecord
-from samplers.folder import FREE
+from samplers.folder import FREE, Folder
 from samplers.generate import SampleBatch, generate
-from samplers.job import SamplingJob, Setup, open_model, prepare
-from samplers.options import SamplerOptions
+from samplers.job import SampleOptions, SamplingJob
+from samplers.job import prepare as prepare_sampling
 
-NONE = "none"
+#: Options that a record holds as they were given to ``fid.py gen``.
+RECORDED = (
+    "outdir", "subdirs", "detector", "detector_path", "metrics", "features", "seed", "ref", "dest",
+    "result_path",
+)  # fmt: skip
+#: Options of ``sample.py`` that ``fid.py gen`` does not have.
+PICTURES = ("grid", "return_inters")
+
+
+@dataclass(frozen=True)
+class SampleMetricsOptions:
+    """What ``fid.py gen`` is asked for, under the names of its flags."""
+
+    sampling: SampleOptions = field(default_factory=SampleOptions)
+    metric: MetricOptions = field(default_factory=MetricOptions)
+    ref: str = "cifar10-small"
+    dest: str | None = None
+    result_path: Path | None = None
 
 
 @dataclass(frozen=True)
 class SampleMetricsJob:
-    """What is to be sampled and measured; nothing has been loaded or written yet."""
+    """Samples that will be made and measured; nothing has been loaded or written yet."""
 
-    job: SamplingJob
-    options: Mapping[str, Any]  #: of ``fid.py gen``
-    names: tuple[str, ...]  #: of the metrics
-    needs: Requirements
-    dests: list[str]
-    world: World
+    options: SampleMetricsOptions
+    sampling: SamplingJob
 
-    def record(self, weights_sha256: str | None, nfe: int | None = None) -> RunRecord:
+    @property
+    def folder(self) -> Folder | None:
+        """Where the images are kept as well, if they are."""
+        return None if self.options.sampling.outdir is None else self.sampling.folder
+
+    def record(
+        self, weights_sha256: str | None, here: World | None = None, nfe: int | None = None
+    ) -> RunRecord:
         """That of the sampling run, with what is measured; ``nfe`` is the metered one."""
-        sampled = self.job.record(weights_sha256, self.world)
-        mine = ("outdir", "subdirs", "detector", "detector_path", "metrics", "features", "seed",
-                "ref", "dest", "result_path")  # fmt: skip
-        left = {k: v for k, v in sampled.options.items() if k not in ("grid", "return_inters")}
-        given = {k: str(v) if isinstance(v := self.options[k], Path) else v for k in mine}
-        return RunRecord.make(
-            "fid gen", left | given, sampled.model, sampled.plan | {"nfe_metered": nfe}
-        )
+        sampled, given = self.sampling.record(weights_sha256, here), flat_options(self.options)
+        options = {k: v for k, v in sampled.options.items() if k not in PICTURES}
+        options |= {key: given[key] for key in RECORDED}
+        plan = sampled.plan | {"nfe_metered": nfe}
+        return RunRecord.make("fid gen", options, sampled.model, plan)
 
     def outline(self) -> str:
         """The record, for a dry run."""
-        return self.record(self.job.known_sha256()).to_json()
+        return self.record(self.sampling.source.known_sha256).to_json()
 
+    def run(self, here: World) -> str:
+        """Sample, measure and write; returns the metrics and what was written, in words."""
+        options, text = self.options, []
+        detectors, references = open_detectors(options.metric.detector, here), []
+        if options.ref != NONE:
+            references = options.metric.open_references(options.ref, detectors)
+        with self._measure(detectors, here) as (record, summaries):
+            if here.is_main and options.dest is not None:
+                files = options.metric.destinations(options.dest)
+                text.append(save_statistics(files, summaries, detectors))
+            if here.is_main and references:
+                sets = list(map(MeasuredSet, detectors, summaries, references))
+                text.append(report_metrics(options.metric, sets, record, options.result_path))
+        return "\n".join(text)
 
-def plan(options: Mapping[str, Any], predictor_path: str | None, world: World) -> SampleMetricsJob:
-    """Resolve everything that can be wrong before anything is loaded or written.
+    @contextmanager
+    def _measure(
+        self, detectors: Sequence[Detector], here: World
+    ) -> Iterator[tuple[RunRecord, list[FeatureSummary]]]:
+        """One pass over the samples: the record with the metered NFE, and each detector's summary.
 
-    Raises UserError or ValueError, one sentence with the remedy.
-    """
-    names, kept = parse_metrics(options["metrics"]), options["features"]
-    dest, count = options["dest"], len(parse_detectors(options["detector"]))
-    if options["ref"] == NONE and (dest is None or options["result_path"] is not None):
-        raise UserError(
-            "--ref none measures nothing: give --dest to keep the statistics, and no --json"
-        )
-    if options["subdirs"] and options["outdir"] is None:
-        raise UserError("--subdirs means nothing without images on disk: add --outdir")
-    setup = Setup(**{n: options[n] for n in Setup.__dataclass_fields__ if n in options})
-    sampler = SamplerOptions(**{n: options[n] for n in SamplerOptions.__dataclass_fields__})
-    job = prepare(sampler, predictor_path, setup, world)
-    if len(job.seeds) < 2:
-        raise UserError(f"--seeds {setup.seeds} is one image, statistics need two: give more")
-    needs = needs_of(names, kept, always=kept is not None)
-    dests = [] if dest is None else destinations(dest, count)
-    return SampleMetricsJob(job, options, names, needs, dests, world)
+        Where ``--outdir`` asks for it, images go to a folder as well, as ``sample.py`` leaves them.
+        """
+        job, folder = self.sampling, self.folder
+        model = job.open_model(here)
+        _try_out(model, detectors, here)
+        record = job.record(model.sha256, here)
+        stream = self._stream(model, record, here)
+        if folder is not None and here.is_main:
+            record, _ = folder.open(record, job.seeds)
+        cache, metric = cache_folder(job.source.cache_dir), self.options.metric
+        needs = metric.needs(kept=True)
+        with gather_features(stream, detectors, needs, metric.seed, here, cache) as summaries:
+            nfe = job.sampler.nfe  # generate() has raised if any batch was metered otherwise
+            if folder is not None and here.is_main:
+                folder.close(record, nfe)
+            yield self.record(model.sha256, here, nfe), summaries
 
+    def _stream(self, model: Model, record: RunRecord, here: World) -> ImageStream:
+        """The samples by number; those whose images are kept are written on the way."""
+        job, folder = self.sampling, self.folder
+        kept = {k: v for k, v in record.options.items() if k == "seeds" or k not in FREE}
+        identity = {"model": record.model, "plan": record.plan, "options": kept}
 
-def run(gen: SampleMetricsJob) -> str:
-    """Sample, measure and write; returns the figures in words, and what was written."""
-    options, world, text = gen.options, gen.world, []
-    detectors = open_detectors(options, world)
-    references = []
-    if options["ref"] != NONE:
-        references = open_references(options["ref"], detectors, reference_needs(gen.names))
-    with sampled(gen, detectors) as (record, made):
-        if world.is_main and gen.dests:
-            text.append(keep(gen.dests, made, detectors))
-        if world.is_main and references:
-            sets, path = (gen.names, made, references, detectors), options["result_path"]
-            text.append(report(*sets, options["seed"], record, path))
-    return "\n".join(text)
+        def batches(start: int, bar: tqdm[Any]) -> Iterator[Tensor]:
+            if folder is not None:  # images that were removed since their statistics were saved
+                lost = folder.missing(job.seeds[:start]) if here.is_main else []
+                for _ in self._samples(here.broadcast_object(lost), model, here, bar):
+                    pass
+            for batch in self._samples(job.seeds[start:], model, here, bar):
+                yield torch.from_numpy(to_uint8(batch.images)).permute(0, 3, 1, 2)
 
+        name, share = f"{job.card.name} {job.sampler.label}", here.share(job.options.batch)
+        return ImageStream(name, len(job.seeds), share, identity, batches)
 
-@contextmanager
-def sampled(
-    gen: SampleMetricsJob, detectors: list[Detector]
-) -> Iterator[tuple[RunRecord, list[FeatureSummary]]]:
-    """One pass over the samples: the record with the metered NFE, and each detector's summary.
-
-    Images go to a folder as well where ``--outdir`` asks for it, as ``sample.py`` leaves them.
-    """
-    job, world, setup = gen.job, gen.world, gen.job.setup
-    model = open_model(job, world)
-    _try_out(model, detectors, world)
-    record = job.record(model.sha256, world)
-    kept = {k: v for k, v in record.options.items() if k == "seeds" or k not in FREE}
-    identity = {"model": record.model, "plan": record.plan, "options": kept}
-    folder = job.folder if setup.outdir is not None else None
-    if folder is not None and world.is_main:
-        record, _ = folder.open(record, job.seeds)
-    share = -(-setup.batch // world.size)
-
-    def walk(seeds: list[int], bar: tqdm[Any]) -> Iterator[SampleBatch]:
+    def _samples(
+        self, seeds: Sequence[int], model: Model, here: World, bar: tqdm[Any]
+    ) -> Iterator[SampleBatch]:
+        """This process's part of the samples of ``seeds``, saved where images are kept."""
+        job, folder = self.sampling, self.folder
         for batch in generate(
-            job.sampler, model, world.shard(seeds), batch=share, device=world.device,
-            dtype=setup.state_dtype, conditions=job.conditions, watch=watch_batch(bar),
-        ):  # fmt: skip
+            job.sampler,
+            model,
+            here.shard(seeds),
+            batch=here.share(job.options.batch),
+            device=here.device,
+            dtype=job.source.state_dtype,
+            conditions=job.conditions,
+            watch=watch_batch(bar),
+        ):
             if folder is not None:
                 folder.save(batch)
             yield batch
 
-    def batches(start: int, bar: tqdm[Any]) -> Iterator[Tensor]:
-        if folder is not None:  # images that somebody removed since their statistics were kept
-            lost = folder.missing(job.seeds[:start]) if world.is_main else []
-            for _ in walk(world.broadcast_object(lost), bar):
-                pass
-        for batch in walk(job.seeds[start:], bar):
-            yield torch.from_numpy(to_uint8(batch.images)).permute(0, 3, 1, 2)
 
-    name = f"{job.card.name} {job.sampler.label}"
-    stream = ImageStream(name, len(job.seeds), share, identity, batches)
-    cache, seed = cache_folder(setup.cache_dir), gen.options["seed"]
-    with gathered(stream, detectors, gen.needs, seed, world, cache) as made:
-        nfe = job.sampler.nfe  # generate() has raised if any batch was metered otherwise
-        if folder is not None and world.is_main:
-            folder.close(record, nfe)
-        yield gen.record(model.sha256, nfe), made
+def prepare(options: SampleMetricsOptions) -> SampleMetricsJob:
+    """Resolve everything that can be wrong before anything is loaded or written.
+
+    Raises UserError or ValueError, one sentence with the remedy.
+    """
+    metric, dest, sampling = options.metric, options.dest, options.sampling
+    metric.needs(kept=True)
+    if options.ref == NONE and (dest is None or options.result_path is not None):
+        raise UserError(
+            "--ref none measures nothing: give --dest to keep the statistics, and no --json"
+        )
+    if sampling.subdirs and sampling.outdir is None:
+        raise UserError("--subdirs requires images on disk: add --outdir")
+    job = prepare_sampling(sampling)
+    if len(job.seeds) < 2:
+        raise UserError(f"--seeds {sampling.seeds} is one image, statistics need two: give more")
+    if options.ref != NONE:
+        metric.split("--ref", options.ref)
+    if dest is not None:
+        metric.destinations(dest)
+    return SampleMetricsJob(options, job)
 
 
 @torch.inference_mode()
-def _try_out(model: Model, detectors: list[Detector], world: World) -> None:
+def _try_out(model: Model, detectors: Sequence[Detector], here: World) -> None:
     """Raise the ValueError of a detector that does not take such images, before any work."""
-    x = torch.zeros(1, *model.card.shape, device=world.device)
+    x = torch.zeros(1, *model.card.shape, device=here.device)
     blank = torch.from_numpy(to_uint8(model.decode(x))).permute(0, 3, 1, 2)
     for detector in detectors:
         detector(blank)

@@ -1,21 +1,18 @@
-"""Scores of images by themselves: which prompt each is to show, the networks, and one pass."""
+"""Scores of single images: how well they show their prompts, and their looks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from denoisers.conditions import Conditions
-from evaluation.images import from_hub
-from evaluation.passes import ImageStream, resumed
-from image_data.prompts import read_prompts
-from image_data.sources import ImageSource, image_batches
+from evaluation.detectors import fetch_repository
+from evaluation.image_prompts import PromptedImages, PromptSource, pair_images
+from evaluation.images import ImagePassOptions, image_stream
+from evaluation.passes import resumable_pass
 from metrics.clip import (
     TEXT,
     ScoreCollector,
@@ -24,12 +21,12 @@ from metrics.clip import (
     load_clip_score,
     summarise,
 )
-from metrics.draws import choose
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder, download, write_json
+from runtime.lists import parse_words
+from runtime.options import flat_options
 from runtime.record import RunRecord
-from samplers.folder import RECORD
 
 NAMES = ("clip", "aesthetic")
 #: ViT-g/14 as OpenCLIP trained it, by which text-to-image models are judged.
@@ -45,165 +42,140 @@ HEAD_URL = (
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Which images are scored, and against which prompts."""
+class ScorerOptions:
+    """Which scores, and where their networks are, under the names of the flags."""
 
-    names: tuple[str, ...]  #: of files, below the folder or in the zip
-    prompts: tuple[str, ...]  #: of each image; all empty where none is needed
-    identity: str  #: of the images on disk
+    metrics: str = "clip"
+    clip_path: Path | None = None  #: folder of a CLIP; None is the published one
+    aesthetic_path: Path | None = None  #: predictor of the aesthetic score
+    aesthetic_clip_path: Path | None = None  #: the CLIP that it was trained on
+    cache_dir: str | None = None  #: see :func:`runtime.files.cache_folder`
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The scores, each once; UserError for an unknown one, or none."""
+        names = tuple(dict.fromkeys(parse_words(self.metrics)))
+        if not names or not set(names) <= set(NAMES):
+            raise UserError(
+                f"--metrics {self.metrics!r} is not a list of {' and '.join(NAMES)}: give one or "
+                "both"
+            )
+        return names
 
 
-def parse_names(text: str) -> tuple[str, ...]:
-    """The scores of ``--metrics``, each once; UserError for another name, or none."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not names or not set(names) <= set(NAMES):
-        raise UserError(f"--metrics {text!r} is no list of {' and '.join(NAMES)}: give one or both")
-    return names
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What ``clip_score.py calc`` is asked for, under the names of its flags."""
+
+    images: Path  #: folder or zip
+    prompts: PromptSource = field(default_factory=PromptSource)
+    scorers: ScorerOptions = field(default_factory=ScorerOptions)
+    reading: ImagePassOptions = field(default_factory=ImagePassOptions)
+    result_path: Path | None = None
 
 
-def pair(options: Mapping[str, Any], needs_prompts: bool) -> Pairs:
-    """The images of the options with their prompts.
+@dataclass(frozen=True)
+class ScoreJob:
+    """Images that will be scored; nothing has been loaded or written yet."""
 
-    Prompts come from ``--prompt``, ``--prompt_path``, or what the record of ``sample.py`` beside
-    the images names.  One prompt is that of every image; of several, an image that ``sample.py``
-    made has that of its seed, and of other images the i-th, by name, has the i-th.
+    options: ScoreOptions
 
-    Raises:
-        UserError: no prompts, not those that the images were made from, or not one for each image.
+    def record(self, here: World | None = None) -> RunRecord:
+        """The record of the result."""
+        device = None if here is None else str(here.device)
+        options = {**flat_options(self.options), "device": device}
+        return RunRecord.make("clip_score calc", options, {}, {})
+
+    def outline(self) -> str:
+        """The record, for a dry run."""
+        return self.record().to_json()
+
+    def run(self, here: World) -> str:
+        """Score, and write the result where asked; returns the means in words."""
+        options = self.options
+        source = options.prompts if "clip" in options.scorers.names else None
+        images = pair_images(options.images, options.reading, source)
+        scorers = open_scorers(options.scorers, here)
+        with score_images(options.images, images, scorers, options.reading, here) as (scores,):
+            if not here.is_main:
+                return ""
+            return report(scorers, scores, images, self.record(here), options.result_path)
+
+
+def prepare(options: ScoreOptions) -> ScoreJob:
+    """Check the options; UserError, one sentence with the remedy."""
+    if "clip" in options.scorers.names:
+        options.prompts.check()
+    return ScoreJob(options)
+
+
+def open_scorers(options: ScorerOptions, here: World) -> list[Scorer]:
+    """Load the networks of the scores.
+
+    Rank 0 downloads published files into the cache first, so call it on every rank.
     """
-    path = options["images"]
-    with ImageSource(path) as source:
-        chosen = choose(len(source), options["num"], options["seed"])
-        names, identity = tuple(source.names), source.identity()
-    record = _record(path)
-    if not needs_prompts:
-        prompts = ("",) * len(names)
-    else:
-        prompts = _spread(_prompts(options, record, path), names, path, record is not None)
-    return Pairs(tuple(names[i] for i in chosen), tuple(prompts[i] for i in chosen), identity)
-
-
-def _record(path: Path) -> RunRecord | None:
-    """The record of sample.py in a folder, or None."""
-    file = path / RECORD
-    record = RunRecord.read(file) if file.is_file() else None
-    return record if record is not None and record.command == "sample" else None
-
-
-def _prompts(options: Mapping[str, Any], record: RunRecord | None, path: Path) -> tuple[str, ...]:
-    prompt, file = options["prompt"], options["prompt_path"]
-    made = {} if record is None else record.options
-    if prompt is not None and file is not None:
-        raise UserError(
-            f"--prompt {prompt!r} and --prompt_path {file} both say what the images show: give one"
-        )
-    if prompt is None and file is None:
-        prompt, file = made.get("prompt"), made.get("prompt_path")
-        if file is not None and not Path(file).is_file():
-            raise UserError(
-                f"{file}, from which the prompts of {path} were read, is gone: give --prompt_path"
-            )
-    if prompt is None and file is None:
-        raise UserError(
-            f"nothing says what the images in {path} show: give --prompt_path, a prompt for each"
-        )
-    prompts = (prompt,) if prompt is not None else read_prompts(file)
-    known = made.get("prompts")
-    if known is not None and known != Conditions(prompts=prompts).describe():
-        raise UserError(
-            f"the images in {path} were made from other prompts than {file or repr(prompt)}: give "
-            f"those ({known['count']}, SHA-256 {known['sha256'][:12]}...)"
-        )
-    return prompts
-
-
-def _spread(
-    prompts: tuple[str, ...], names: Sequence[str], path: Path, by_seed: bool
-) -> tuple[str, ...]:
-    """The prompt of each image."""
-    if len(prompts) == 1:
-        return prompts * len(names)
-    if not by_seed:
-        if len(prompts) != len(names):
-            raise UserError(
-                f"{path} holds {len(names)} images, but there are {len(prompts)} prompts: image i "
-                "(in the order of names) shows prompt i, so give as many"
-            )
-        return prompts
-    seeds = [Path(name).stem for name in names]
-    strange = [n for n, s in zip(names, seeds, strict=True) if not s.isdigit()]
-    if strange:
-        raise UserError(
-            f"{strange[0]} in {path} is no image of sample.py, whose names are seeds: remove it"
-        )
-    last = max(map(int, seeds))
-    if last >= len(prompts):
-        raise UserError(
-            f"the image of seed {last} in {path} has no prompt: there are {len(prompts)}, and that "
-            "of seed i has number i (from 0); give all of them"
-        )
-    return tuple(prompts[int(seed)] for seed in seeds)
-
-
-def open_scorers(names: Sequence[str], options: Mapping[str, Any], world: World) -> list[Scorer]:
-    """The networks of the scores; published files are fetched into the cache by rank 0."""
-    cache = cache_folder(options["cache_dir"])
+    cache = cache_folder(options.cache_dir)
 
     def clip(given: Path | None, repository: str, files: Sequence[str]) -> tuple[Path, str]:
-        """The folder of a CLIP, and what to call it."""
+        """The folder of a CLIP, and its name in results."""
         if given is not None:
             return given, given.name
-        if world.is_main:
-            from_hub(repository, files, cache)
-        world.barrier()
+        if here.is_main:
+            fetch_repository(repository, files, cache)
+        here.barrier()
         return cache / repository, repository
 
     scorers = []
-    if "clip" in names:
-        folder, called = clip(options["clip_path"], CLIP_G, CLIP_G_FILES)
-        scorers.append(load_clip_score(folder, world.device, called))
-    if "aesthetic" in names:
-        folder, called = clip(options["aesthetic_clip_path"], CLIP_L, CLIP_L_FILES)
-        head = options["aesthetic_path"]
+    if "clip" in options.names:
+        folder, name = clip(options.clip_path, CLIP_G, CLIP_G_FILES)
+        scorers.append(load_clip_score(folder, here.device, name))
+    if "aesthetic" in options.names:
+        folder, name = clip(options.aesthetic_clip_path, CLIP_L, CLIP_L_FILES)
+        head = options.aesthetic_path
         if head is None:
-            head = world.broadcast_object(download(HEAD_URL, cache) if world.is_main else None)
-        scorers.append(load_aesthetic(folder, head, world.device, called))
+            head = here.broadcast_object(download(HEAD_URL, cache) if here.is_main else Path())
+        scorers.append(load_aesthetic(folder, head, here.device, name))
     return scorers
 
 
-def scored(
-    pairs: Pairs, scorers: Sequence[Scorer], options: Mapping[str, Any], world: World
+def score_images(
+    path: Path,
+    images: PromptedImages,
+    scorers: Sequence[Scorer],
+    reading: ImagePassOptions,
+    here: World,
 ) -> AbstractContextManager[list[Tensor]]:
-    """``with scored(...) as (scores,):`` (scorers, images); a killed pass goes on."""
-    path, num, seed = options["images"], options["num"], options["seed"]
-    share = -(-options["batch"] // world.size)
-
-    def batches(start: int, bar: tqdm[Any]) -> Iterator[Tensor]:
-        return image_batches(path, share, (world.rank, world.size), num, seed, start)
-
+    """``with score_images(...) as (scores,):`` (scorers, images); see `resumable_pass`."""
+    stream = image_stream(path, reading, here)
     identity = {
-        "images": pairs.identity, "num": num, "seed": seed, "prompts": pairs.prompts,
+        **stream.identity,
+        "num": reading.num,
+        "seed": reading.seed,
+        "prompts": images.prompts,
         "scorers": [scorer.describe() for scorer in scorers],
-    }  # fmt: skip
-    stream = ImageStream(path.name, len(pairs.names), share, identity, batches)
-    collector = ScoreCollector(scorers, pairs.prompts)
-    return resumed(stream, [collector], world, cache_folder(options["cache_dir"]))
+    }
+    collector = ScoreCollector(scorers, images.prompts)
+    return resumable_pass(replace(stream, identity=identity), [collector], here, reading.cache)
 
 
 def report(
-    scorers: Sequence[Scorer], scores: Tensor, pairs: Pairs, record: RunRecord, path: Path | None
+    scorers: Sequence[Scorer],
+    scores: Tensor,
+    images: PromptedImages,
+    record: RunRecord,
+    path: Path | None,
 ) -> str:
-    """The figures in words; in ``path`` as JSON, with the record and the scores of each image."""
+    """The mean scores in words; in ``path`` as JSON, with the record and every image's score."""
     text, results = [], []
     for scorer, own in zip(scorers, scores, strict=True):
-        found = summarise(scorer, own)
-        text.append(f"{TEXT[scorer.name].format(**found)}  ({scorer.model}, N = {len(own)})")
-        results.append({**found, "n": len(own), "scorer": scorer.describe()})
+        means = summarise(scorer, own)
+        text.append(f"{TEXT[scorer.name].format(**means)}  ({scorer.model}, N = {len(own)})")
+        results.append({**means, "n": len(own), "scorer": scorer.describe()})
     if path is not None:
         columns = {scorer.name: own.tolist() for scorer, own in zip(scorers, scores, strict=True)}
         content = {
             "results": results,
-            "images": {"name": pairs.names, "prompt": pairs.prompts, **columns},
+            "images": {"name": images.names, "prompt": images.prompts, **columns},
             "record": asdict(record),
         }
         write_json(path, content)

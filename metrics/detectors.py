@@ -114,7 +114,7 @@ class Detector:
 
 
 @dataclass(frozen=True)
-class Entry:
+class DetectorEntry:
     """How a detector is made, and where its weights are.
 
     They are ``bundled``, or a file published at ``url``, or the files of a ``repository`` of the
@@ -218,12 +218,12 @@ INCEPTION_PT_URL = (
 )
 REPOSITORY_FILES = ("config.json", "model.safetensors")
 DETECTORS = {
-    "cifar10-small": Entry(_small, bundled=BUNDLED / "cifar10-small-detector.safetensors"),
-    "inception": Entry(_torchscript, url=INCEPTION_URL),
-    "inception-pt": Entry(_inception_pt, url=INCEPTION_PT_URL),
-    "dinov2": Entry(_dinov2, repository="facebook/dinov2-large"),
-    "clip": Entry(_clip, repository="openai/clip-vit-large-patch14"),
-    "pixels": Entry(_pixels),
+    "cifar10-small": DetectorEntry(_small, bundled=BUNDLED / "cifar10-small-detector.safetensors"),
+    "inception": DetectorEntry(_torchscript, url=INCEPTION_URL),
+    "inception-pt": DetectorEntry(_inception_pt, url=INCEPTION_PT_URL),
+    "dinov2": DetectorEntry(_dinov2, repository="facebook/dinov2-large"),
+    "clip": DetectorEntry(_clip, repository="openai/clip-vit-large-patch14"),
+    "pixels": DetectorEntry(_pixels),
 }
 SCRIPTS = frozenset({".pt", ".pts", ".ts", ".jit", ".torchscript"})
 REFERENCES = {
@@ -246,12 +246,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def detector_entry(name: str) -> Entry:
+def detector_entry(name: str) -> DetectorEntry:
     """The registry's entry, or that of a TorchScript file; other names raise ValueError."""
     if name in DETECTORS:
         return DETECTORS[name]
     if Path(name).suffix in SCRIPTS:
-        return Entry(_own, bundled=Path(name))
+        return DetectorEntry(_own, bundled=Path(name))
     raise ValueError(
         f"unknown detector '{name}': choose one of {', '.join(DETECTORS)}, or give a TorchScript "
         f"file ({', '.join(sorted(SCRIPTS))})."

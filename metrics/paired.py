@@ -10,7 +10,7 @@ sets share, since they start from the same latents, cancels. The reference is ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import linalg, stats
@@ -23,7 +23,8 @@ LEVEL = 0.05  #: p below which two sets are told apart
 LEAST = 2  #: images per feature; with fewer, covariances are too near to singular to be linearised
 
 
-class Gap(NamedTuple):
+@dataclass(frozen=True)
+class Gap:
     """By how much two sets differ."""
 
     difference: float  #: FID of one less FID of the other

@@ -1,35 +1,46 @@
-"""Search for the best of many plans: successive halving by any score, killed and continued freely.
+"""Search for the best of many plans: successive halving by any score, interrupted and continued.
 
 What a score may be.  A stochastic plan has no right answer per latent: an *exact* Restart does not
 end where the ODE would have taken the same latent, so the distance to that end says nothing.
-Two things can be asked for instead: how far the distribution of the samples is from that of a
+Two things can be measured instead: how far the distribution of the samples is from that of a
 reference (FID; the reference may be samples of dopri5), or how far the plan is from itself, solved
 exactly (`plans.exact`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from restart.candidates import Candidate
 from runtime.dist import World
-from runtime.files import read_earlier, write_json
+from runtime.errors import UserError
+from runtime.options import Json
+from runtime.typed import read_result, to_plain, write_result
 
-KEEP = 0.25  #: of the candidates from one round to the next
+KEEP = 0.25  #: fraction of the candidates that each round keeps for the next
 
-#: Of a candidate on that many images: the lower, the better.  Called on every process.
+#: Score of a candidate on that many images: lower is better.  Called on every process.
 Score = Callable[[Candidate, int], float]
 
 
-class Trial(NamedTuple):
-    """What a round said of a candidate."""
+@dataclass(frozen=True)
+class Trial:
+    """The score of a candidate in one round."""
 
     label: str
     score: float
     n: int  #: images
+
+
+@dataclass(frozen=True)
+class SearchTrace:
+    """The file of a search: what its scores depend on, and all trials of each round so far."""
+
+    identity: dict[str, Any]
+    rounds: list[list[Trial]]
 
 
 def search(
@@ -37,46 +48,48 @@ def search(
     rounds: Sequence[int],
     score: Score,
     file: Path,
-    identity: dict[str, Any],
-    world: World,
+    identity: Mapping[str, Json],
+    here: World,
     skipped: Callable[[int], object] = lambda images: None,
 ) -> list[list[Trial]]:
-    """All trials of each round, the best first; the first of the last round has won.
+    """All trials of each round, the best first; the first of the last round is the winner.
 
-    ``rounds`` are the numbers of images per candidate; the best quarter of a round goes on to the
-    next.  The trace is written to ``file`` after every trial, with ``identity``: a search of the
-    same identity goes on there, and tells ``skipped`` the images that it did not have to make.
+    ``rounds`` are the numbers of images per candidate; each round keeps the best quarter.  The
+    trace is written to ``file`` after every trial, with ``identity``: a search of the same identity
+    continues from there, and tells ``skipped`` how many images it did not have to make.
+
+    Raises ValueError for two equal labels.
     """
-    known = world.broadcast_object(_read(file, identity) if world.is_main else None) or []
+    known = here.broadcast_object(_read(file, identity) if here.is_main else None) or []
     left = {candidate.label: candidate for candidate in field}
     if len(left) < len(field):
         raise ValueError("two candidates have one label: the trace could not tell them apart")
-    trace: list[list[Trial]] = []
+    trace = SearchTrace(dict(identity), [])
     for number, images in enumerate(rounds):
         trials = known[number] if number < len(known) else []
-        trace.append(trials)
-        done = {trial.label for trial in trials}
+        trace.rounds.append(trials)
+        finished = {trial.label for trial in trials}
         for label, candidate in left.items():
-            if label in done:
+            if label in finished:
                 skipped(images)
                 continue
             trials.append(Trial(label, score(candidate, images), images))
-            if world.is_main:
-                _write(file, identity, trace)
+            if here.is_main:
+                write_result(file, trace)
         trials.sort(key=lambda trial: (trial.score, trial.label))
         left = {t.label: left[t.label] for t in trials[: survivors(len(trials))]}
-    if world.is_main:
-        _write(file, identity, trace)
-    return trace
+    if here.is_main:
+        write_result(file, trace)
+    return trace.rounds
 
 
 def survivors(count: int) -> int:
-    """How many of ``count`` candidates go on."""
+    """How many of ``count`` candidates a round keeps."""
     return max(1, round(count * KEEP))
 
 
 def search_images(candidates: int, rounds: Sequence[int]) -> int:
-    """Images that a search makes in all."""
+    """Images that a search makes in total."""
     total = 0
     for images in rounds:
         total += candidates * images
@@ -84,17 +97,12 @@ def search_images(candidates: int, rounds: Sequence[int]) -> int:
     return total
 
 
-def _write(file: Path, identity: dict[str, Any], trace: list[list[Trial]]) -> None:
-    rounds = [[trial._asdict() for trial in trials] for trials in trace]
-    write_json(file, {"identity": identity, "rounds": rounds})
-
-
-def _read(file: Path, identity: dict[str, Any]) -> list[list[Trial]] | None:
-    """The trials of an earlier search of the same identity, or None."""
-    content = read_earlier(file)
-    if content is None or content["identity"] != json.loads(json.dumps(identity)):
-        return None
+def _read(file: Path, identity: Mapping[str, Json]) -> list[list[Trial]] | None:
+    """The trials of an earlier search of the same identity; None without a readable one."""
     try:
-        return [[Trial(**trial) for trial in trials] for trials in content["rounds"]]
-    except (TypeError, KeyError):
+        trace = read_result(SearchTrace, file)
+    except UserError:  # a trace that cannot be read is no reason not to search
         return None
+    if trace is None or trace.identity != to_plain(identity):
+        return None
+    return trace.rounds

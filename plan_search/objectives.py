@@ -1,4 +1,4 @@
-"""Choosing Restart's plan for a budget, on seeds that no table ever sees."""
+"""Choosing Restart's plan for a budget, on seeds that no table reports on."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from denoisers.batch import SeededBatch
 from denoisers.cards import Card
-from denoisers.conditions import Conditions
-from denoisers.prior import start
 from evaluation.harness import Harness
 from plan_search.halving import search, search_images
 from plans.exact import Visited, exact_end
-from plans.plan import with_kernel
-from restart.candidates import INTERVALS, WALKS, Candidate, Walk, candidates
+from restart.candidates import INTERVALS, WALKS, Candidate, RestartWalks, candidates
+from restart.intervals import interval_json
 from runtime.errors import UserError
-from runtime.noise import SeedNoise
+from runtime.options import Json
 from runtime.seeds import SELECTION_START, selection_seeds
-from samplers.generate import generate
+from runtime.typed import to_plain
+from samplers.build import build
+from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
-from solvers.driver import Meter
 
-TOLERANCE = 1e-4  #: of dopri5: exact to 1 % of what plans of 9 NFE err by on the bundled model
+TOLERANCE = 1e-4  #: of dopri5: within 1 % of the error of 9-NFE plans on the bundled model
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,56 @@ class Space:
     """The plans that compete for a budget."""
 
     intervals: Sequence[tuple[float, float]] = INTERVALS
-    walks: Sequence[tuple[Walk, str]] = WALKS
+    walks: Sequence[RestartWalks] = WALKS
     most: int = 1  #: intervals in a plan
 
-    def field(self, budget: int, card: Card) -> list[Candidate]:
-        """All of exactly ``budget`` NFE; UserError where there is none."""
-        found = candidates(
+    def field(self, budget: int, card: Card, guidance_rate: float | None = None) -> list[Candidate]:
+        """All plans of exactly ``budget`` NFE, at the cost of a call at ``guidance_rate``.
+
+        Raises UserError where there is none.
+        """
+        plans = candidates(
             budget,
             card.sigma_min,
             card.sigma_max,
+            cost=card.cost(guidance_rate),
             intervals=self.intervals,
             walks=self.walks,
             most=self.most,
         )
-        listed = list(found)
+        listed = list(plans)
         if not listed:
             raise UserError(f"no Restart plan spends exactly {budget} NFE: leave this budget out")
         return listed
 
 
-class Objective(Protocol):
-    """A score of samplers on seeds: the lower, the better."""
+def restart_options(candidate: Candidate, guidance_rate: float | None = None) -> SamplerOptions:
+    """The options of the sampler whose plan is the candidate's."""
+    walks = candidate.walks
+    return SamplerOptions(
+        sampler="restart",
+        main_solver=walks.main.name,
+        restart_solver=walks.descent.name,
+        num_steps=candidate.num_steps,
+        afs=walks.main.afs,
+        final_zero=walks.final_zero,
+        restart_info=interval_json(candidate.intervals),
+        guidance_rate=guidance_rate,
+    )
 
-    def describe(self) -> dict[str, Any]:
-        """What two scores must share to be compared, the seeds aside."""
+
+def restart_sampler(
+    candidate: Candidate, card: Card, guidance_rate: float | None = None
+) -> Sampler:
+    """The sampler whose plan is the candidate's, under the candidate's label."""
+    return replace(build(restart_options(candidate, guidance_rate), card), label=candidate.label)
+
+
+class Objective(Protocol):
+    """A score of samplers on seeds: lower is better."""
+
+    def describe(self) -> dict[str, Json]:
+        """What two scores must share to be compared, apart from the seeds."""
         ...
 
     def __call__(
@@ -71,9 +97,10 @@ class Fid:
 
     harness: Harness
 
-    def describe(self) -> dict[str, Any]:
-        same = self.harness.describe()
-        return {key: same[key] for key in same if key not in ("seeds", "blocks")}
+    def describe(self) -> dict[str, Json]:
+        identity = to_plain(self.harness.identity)
+        kept = {key: identity[key] for key in identity if key not in ("seeds", "blocks")}
+        return kept | _guidance(self.harness)
 
     def __call__(
         self, sampler: Sampler, seeds: Sequence[int], tick: Callable[[int], object]
@@ -86,45 +113,45 @@ class Dopri5Error:
     """Root mean square distance, per value of the state, to the same plan solved exactly."""
 
     harness: Harness
-    #: What exact plans have visited, per batch of seeds: memory for time.
+    #: States on the way of exact plans, per batch of seeds: memory for time.
     visited: dict[tuple[int, ...], Visited] = field(default_factory=dict)
 
-    def describe(self) -> dict[str, Any]:
-        same = self.harness.describe()
-        return {"model": same["model"], "model_sha256": same["model_sha256"], "tol": TOLERANCE}
+    def describe(self) -> dict[str, Json]:
+        identity = to_plain(self.harness.identity)
+        names = ("model", "model_sha256", "prompts", "label")
+        kept = {name: identity[name] for name in names if name in identity}
+        return {**kept, "tol": TOLERANCE, **_guidance(self.harness)}
 
     def __call__(
         self, sampler: Sampler, seeds: Sequence[int], tick: Callable[[int], object]
     ) -> float:
-        h = self.harness
-        total = torch.zeros(2, dtype=torch.float64)
-        for made in generate(
-            sampler,
-            h.model,
-            h.world.shard(seeds),
-            batch=h.batch,
-            device=h.world.device,
-            dtype=h.dtype,
-        ):
-            error = (made.x - self._exact(sampler, made.seeds)).cpu().double()
+        here, total = self.harness.here, torch.zeros(2, dtype=torch.float64)
+        for batch in self.harness.generate(sampler, here.shard(seeds)):
+            error = (batch.x - self.exact(sampler, batch.seeds)).cpu().double()
             total += torch.tensor([error.square().sum(), error.numel()], dtype=torch.float64)
-            tick(len(made.seeds) * h.world.size)
-        squares, count = h.world.sum_(total).tolist()
+            tick(len(batch.seeds) * here.size)
+        squares, count = here.sum_(total).tolist()
         return math.sqrt(squares / count)
 
     @torch.inference_mode()
-    def _exact(self, sampler: Sampler, seeds: tuple[int, ...]) -> Tensor:
-        h, card, noise = self.harness, self.harness.model.card, SeedNoise(seeds)
-        device = h.world.device
-        meter = Meter(Conditions().bind(h.model, noise, device))
+    def exact(self, sampler: Sampler, seeds: tuple[int, ...]) -> Tensor:
+        """Where the sampler's plan ends from the latents of ``seeds`` if dopri5 solves its walks.
 
-        def normal(name: tuple) -> Tensor:
-            return noise.normal(name, card.shape, h.dtype, device)
+        (B, *shape); the latents and the noise of the jumps are those of the model's own process.
+        """
+        harness = self.harness
+        conditions = replace(harness.conditions, guidance_rate=sampler.guidance_rate)
+        drawn = SeededBatch.open(
+            harness.model, conditions, seeds, harness.dtype, harness.here.device
+        )
+        x, visited = drawn.start(sampler.start), self.visited.setdefault(seeds, {})
+        return exact_end(sampler.plan, drawn.meter, x, drawn.process, visited, TOLERANCE)
 
-        x = start(card, noise, sampler.start, h.dtype, device)
-        plan = with_kernel(sampler.plan, card.pfgmpp)
-        visited = self.visited.setdefault(seeds, {})
-        return exact_end(plan, meter, x, normal, visited, TOLERANCE)
+
+def _guidance(harness: Harness) -> dict[str, Json]:
+    """The guidance rate, where there is one: it is in no other part of an identity."""
+    rate = harness.conditions.guidance_rate
+    return {} if rate is None else {"guidance_rate": rate}
 
 
 def choose(
@@ -137,21 +164,22 @@ def choose(
 ) -> tuple[Candidate, float]:
     """The candidate with the lowest objective on selection seeds, and that; a trace in ``file``.
 
-    Successive halving over ``rounds`` images per candidate (`plan_search.halving`); the same
-    selection is not run twice, and a killed one goes on.
+    Successive halving over ``rounds`` images per candidate (`plan_search.halving`).  A selection
+    that is finished is not run again, and an interrupted one continues.
     """
+    card, rate = harness.model.card, harness.conditions.guidance_rate
 
     def score(candidate: Candidate, images: int) -> float:
-        sampler = Sampler(candidate.label, candidate.plan)
+        sampler = restart_sampler(candidate, card, rate)
         return objective(sampler, selection_seeds(images), tick)
 
-    identity = {
+    identity: dict[str, Json] = {
         **objective.describe(),
         "candidates": [candidate.label for candidate in field],
         "images": list(rounds),
         "start": SELECTION_START,
     }
-    trace = search(field, rounds, score, file, identity, harness.world, tick)
+    trace = search(field, rounds, score, file, identity, harness.here, tick)
     winner = trace[-1][0]
     return next(c for c in field if c.label == winner.label), winner.score
 
@@ -163,15 +191,17 @@ def choose_restart(
     folder: Path,
     tick: Callable[[int], object],
 ) -> Sampler:
-    """The plan of exactly ``budget`` NFE with the lowest FID, for a row of the table."""
-    field = Space().field(budget, harness.model.card)
+    """The plan of exactly ``budget`` NFE with the lowest FID to the data, for a row of a table."""
+    card, rate = harness.model.card, harness.conditions.guidance_rate
+    field = Space().field(budget, card, rate)
     file = folder / f"selection-{budget}.json"
     to_data = Fid(replace(harness, converged=None))
     best, _ = choose(field, to_data, harness, rounds, file, tick)
-    settings = {"sampler": "restart", **best.options, "candidates": len(field)}
-    return Sampler(best.label, best.plan, settings)
+    return replace(restart_sampler(best, card, rate), extra={"candidates": len(field)})
 
 
-def selection_cost(budget: int, harness: Harness, rounds: Sequence[int]) -> int:
-    """Images that the selection makes, for the progress bar."""
-    return search_images(len(Space().field(budget, harness.model.card)), rounds)
+def selection_cost(
+    budget: int, card: Card, guidance_rate: float | None, rounds: Sequence[int]
+) -> int:
+    """Images that the selection makes; UserError where no plan spends the budget."""
+    return search_images(len(Space().field(budget, card, guidance_rate)), rounds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from runtime import __version__
 from runtime.errors import UserError
 from runtime.files import write_text
+from runtime.options import Json
 
 SCHEMA = 1  #: schema of the records of this version; raise it when the meaning of a key changes
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +38,11 @@ class RunRecord:
 
     @classmethod
     def make(
-        cls, command: str, options: dict[str, Any], model: dict[str, Any], plan: dict[str, Any]
+        cls,
+        command: str,
+        options: Mapping[str, Json],
+        model: Mapping[str, Json],
+        plan: Mapping[str, Json],
     ) -> RunRecord:
         """A record of a run that starts now.
 
@@ -155,7 +161,7 @@ def _check(content: dict[str, Any], source: str) -> None:
             )
 
 
-def _plain(part: str, values: dict[str, Any]) -> dict[str, Any]:
+def _plain(part: str, values: Mapping[str, Json]) -> dict[str, Any]:
     """The values as they are after a round trip through JSON, so that a record equals its file."""
     for key, value in values.items():
         try:

@@ -24,6 +24,11 @@ def selection_seeds(images: int) -> range:
     return range(SELECTION_START, SELECTION_START + images)
 
 
+def row_of(seed: int) -> int:
+    """The number of ``seed`` among the seeds of its use, from 0: the row of its prompt."""
+    return seed % SELECTION_START
+
+
 def parse_seeds(text: str) -> list[int]:
     """``"0-9,12,20-29"`` -> the seeds in the order written, both ends included.
 

@@ -85,7 +85,7 @@ class SamplerOptions:
             sigma_max=sigma_max,
         )
 
-    def explicit(self) -> dict[str, object]:
+    def given(self) -> dict[str, object]:
         """The options that are not None, without the sampler's name."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sampler"}
         return {name: value for name, value in values.items() if value is not None}
@@ -124,7 +124,7 @@ def check_accepted(
     options: SamplerOptions, accepted: frozenset[str], what: str, remedy: str | None = None
 ) -> None:
     """Raise UserError for an option that ``what`` does not accept, and for NaN."""
-    for name, value in options.explicit().items():
+    for name, value in options.given().items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"--{name} {value} is not a number: give one, or leave --{name} out")
         if name in accepted:

@@ -58,7 +58,7 @@ def checkpoint(path: Path, tensors: Mapping[str, Tensor]) -> Path:
     return path
 
 
-class Reference:
+class ScoreNetwork:
     """The score and the middle's channel mean at ``x`` (data in [0, 1]), module after module."""
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

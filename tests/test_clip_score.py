@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from commands import clip_score
 from denoisers.conditions import Conditions
 from evaluation import passes
-from evaluation.scores import pair, parse_names
+from evaluation.image_prompts import PromptSource, pair_images
+from evaluation.images import ImagePassOptions
+from evaluation.scores import ScoreOptions, ScorerOptions, prepare
 from metrics.clip import ScoreCollector, Scorer, load_aesthetic, load_clip_score, load_head
 from metrics.vision import centre
 from runtime.errors import UserError
@@ -223,9 +225,9 @@ def captions(path: Path, prompts: tuple[str, ...]) -> Path:
 
 
 def paired(path: Path, prompt: str | None = None, prompt_path: Path | None = None, **more: Any):
-    options = {"images": path, "prompt": prompt, "prompt_path": prompt_path, "num": None, "seed": 0}
-    made = pair({**options, **more}, needs_prompts=True)
-    return dict(zip(made.names, made.prompts, strict=True))
+    source = PromptSource(prompt, None if prompt_path is None else str(prompt_path))
+    images = pair_images(path, ImagePassOptions(**more), source)
+    return dict(zip(images.names, images.prompts, strict=True))
 
 
 MANY = tuple(f"prompt {i}" for i in range(9))
@@ -240,7 +242,7 @@ def test_images_of_sample_have_the_prompts_of_their_seeds(tmp_path: Path) -> Non
     assert paired(path) == expected == paired(path, prompt_path=file)
     assert paired(path, num=2, seed=3).items() < expected.items()
     file.rename(tmp_path / "moved.txt")
-    with pytest.raises(UserError, match="all.txt, from which the prompts of .* is gone: give"):
+    with pytest.raises(UserError, match="all.txt, which the prompts of .* does not exist: give"):
         paired(path)
     assert paired(path, prompt_path=tmp_path / "moved.txt") == expected
     for others in (MANY[:8], (*MANY[:8], "another")):
@@ -257,7 +259,7 @@ def test_images_of_sample_have_the_prompts_of_their_seeds(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="nothing says what the images in .* show: give --prompt"):
         paired(plain)
     folder_of(tmp_path / "c", ["grid.png"])
-    with pytest.raises(UserError, match="grid.png in .* is no image of sample.py"):
+    with pytest.raises(UserError, match="grid.png in .* is not an image of sample.py"):
         paired(plain, prompt_path=tmp_path / "moved.txt")
 
 
@@ -270,11 +272,13 @@ def test_other_images_have_prompts_in_their_order(tmp_path: Path) -> None:
     for count in (2, 4):
         with pytest.raises(UserError, match=f"holds 3 images, but there are {count} prompts: "):
             paired(path, prompt_path=captions(file, MANY[:count]))
+    twice = PromptSource("a", str(file))
     with pytest.raises(UserError, match="both say what the images show: give one"):
-        paired(path, "a", file)
+        prepare(ScoreOptions(path, twice))
     for text in ("", "clip,fid"):
-        with pytest.raises(UserError, match="is no list of clip and aesthetic: give one or both"):
-            parse_names(text)
+        with pytest.raises(UserError, match="is not a list of clip and aesthetic: give one or"):
+            prepare(ScoreOptions(path, scorers=ScorerOptions(text)))
+    prepare(ScoreOptions(path, twice, ScorerOptions("aesthetic")))  # which needs no prompts
 
 
 # --- the command

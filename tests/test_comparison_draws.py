@@ -16,7 +16,6 @@ import runtime.noise
 from amed.experiments import load_predictor
 from amed.trainer import STREAMS
 from commands import train
-from comparison.rows import TrainedStudent
 from comparison.seed_provenance import seeds_section
 from denoisers.conditions import Conditions
 from runtime.errors import UserError
@@ -65,7 +64,8 @@ def test_no_key_of_training_is_one_of_sampling(
 ) -> None:
     """A training, and every sampler that draws anything, on the very same numbers 0 to 11."""
     monkeypatch.setattr(amed.job, "ModelSource", TinySource)
-    monkeypatch.setattr(amed.job, "_preview", lambda *_: None)  # pictures: nobody learns from them
+    blank = torch.zeros(1, 3, 4, 4)  # pictures are not trained on
+    monkeypatch.setattr(amed.job.TrainingJob, "_preview", lambda *_: lambda _: blank)
     out = tmp_path / "exps"
     done = CliRunner().invoke(train.main, [*TRAINED, f"--outdir={out}"], catch_exceptions=False)
     assert done.exit_code == 0
@@ -87,10 +87,8 @@ def test_no_key_of_training_is_one_of_sampling(
     assert words >= {"latent", "class", "restart", "churn", "ddpm"} and not words & set(STREAMS)
     assert not sampling & training
 
-    student = load_predictor(str(next(out.iterdir())), out)
-    predictor, settings, record = student.predictor, student.settings, student.record
-    student = TrainedStudent("00000", predictor, settings, record)
-    section = seeds_section(range(12), selection_seeds(4), [student])
+    student = replace(load_predictor(str(next(out.iterdir())), out), name="00000")
+    section = json.loads(json.dumps(seeds_section(range(12), selection_seeds(4), [student])))
     assert section["training"] == {"00000": {"seed": 0, "numbers": "0-11"}}
     assert section["keys"]["streams"] == list(STREAMS)
 
@@ -106,21 +104,15 @@ def test_the_same_number_gives_other_noise_in_every_use() -> None:
 
 def test_the_section_tells_seeds_apart() -> None:
     student = trained("cifar10-small", "amed", 4, True)
-    predictor, settings, record = student.predictor, student.settings, student.record
-    known = replace(record, options={**record.options, "seed": 3, "batch": 64, "total_kimg": 0.1})
-    section = seeds_section(
-        range(20),
-        selection_seeds(8),
-        [
-            TrainedStudent("1", predictor, settings, known),
-            TrainedStudent("2", predictor, settings, record),
-        ],
-    )
+    options = {**student.record.options, "seed": 3, "batch": 64, "total_kimg": 0.1}
+    known = replace(student, record=replace(student.record, options=options))
+    students = [replace(known, name="1"), replace(student, name="2")]
+    section = seeds_section(range(20), selection_seeds(8), students)
     assert section == json.loads(json.dumps(section))
     assert section["evaluation"] == "0-19"
     assert section["selection"] == f"{SELECTION_START}-{SELECTION_START + 7}"
     # two whole batches of 64; a record that does not say is not guessed at
     assert section["training"] == {"1": {"seed": 3, "numbers": "0-127"}, "2": None}
-    with pytest.raises(UserError, match=f"seed {SELECTION_START} would choose a plan and then"):
+    with pytest.raises(UserError, match=f"seed {SELECTION_START} would serve both"):
         seeds_section(range(SELECTION_START + 1), selection_seeds(8), [])
     assert seeds_section(range(4), [], [])["selection"] is None

@@ -15,20 +15,21 @@ import torch
 from click.testing import CliRunner
 
 from commands import compare
+from denoisers.conditions import Conditions
 from denoisers.registry import ModelSource
-from evaluation import passes
+from evaluation import ode_samples, passes
 from evaluation.converged import Converged
+from evaluation.ode_samples import solve_ode
 from metrics.detectors import load_detector
 from metrics.statistics import Statistics
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, SELECTION_START
-from tests.sampler_models import MEAN, SHAPE, VAR, GaussianModel
+from tests.sampler_models import MEAN, SHAPE, VAR, ClassModel, GaussianModel
 from tests.scripts import Script
 from tools import converged as tool
 from tools import nfe_sweep
-from tools.converged import converged
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def exact(seeds: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("tol", [1e-4, 1e-7])
 def test_images_are_the_solution_of_the_ode(tol: float) -> None:
     model = GaussianModel()
-    made = converged(model, (3, 8, 5), tol, torch.float64, CPU)
+    made = solve_ode(model, Conditions(), (3, 8, 5), tol, torch.float64, CPU)
     assert made.seeds == (3, 8, 5) and made.nfe == sum(model.calls)
     error = (made.images - exact(made.seeds)).abs().max()
     assert error < 20 * tol
@@ -76,13 +77,12 @@ def test_a_run_goes_on_where_it_stopped(command: Any, monkeypatch: pytest.Monkey
     assert record.plan["solver"] == "dopri5" and record.plan["nfe_metered"] > 20
 
     made: list[tuple[int, ...]] = []
-    real = converged
 
-    def watched(model: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
+    def watched(model: Any, conditions: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
         made.append(seeds)
-        return real(model, seeds, *rest)
+        return solve_ode(model, conditions, seeds, *rest)
 
-    monkeypatch.setattr(tool, "converged", watched)
+    monkeypatch.setattr(ode_samples, "solve_ode", watched)
     Path("out/000001.png").unlink()
     code, text = command("--outdir=out", "--seeds=0-4", "--dtype=float64", "--batch=2")
     assert code == 0 and "3 images made" in text
@@ -105,7 +105,8 @@ def own_statistics(batch: int = 4) -> Statistics:
     seeds = range(first, last + 1)
     stats = Statistics(load_detector("pixels", device="cpu").id)
     for i in range(0, len(seeds), batch):
-        made = converged(GaussianModel(), tuple(seeds[i : i + batch]), 1e-6, torch.float64, CPU)
+        some = tuple(seeds[i : i + batch])
+        made = solve_ode(GaussianModel(), Conditions(), some, 1e-6, torch.float64, CPU)
         pixels = torch.from_numpy(to_uint8(made.images)).permute(0, 3, 1, 2)
         stats.update(load_detector("pixels", device="cpu")(pixels))
     return stats
@@ -128,7 +129,7 @@ def test_statistics_are_those_of_the_images_and_say_how_they_were_made(command: 
     assert (plan["solver"], plan["tol"]) == ("dopri5", 1e-6) and plan["nfe_metered"] > 20
     assert not list(Path().rglob("*.png"))
     before = Path("own.npz").read_bytes()
-    assert command(*STATISTICS, f"--seeds={SEEDS}") == (0, "own.npz is there already\n")
+    assert command(*STATISTICS, f"--seeds={SEEDS}") == (0, "own.npz exists already\n")
     code, text = command(*STATISTICS, f"--seeds={SEEDS}", "--tol=1e-2")
     assert code == 1 and "own.npz holds statistics of other settings" in text and "tol" in text
     code, text = command(*STATISTICS, f"--seeds={CONVERGED_START}-{CONVERGED_START + 4}")
@@ -147,15 +148,14 @@ def test_images_are_kept_where_they_are_asked_for(command: Any) -> None:
 def test_killed_statistics_go_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "SAVE_EVERY", 0.0)
     made: list[int] = []
-    real = converged
 
-    def mortal(model: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
+    def mortal(model: Any, conditions: Any, seeds: tuple[int, ...], *rest: Any) -> Any:
         if len(made) == 8:
             raise KeyboardInterrupt
         made.extend(seeds)
-        return real(model, seeds, *rest)
+        return solve_ode(model, conditions, seeds, *rest)
 
-    monkeypatch.setattr(tool, "converged", mortal)
+    monkeypatch.setattr(ode_samples, "solve_ode", mortal)
     assert command(*STATISTICS, f"--seeds={SEEDS}")[0] == 130
     assert len(made) == 8 and not Path("own.npz").exists()
     made.clear()
@@ -166,6 +166,7 @@ def test_killed_statistics_go_on(command: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 WORLD = """
+from denoisers.conditions import Conditions
 from denoisers.registry import ModelSource
 from runtime import cli
 from tests.sampler_models import GaussianModel
@@ -174,6 +175,30 @@ ModelSource.load = lambda *_: GaussianModel()
 ModelSource.card = lambda *_: GaussianModel().card
 cli.run(converged.main)
 """
+
+
+def test_conditions_reach_the_samples_and_their_record(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelSource, "load", lambda *_: ClassModel())
+    monkeypatch.setattr(ModelSource, "card", lambda *_: ClassModel().card)
+    flags = ("--dest=own.npz", "--detector=pixels", "--tol=1e-2", f"--seeds={SEEDS}")
+    code, text = command(*flags, "--class=3", "--guidance_rate=2")
+    assert code == 0, text
+    made = Converged.load(Path("own.npz"))
+    assert made.statistics.mean == pytest.approx(np.full(192, int(0.75 * 127.5 + 128) / 255))
+    assert (made.record.options["class"], made.record.options["guidance_rate"]) == (3, 2.0)
+    given = ClassModel(), load_detector("pixels", device="cpu"), range(8)
+    assert made.misfit(*given, Conditions(3, guidance_rate=2.0)) is None
+    for other, which in (
+        (Conditions(2, guidance_rate=2.0), "class"),
+        (Conditions(3, guidance_rate=1.5), "guidance_rate"),
+        (Conditions(3, ("a cat",), 2.0), "prompts"),
+        (None, "class"),
+    ):
+        assert made.misfit(*given, other) == f"were made with another {which}"
+    code, text = command(*flags, "--class=2", "--guidance_rate=2")
+    assert code == 1 and "options.class: 2 != 3" in text
 
 
 def test_two_processes_make_the_statistics_of_one(tmp_path: Path) -> None:

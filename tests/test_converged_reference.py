@@ -11,28 +11,33 @@ import pytest
 import torch
 from torch import Tensor
 
+from comparison.baselines import completed
+from comparison.measure import measure
 from comparison.report.html import write_page
-from comparison.report.table import write_report
+from comparison.report.write import write_report
+from comparison.results import MeasuredRow
 from comparison.rows import Row, classic_rows
 from denoisers.analytic import GaussianDenoiser
 from denoisers.cards import cards
+from denoisers.conditions import Conditions
 from evaluation.converged import Converged, open_converged
-from evaluation.harness import Harness, measure
+from evaluation.harness import Harness
+from evaluation.ode_samples import solve_ode
 from metrics import detectors
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId, Statistics
 from metrics.summary import Collector, Requirements
 from plan_search.objectives import choose_restart
-from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, parse_seeds
+from runtime.typed import to_plain
 from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.types import Denoiser
+from tests.comparison_problems import harness_of
 from tests.sampler_models import SHAPE, Counted, GaussianModel
-from tools.converged import converged
 
 CPU = torch.device("cpu")
 GREY = 127.5  #: grey levels in a unit of x
@@ -64,7 +69,8 @@ def gathered(x: Tensor, source: str) -> Statistics:
 
 def second(seeds: str = f"{CONVERGED_START}-{CONVERGED_START + N - 1}", **model: str) -> Converged:
     first, last = map(int, seeds.split("-"))
-    x = converged(MODEL, tuple(range(first, last + 1)), 1e-5, torch.float64, CPU).images
+    numbers = tuple(range(first, last + 1))
+    x = solve_ode(MODEL, Conditions(), numbers, 1e-5, torch.float64, CPU).images
     made = {"name": "tiny", "sha256": MODEL.sha256, **model}
     record = RunRecord.make("converged", {"seeds": seeds}, made, {"solver": "dopri5", "tol": 1e-5})
     return Converged(gathered(x, "own"), record)
@@ -79,8 +85,9 @@ def reference() -> Converged:
 def harness(reference: Converged) -> Harness:
     x = torch.randn(5000, *SHAPE, generator=torch.Generator().manual_seed(0))
     data = gathered(DATA + DEVIATION * x, "data")
-    here = World(0, 1, CPU)
-    return Harness(MODEL, DETECTOR, data, range(N), 2, 300, torch.float64, here, reference)
+    return harness_of(
+        MODEL, DETECTOR, data, range(N), 300, dtype=torch.float64, converged=reference
+    )
 
 
 def exact() -> Row:
@@ -95,14 +102,14 @@ def euler() -> Row:
 def test_the_error_of_the_model_is_set_aside(harness: Harness, tmp_path: Path) -> None:
     best, plain = (measure(row, harness, tmp_path, lambda n: None) for row in (exact(), euler()))
     model_error = 3 * (GREY * (DATA - LEARNT)) ** 2  # the distance of the means, in grey levels
-    assert best["fid"] == pytest.approx(model_error, rel=0.02)
-    assert best["fid_converged"] < 1e-3 * best["fid"]
+    assert best.fid == pytest.approx(model_error, rel=0.02)
+    assert best.fid_converged < 1e-3 * best.fid
     # of two sets of N images that differ by chance alone: about the trace of S (1 / N + 1 / N)
     variance = 3 * (GREY * DEVIATION) ** 2 / 16
-    assert best["fid_converged"] < 10 * variance * 2 / N
+    assert best.fid_converged < 10 * variance * 2 / N
     # Euler shrinks the spread of the samples; its mean is right to (start to end of the noise)
-    assert plain["fid_converged"] > 20 * best["fid_converged"]
-    assert plain["fid"] == pytest.approx(model_error + plain["fid_converged"], rel=0.05)
+    assert plain.fid_converged > 20 * best.fid_converged
+    assert plain.fid == pytest.approx(model_error + plain.fid_converged, rel=0.05)
 
 
 def test_one_pass_gives_both_figures(harness: Harness, tmp_path: Path) -> None:
@@ -111,7 +118,7 @@ def test_one_pass_gives_both_figures(harness: Harness, tmp_path: Path) -> None:
     batches = 2 + 1  # of 300 in each block, and one for the pictures
     assert len(MODEL.calls) - before == 5 * batches
     alone = replace(harness, reference=harness.converged.statistics, converged=None)
-    assert found["fid_converged"] == alone.fid(row.sampler, range(N), 2, lambda n: None).fid.fid
+    assert found.fid_converged == alone.fid(row.sampler, range(N), 2, lambda n: None).fid.fid
 
 
 def test_rows_are_held_against_another_reference_without_sampling(
@@ -119,21 +126,21 @@ def test_rows_are_held_against_another_reference_without_sampling(
 ) -> None:
     row, alone = euler(), replace(harness, converged=None)
 
-    def measured(harness: Harness, folder: Path = tmp_path) -> tuple[dict[str, Any], int]:
+    def measured(harness: Harness, folder: Path = tmp_path) -> tuple[MeasuredRow, int]:
         before = len(MODEL.calls)
         return measure(row, harness, folder, lambda n: None), len(MODEL.calls) - before
 
     first, spent = measured(alone)
-    assert spent > 0 and "fid_converged" not in first
-    assert "converged" not in first["identity"]["harness"]  # as in rows of before
+    assert spent > 0 and first.fid_converged is None
+    assert first.identity.harness.converged is None
     fresh, _ = measured(harness, tmp_path / "fresh")
     found, spent = measured(harness)
-    assert spent == 0 and found["fid_converged"] == pytest.approx(fresh["fid_converged"], rel=1e-9)
-    assert list(found) == list(fresh) and found["identity"] == fresh["identity"]
+    assert spent == 0 and found.fid_converged == pytest.approx(fresh.fid_converged, rel=1e-9)
+    assert found.identity == fresh.identity
     assert measured(harness) == (found, 0)
     other = second(f"{CONVERGED_START + 7}-{CONVERGED_START + 300}")
     another, spent = measured(replace(harness, converged=other))
-    assert spent == 0 and abs(another["fid_converged"] - found["fid_converged"]) > 1e-3
+    assert spent == 0 and abs(another.fid_converged - found.fid_converged) > 1e-3
     assert measured(alone) == (first, 0)
 
 
@@ -144,15 +151,17 @@ def test_rows_whose_statistics_are_not_theirs_are_measured_again(
     first = measure(row, alone, tmp_path, lambda n: None)
     file, kept = (tmp_path / "rows" / f"{row.key}.{ending}" for ending in ("json", "npz"))
     whole = kept.read_bytes()
-    file.write_text(json.dumps({**first, "fid": -1.0}))
-    assert measure(row, alone, tmp_path, lambda n: None)["fid"] == -1.0  # nothing new is asked
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "fid": -1.0}))
+    assert measure(row, alone, tmp_path, lambda n: None).fid == -1.0  # nothing new is asked
     for damage in (whole, whole[:100], None):
-        file.write_text(json.dumps({**first, "fid": -1.0 if damage == whole else first["fid"]}))
+        fid = -1.0 if damage == whole else first.fid
+        file.write_text(json.dumps({**content, "fid": fid}))
         kept.write_bytes(damage) if damage else kept.unlink()
         before = len(MODEL.calls)
         found = measure(row, harness, tmp_path, lambda n: None)
         assert len(MODEL.calls) > before
-        assert found["fid"] == first["fid"] and found["fid_converged"] > 0
+        assert found.fid == first.fid and found.fid_converged > 0
 
 
 def test_plans_are_chosen_by_the_data_alone(harness: Harness, tmp_path: Path) -> None:
@@ -171,7 +180,8 @@ def table(harness: Harness, folder: Path) -> tuple[list[str], str]:
     """The head of the table and of the CSV, and the page."""
     rows = [measure(row, harness, folder, lambda n: None) for row in (exact(), euler())]
     model = {"name": "tiny", "sha256": MODEL.sha256}
-    write_report(folder, RunRecord.make("compare", {}, model, harness.describe()), rows)
+    record = RunRecord.make("compare", {}, model, to_plain(harness.identity))
+    write_report(folder, completed(record, rows))
     write_page(folder)
     lines = (folder / "table.md").read_text().splitlines()
     titles = next(line for line in lines if line.startswith("| method"))
@@ -196,7 +206,7 @@ def test_the_column_is_absent_where_there_is_no_reference(harness: Harness, tmp_
     assert not any("converged" in text for text in heads)
     assert "FID to converged" not in page
     for text in ((tmp_path / "table.md").read_text(), page):
-        assert "no FID to the model's own converged samples, since no statistics of those" in (
+        assert "no FID to the model's own converged samples: no statistics of those" in (
             text.replace("&#x27;", "'")
         )
 
@@ -204,12 +214,10 @@ def test_the_column_is_absent_where_there_is_no_reference(harness: Harness, tmp_
 def test_a_reference_comes_back_with_its_record(reference: Converged, tmp_path: Path) -> None:
     reference.save(tmp_path / "own.npz")
     read = Converged.load(tmp_path / "own.npz")
-    assert read.describe() == reference.describe() and read.record == reference.record
+    assert read.identity == reference.identity and read.record == reference.record
     assert Statistics.load(tmp_path / "own.npz").n == N  # fid.py calc --ref own.npz
-    assert (
-        second(f"{CONVERGED_START + 7}-{CONVERGED_START + 300}").describe()["sha256"]
-        != (read.describe()["sha256"])
-    )
+    other = second(f"{CONVERGED_START + 7}-{CONVERGED_START + 300}")
+    assert other.identity.sha256 != read.identity.sha256
 
 
 @pytest.fixture
@@ -245,9 +253,14 @@ def test_what_was_asked_for_and_does_not_fit_is_one_sentence(own: Path, tmp_path
     trials: list[tuple[str, dict[str, Any], str]] = [
         ("tiny-converged", {"model": Wrong(sha256="5" * 64)}, "are of the model tiny (SHA-256 00"),
         ("tiny-converged", {"detector": others}, "were made with detector means (111111111111"),
-        ("tiny-converged", {"seeds": range(5, CONVERGED_START + 1, 5)}, "of the same seeds, 20000"),
+        (
+            "tiny-converged",
+            {"seeds": range(5, CONVERGED_START + 1, 5)},
+            "are of the same seeds, such as 2000",
+        ),
+        ("tiny-converged", {"conditions": Conditions(guidance_rate=2.0)}, "another guidance_rate"),
         (str(plain), {}, "do not say which model made their images"),
-        ("nowhere.npz", {}, "nowhere.npz is no file of statistics"),
+        ("nowhere.npz", {}, "nowhere.npz is not a file of statistics"),
     ]
     for text, changes, sentence in trials:
         with pytest.raises(UserError) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,42 @@ def test_plain_weights_as_torch_reads_them(zipped: bool, tmp_path: Path) -> None
     assert equal({k: again[k] for k in found}, found) and len(again) == len(found)
     result = CliRunner().invoke(main, [str(path), str(target)], catch_exceptions=False)
     assert "no card: say with --name which published model" in result.output
+
+
+def test_rows_of_one_storage(tmp_path: Path) -> None:
+    """A storage may have any number of tensors, none of which takes memory of its own."""
+    path = tmp_path / "x.pt"
+    rows = list(torch.arange(3000.0).reshape(1000, 3))
+    path.write_bytes(saved(rows))
+    found = read(path)
+    assert all(map(torch.equal, found, rows)) and len(found) == 1000
+    assert {row.untyped_storage().data_ptr() for row in found} == {
+        found[0].untyped_storage().data_ptr()
+    }
+
+
+def test_other_values_become_plain_ones(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    content = {
+        "devices": [torch.device("cpu"), torch.device("cuda", 0)],
+        "counts": Counter("aab"),
+        "factory": defaultdict(list, a=1),
+        "frozen": frozenset({1, "a"}),
+        "bytes": (b"", b"\xff", bytearray(b"a")),
+        "size": torch.Size([2, 3]),
+        "keys": {("a", "b"): 1, 2**40: 2, 0.5: 3, None: 4, b"": 5},
+        "scalars": [np.int64(2**40), np.float32(0.5), np.bool_(True)],
+    }
+    expected: dict[str, Any] = content | {"devices": ["cpu", "cuda:0"]}
+    for protocol in range(2, 6):
+        path.write_bytes(pickled(content, protocol))
+        found = read(path)
+        assert found == expected
+        assert [type(x) for x in found["scalars"]] == [int, float, bool]
+    path.write_bytes(pickled([torch.float16, slice(1, 2, None), complex(1, 2)], 2))
+    kind, part, number = read(path)
+    assert kind == Reference("torch", "float16")
+    assert (part.name, part.args, number.name) == ("slice", (1, 2, None), "complex")
 
 
 def test_weights_are_unwrapped(tmp_path: Path) -> None:

@@ -278,13 +278,16 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     [
         ({"--source": "nowhere"}, "nowhere does not exist: check --source"),
         ({"--source": "empty"}, "empty holds no image: expected files that end in .bmp, .gif"),
-        ({"--source": "text"}, "text is none of these: --source takes a folder, a zip, cifar-10"),
+        (
+            {"--source": "text"},
+            "text is not a supported source: --source takes a folder, a zip, cifar-10",
+        ),
         ({"--source": "cut.zip"}, "cut.zip cannot be read .*: fetch it again"),
         ({"--source": "cut.gz"}, "cut.gz cannot be read .*: fetch it again"),
         ({"--source": "other.tar"}, "other.tar holds no cifar-10-batches-py/data_batch_1: of tar"),
         ({"--dest": "full"}, "full exists already: remove it, or give another --dest"),
         ({"--dest": "text"}, "text exists already: remove it, or give another --dest"),
-        ({"--split": "test"}, "in has no splits, only the CIFAR-10 tarball has: leave out --split"),
+        ({"--split": "test"}, "in has no splits, only the CIFAR-10 tarball has them: omit --split"),
     ],
 )
 def test_bad_input(
@@ -305,5 +308,7 @@ def test_bad_input(
 
 @pytest.mark.parametrize("text", ["64x32", "0", "-1", "x", "64x", "6.4", "064"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=f"'{text}' is no square size: give it as 64 or"):
+    with pytest.raises(
+        click.BadParameter, match=f"'{text}' is not a square size: give it as 64 or"
+    ):
         tool(Path("in"), Path("out.zip"), f"--resolution={text}")

@@ -34,7 +34,7 @@ def test_predicting_as_well_as_uncorrelated_data_allows_costs_one() -> None:
     assert float(weight(torch.tensor(1.0), 0.5)) == 5  # (1 + 1/4) / (1/4)
 
 
-class Linear(nn.Module):
+class OneMatrix(nn.Module):
     """The smallest network that EDM's preconditioning can stand around: one matrix."""
 
     map_augment = None
@@ -57,7 +57,7 @@ def test_a_linear_network_reaches_the_known_optimum() -> None:
     """
     shape, sigma = (3, 2, 2), 1.0
     net = network(SONG, img_resolution=2)
-    net.model = Linear(12)  # type: ignore[assignment]
+    net.model = OneMatrix(12)  # type: ignore[assignment]
     recipe = Recipe(
         kimg=6.4, batch=64, lr=0.05, rampup_kimg=1, decay_kimg=5, ema_kimg=1,
         p_mean=math.log(sigma), p_std=1e-6,

@@ -16,6 +16,7 @@ from denoisers.conditions import ConditionOptions, Conditions
 from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
+from runtime.seeds import SELECTION_START
 
 CPU = torch.device("cpu")
 PLAIN = cards()["cifar10-small"]
@@ -61,6 +62,7 @@ def test_classes_belong_to_seeds_and_streams() -> None:
 def test_prompts_are_rows_of_seeds_when_sampling_and_drawn_when_training() -> None:
     many = Conditions(prompts=ROWS, guidance_rate=7.5)
     assert asked(TEXT, many, [2, 0]) == (None, 7.5, ("a boat, far away", "a cat"))
+    assert asked(TEXT, many, [SELECTION_START + 2, SELECTION_START]) == asked(TEXT, many, [2, 0])
     numbers = list(range(400))
     drawn = asked(TEXT, many, numbers, ("train", 0))[2]
     assert set(drawn) == set(ROWS) and drawn != asked(TEXT, many, numbers, ("train", 1))[2]
@@ -75,6 +77,7 @@ def test_prompts_are_rows_of_seeds_when_sampling_and_drawn_when_training() -> No
         (PLAIN, Conditions(label=0), [], "'cifar10-small' has no classes: leave --class 0 out"),
         (CLASSES, Conditions(label=5), [], "--class 5 is not one of the 5 classes"),
         (PLAIN, Conditions(prompts=("x",)), [], "'cifar10-small' takes no text"),
+        (TEXT, Conditions(prompts=ROWS), [SELECTION_START + 4], "10000004 .* here row 4"),
         (TEXT, Conditions(prompts=ROWS), [0, 4], "seed 4 has no prompt: --prompt_path has 4 rows"),
         (TEXT, Conditions(guidance_type="cg"), [], "'text' has --guidance_type cfg, not 'cg'"),
         (PLAIN, Conditions(guidance_type="cfg"), [], "has no guidance, not 'cfg'"),

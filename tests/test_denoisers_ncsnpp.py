@@ -26,7 +26,7 @@ from runtime.errors import UserError
 from tests.ncsnpp_problem import (
     KINDS,
     RANGE,
-    Reference,
+    ScoreNetwork,
     checkpoint,
     empty,
     settings,
@@ -96,7 +96,7 @@ def test_the_second_implementation_is_the_recorded_network(
 ) -> None:
     """So it may judge networks that were not recorded."""
     config = translated(golden_json("net_ncsnpp_meta")["ncsnpp_cifar"])
-    io, reference = golden("net_ncsnpp_io"), Reference(golden_weights("ncsnpp"), config)
+    io, reference = golden("net_ncsnpp_io"), ScoreNetwork(golden_weights("ncsnpp"), config)
     for i, sigma in enumerate(io["sigmas"]):
         score, _ = reference(torch.tensor(io[f"x_{i}"]), float(sigma))
         assert largest(score, io[f"score_{i}"]) < 1e-5 * float(score.abs().max())
@@ -114,7 +114,7 @@ def test_networks_are_those_of_the_second_implementation(
     torch.manual_seed(1)
     for sigma in (0.02, 1.5, 40.0):
         x = torch.rand(2, 3, 16, 16).double() + sigma * torch.randn(2, 3, 16, 16).double()
-        score, middle = Reference(tensors, config)(x, sigma)
+        score, middle = ScoreNetwork(tensors, config)(x, sigma)
         one = torch.tensor(2 * sigma, dtype=torch.float64)
         for level in (one, one.expand(2, 1, 1, 1)):
             out = model.bind()(2 * x - 1, level)

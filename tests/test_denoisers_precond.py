@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from denoisers.families.precond import EDMPrecond, IDDPMPrecond, Precond, build
+from denoisers.families.precond import EDMPrecond, IDDPMPrecond, build
+from denoisers.families.precond_base import Precond
 from denoisers.noise_schedules import DiscreteVP
 
 MEAN, VAR = 0.3, 0.09  # of the data; EDM assumes 0 and 0.25

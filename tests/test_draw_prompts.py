@@ -61,7 +61,7 @@ def test_what_cannot_be_drawn_or_written_says_so(source: Path, tmp_path: Path, r
     code, err = run(source, tmp_path / "some.csv")
     assert code == 1 and err == f"error: {source} has 40 prompts: give --number 40\n"
     code, err = run(source, tmp_path / "some.txt", "--number=4")
-    assert code == 1 and "give it the ending .csv" in err
+    assert code == 1 and "give it the suffix .csv" in err
     assert sorted(tmp_path.iterdir()) == before
     whole = source.read_bytes()
     code, err = run(source, source, "--number=4")

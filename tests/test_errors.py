@@ -12,14 +12,16 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from commands import solver_error as errors
+from commands import solver_error
 from comparison.rows import ceiling_rows, classic_rows
 from comparison.solver_error.exact import Exact, Problem
-from comparison.solver_error.job import SolverErrorJob, lay_out, prepare
-from comparison.solver_error.measure import run
+from comparison.solver_error.harness import ErrorHarness
+from comparison.solver_error.job import SolverErrorOptions, lay_out, prepare
 from comparison.solver_error.plane import fit_plane
+from comparison.solver_error.results import SolverErrorResults
 from comparison.solver_error.walks import local_errors, measure_errors, rms, times, walks
 from denoisers.analytic import GaussianDenoiser
+from denoisers.conditions import Conditions
 from denoisers.registry import ModelSource
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId
@@ -27,12 +29,13 @@ from plans.plan import Solve
 from runtime.dist import World
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
-from runtime.record import RunRecord
+from runtime.typed import read_result
 from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.driver import Meter
 from solvers.registry import make_solver
-from tests.sampler_models import MEAN, SHAPE, VAR, GaussianModel, make_card
+from tests.comparison_problems import forbid_loading
+from tests.sampler_models import MEAN, SHAPE, VAR, ClassModel, GaussianModel, make_card
 
 CPU = torch.device("cpu")
 HIGH, LOW = 80.0, 0.002
@@ -55,7 +58,7 @@ def euler_factor(t: float, t_next: float) -> float:
 
 
 def exact_of(model: GaussianModel, levels: list[float], folder: Path, tol: float = 1e-9) -> Exact:
-    problem = Problem(model, None, HIGH, torch.float64, CPU)
+    problem = Problem(model, Conditions(), HIGH, torch.float64, CPU)
     return Exact(problem, tol, tuple(levels), folder)
 
 
@@ -149,13 +152,30 @@ def test_local_errors_of_multistep_solvers_have_exact_history(max_order: int) ->
     assert math.log2(last[0] / last[1]) == pytest.approx(max_order + 1, abs=0.2)
 
 
-def test_rows_that_draw_noise_are_left_out_with_a_reason(tmp_path: Path) -> None:
-    model = GaussianModel()
-    rows = [*classic_rows(5, model.card), *ceiling_rows(model.card)]
-    placed, skipped = lay_out(rows, model, 1e-4, torch.float64, tmp_path, HERE)
-    assert [s["method"] for s in skipped] == ["Restart-43"] and "noise" in skipped[0]["why"]
-    assert {row.method for row, _ in placed.values()} == {r.method for r in rows} - {"Restart-43"}
-    assert len({id(exact) for _, exact in placed.values()}) == 1  # solved once for all of them
+def test_stochastic_rows_are_left_out_with_a_reason() -> None:
+    card = make_card()
+    rows = [*classic_rows(5, card), *ceiling_rows(card)]
+    (shared,), (skipped,) = lay_out(rows)  # solved once for all of them
+    assert skipped.method == "Restart-43" and skipped.why.startswith("stochastic")
+    assert {row.method for row in shared.rows} == {r.method for r in rows} - {"Restart-43"}
+    assert shared.start == HIGH == shared.times[0] and shared.times[-1] == 0
+    needed = {t for row in shared.rows for t in times(walks(row.sampler) or [])}
+    assert needed <= set(shared.times)
+
+
+def test_conditions_decide_the_solutions(tmp_path: Path) -> None:
+    """Each class is a constant image, on which its solutions end."""
+    model = ClassModel()
+    files = set()
+    for label in (None, 0, 3):
+        problem = Problem(model, Conditions(label), HIGH, torch.float64, CPU)
+        exact = Exact(problem, 1e-6, (HIGH, LOW), tmp_path)
+        exact.solve(SEEDS)
+        files.add(exact.file(SEEDS))
+        ends = exact.states(SEEDS, [LOW])[0]
+        drawn = SeedNoise(SEEDS).integers("class", 4) if label is None else torch.tensor([label])
+        assert float((ends - drawn.reshape(-1, 1, 1, 1) / 4).abs().max()) < 0.05
+    assert len(files) == 3
 
 
 def ellipse(third: float) -> tuple[Tensor, Tensor]:
@@ -191,13 +211,14 @@ def test_what_leaves_the_plane_is_counted() -> None:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> GaussianModel:
     model = GaussianModel()
+    monkeypatch.setattr(ModelSource, "card", lambda _: model.card)
     monkeypatch.setattr(ModelSource, "load", lambda *_: model)
     return model
 
 
 def call(out: Path, *flags: str) -> Any:
     fixed = ["--detector=none", "--dtype=float64", "--device=cpu", "--tol=1e-8", f"--outdir={out}"]
-    return CliRunner().invoke(errors.main, [*fixed, *flags], catch_exceptions=True)
+    return CliRunner().invoke(solver_error.main, [*fixed, *flags], catch_exceptions=True)
 
 
 def test_the_command_measures_reports_and_goes_on(model: GaussianModel, tmp_path: Path) -> None:
@@ -221,6 +242,9 @@ def test_the_command_measures_reports_and_goes_on(model: GaussianModel, tmp_path
     assert made >= {"errors.md", "errors-nfe.png", "errors-local.png", "trajectories.png",
                     "report.html", "errors-run.json"}  # fmt: skip
     assert "Left out: Restart-43" in done.output
+    results = read_result(SolverErrorResults, out / "errors.json")
+    assert results is not None and results.rows[0].x == content["rows"][0]["x"]
+    assert content["schema"] == 1 and results.record.command == "solver_error"
     spent, row = len(model.calls), out / "errors" / f"{euler['key']}.json"
     row.unlink()
     assert call(out, *flags).exit_code == 0
@@ -235,14 +259,16 @@ def test_features_are_those_of_the_images(model: GaussianModel, tmp_path: Path) 
     def means(images: Tensor) -> Tensor:
         return images.float().mean((2, 3))
 
-    options = {
-        "dataset_name": "tiny", "model_path": None, "model_family": None, "companion_path": None,
-        "cache_dir": None, "predictors": "", "budgets": "3", "seeds": "3,8,5", "tol": 1e-8,
-        "check": False, "ceilings": False, "schedule_type": None, "dtype": "float64", "batch": 3,
-        "outdir": tmp_path,
-    }  # fmt: skip
-    detector = Detector(DetectorId("means", "1" * 64, 3), means, CPU)
-    run(prepare(options, HERE, detector))
+    options = SolverErrorOptions(
+        ModelSource("tiny", dtype="float64"),
+        budgets="3",
+        seeds="3,8,5",
+        tol=1e-8,
+        ceilings=False,
+        batch=3,
+        outdir=tmp_path,
+    )
+    prepare(options).run(HERE, Detector(DetectorId("means", "1" * 64, 3), means, CPU))
     content = json.loads((tmp_path / "errors.json").read_text())
     euler = next(r for r in content["rows"] if r["method"] == "Euler")
     x = latents(SEEDS)
@@ -257,26 +283,25 @@ def test_features_are_those_of_the_images(model: GaussianModel, tmp_path: Path) 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize(("count", "batch"), [(16, 8), (16, 32), (7, 2), (3, 1)])
-def test_progress_counts_every_image_once(
-    size: int, count: int, batch: int, tmp_path: Path
-) -> None:
+def test_progress_counts_every_image_once(size: int, count: int, batch: int) -> None:
     """By what the main process sees of its own groups."""
-    record = RunRecord.make("solver_error", {}, {}, {})
-    world = World(0, size, CPU)
-    job = SolverErrorJob({}, [], None, list(range(count)), batch, tmp_path, world, record)
-    assert sum(job.finished(place) for place, _ in job.mine) == count
+    harness = ErrorHarness(None, range(count), batch, World(0, size, CPU))
+    assert sum(harness.finished(position) for position, _ in harness.own_groups) == count
 
 
-def test_a_dry_run_touches_nothing(model: GaussianModel, tmp_path: Path) -> None:
-    done = call(tmp_path / "out", "-n", "--budgets=5")
-    assert done.exit_code == 0 and not (tmp_path / "out").exists() and not model.calls
-    assert "5 NFE: iPNDM(4) + AFS" in done.output and "left out: Restart-43" in done.output
+def test_a_dry_run_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_loading(monkeypatch)
+    flags = ["-n", "--budgets=5", f"--outdir={tmp_path / 'out'}"]
+    for more in ([], ["--dataset_name=imagenet64", "--detector=inception"]):  # to be downloaded
+        done = CliRunner().invoke(solver_error.main, [*flags, *more], catch_exceptions=False)
+        assert done.exit_code == 0 and not (tmp_path / "out").exists()
+        assert "5 NFE: iPNDM(4) + AFS" in done.output and "left out: Restart-" in done.output
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--budgets=5,x"], "--budgets '5,x' is no list of whole numbers"),
+        (["--budgets=5,x"], "--budgets '5,x' is not a list of whole numbers"),
         (["--seeds=0-x"], "'0-x' is neither a number nor a range"),
         (["--predictors=no/such/run"], "there is no predictor at no/such/run"),
     ],

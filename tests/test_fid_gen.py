@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on(
         Path(f"x/{seed:06}.png").unlink()
     second = killed_after(99, monkeypatch)
     done = run(fid, *common, *images, "--dest=made.npz", "--batch=2")
-    assert done.code == 0 and "going on after 6 of 13 images" in done.err
+    assert done.code == 0 and "continuing after 6 of 13 images" in done.err
     assert second == [*lost, *range(6, 13)]
     assert distance(summary(tmp_path / "whole.npz"), summary(tmp_path / "made.npz")) < 1e-10
     assert tree(tmp_path / "cache") == set()
@@ -156,8 +156,8 @@ def test_other_settings_start_anew(run: Script, monkeypatch: pytest.MonkeyPatch)
     for other in (("--seeds=0-8,10",), ("--seeds=0-9", "--sigma_min=0.01"),
                   ("--seeds=0-9", "--dtype=float64")):  # fmt: skip
         done = run(fid, "gen", *IPNDM, *other, *PIXELS)
-        assert done.code == 0 and "going on" not in done.err
-    assert "going on" in run(fid, "gen", *IPNDM, "--seeds=0-9", *PIXELS, "--batch=5").err
+        assert done.code == 0 and "continuing" not in done.err
+    assert "continuing" in run(fid, "gen", *IPNDM, "--seeds=0-9", *PIXELS, "--batch=5").err
 
 
 def test_two_processes_gather_what_one_gathers(
@@ -212,7 +212,7 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(
         ((*IPNDM, "--ref=none"), "--ref none measures nothing: give --dest"),
         ((*IPNDM, "--ref=none", "--dest=x.npz", "--json=x.json"), "--ref none measures nothing"),
         ((*IPNDM, "--dest=x"), "--dest x has to end in .npz"),
-        ((*IPNDM, "--subdirs"), "--subdirs means nothing without images on disk: add --outdir"),
+        ((*IPNDM, "--subdirs"), "--subdirs requires images on disk: add --outdir"),
         ((*IPNDM, "--metrics=is"), "'is' is no metric"),
         ((*IPNDM, "--detector=pixels"), "compute both with one detector"),
         ((*IPNDM, *PIXELS, "--metrics=sfid", "--outdir=x"), "hold no spatial moments"),

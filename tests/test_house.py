@@ -9,6 +9,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ EXTRAS = {"diffusers", "transformers", "accelerate"}  # of the extra [diffusion]
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
 
 
+@cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 @dataclass(frozen=True)
 class File:
     path: str  #: relative to the root, with forward slashes
@@ -66,7 +72,7 @@ class File:
 
     @property
     def tree(self) -> ast.Module:
-        return ast.parse(self.source)
+        return parsed(self.source)
 
 
 Rule = Callable[[File], Iterator[str]]
@@ -197,6 +203,7 @@ RULES: list[Rule] = [
 ]
 
 
+@cache
 def house() -> list[File]:
     rooms = [ROOT / room for room in sorted(OURS - {*SCRIPTS})]
     paths = [*sorted(ROOT.glob("*.py")), *(p for room in rooms for p in sorted(room.rglob("*.py")))]

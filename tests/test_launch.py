@@ -200,10 +200,10 @@ def test_the_guidance_sweep_spends_one_budget_on_every_row(
     assert script == "visualize.py" and given["--model_path"] == "/my sd"
     assert given["--prompt_path"] == drawn[1] and given["--seeds"] == f"0-{number - 1}"
     rows = [visualize.read_row(w[6:], None) for w in arguments if w.startswith("--row=")]
-    samplers = [build(row.options, cards()["ms_coco"]) for row in rows]
-    assert {(s.nfe, s.cost, s.settings["schedule_type"]) for s in samplers} == {
-        (nfe, 2, "discrete")
-    }
+    samplers = [build(row.sampler, cards()["ms_coco"]) for row in rows]
+    made = [s.describe() for s in samplers]
+    assert {(s.nfe, s.cost) for s in samplers} == {(nfe, 2)}
+    assert {d["schedule_type"] for d in made} == {"discrete"}
     assert [row.title for row in rows] == [
         f"{name} w={rate:g}"
         for rate in (2, 3, 5, 8)
@@ -213,12 +213,12 @@ def test_the_guidance_sweep_spends_one_budget_on_every_row(
         assert f"w={sampler.guidance_rate:g}" in row.title
     folders = {str(row_folder(Path(given["--outdir"]), row.title)) for row in rows}
     assert {flags(a)["--images"] for _, a in scored} == (set() if tries else folders)
-    assert {s.settings["main_solver"] for s in samplers[3::4]} == {"euler"}
+    assert {d["main_solver"] for d in made[3::4]} == {"euler"}
     if not tries:
-        for rate, restart in zip((3, 5, 8), samplers[7::4], strict=True):
+        for rate, restart in zip((3, 5, 8), made[7::4], strict=True):
             known = configuration(f"ms_coco-w{rate}-66")
-            assert restart.settings["num_steps"] == known.n_main
-            assert restart.settings["restart_info"] == {"0": [*astuple(known.intervals[0])]}
+            assert restart["num_steps"] == known.n_main
+            assert restart["restart_info"] == {"0": [*astuple(known.intervals[0])]}
 
 
 def test_no_recipe_is_the_default_one() -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from commands import fid
-from evaluation import passes
-from evaluation.passes import ImageStream, gathered
+from evaluation import image_metrics, passes
+from evaluation.passes import ImageStream, gather_features
 from metrics.detectors import Detector, load_detector
 from metrics.statistics import DetectorId
 from metrics.summary import FeatureSummary, Requirements
@@ -64,7 +64,7 @@ class Source:
 def summary(
     source: Source, cache: Path, needs: Requirements = NEEDS, seed: int = 0
 ) -> FeatureSummary:
-    with gathered(source.stream(), [toy(), toy()], needs, seed, HERE, cache) as (_, made):
+    with gather_features(source.stream(), [toy(), toy()], needs, seed, HERE, cache) as (_, made):
         return made
 
 
@@ -97,7 +97,7 @@ def test_a_killed_pass_goes_on_and_ends_bit_equal(
     assert killed.read == 16  # 24 were there already
     last = Source()
     assert same(summary(last, tmp_path), whole) and last.read == 10
-    assert "going on after 40 of 50 images" in capsys.readouterr().err
+    assert "continuing after 40 of 50 images" in capsys.readouterr().err
     assert files(tmp_path) == []
 
 
@@ -106,7 +106,7 @@ def test_a_kill_after_the_pass_and_before_the_results_costs_no_pass(tmp_path: Pa
     stream = Source().stream()
     with (
         pytest.raises(KeyboardInterrupt),
-        gathered(stream, [toy(), toy()], NEEDS, 0, HERE, tmp_path) as (whole, _),
+        gather_features(stream, [toy(), toy()], NEEDS, 0, HERE, tmp_path) as (whole, _),
     ):
         raise KeyboardInterrupt
     again = Source()
@@ -126,7 +126,9 @@ def test_another_pass_does_not_take_it_up(tmp_path: Path) -> None:
         assert summary(source, tmp_path, needs, seed).moments.n == 50 and source.read == 50
     (kept,) = files(tmp_path)
     kept.write_bytes(kept.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"kept of a pass that was killed, cannot be read .*: del"):
+    with pytest.raises(
+        ValueError, match=r"the state of an interrupted pass, cannot be read .*: del"
+    ):
         summary(Source(), tmp_path)
 
 
@@ -142,7 +144,7 @@ def test_a_short_pass_writes_nothing(tmp_path: Path) -> None:
 DYING = """
 import sys
 from commands import fid
-from evaluation import passes
+from evaluation import image_metrics, passes
 from metrics.summary import Collector
 from runtime import cli
 
@@ -188,7 +190,7 @@ def test_one_process_two_processes_and_one_finish_a_pass_together(
         )  # fmt: skip
         assert done.returncode == 1 and "error: killed" in done.stderr, done.stderr
         assert said is None or said in done.stderr
-    assert "going on after 32 of 50 images" in ref(capsys, *both)
+    assert "continuing after 32 of 50 images" in ref(capsys, *both)
     assert files(tmp_path / "b") == []
     detector = load_detector("pixels", device="cpu")
     one, two = (FeatureSummary.load(tmp_path / f"{name}.npz", detector) for name in ("whole", "r"))
@@ -206,11 +208,13 @@ def test_changed_images_are_other_images(
         Image.fromarray(image).save(folder / f"{i}.png")
     monkeypatch.setattr(passes, "SAVE_EVERY", -1.0)
     common = ["--data", folder, "--detector", "pixels", "--device", "cpu", "--cache-dir", tmp_path]
-    monkeypatch.setattr(fid, "keep", lambda *_: 1 / 0)  # dies with the pass done
+    monkeypatch.setattr(
+        image_metrics, "save_statistics", lambda *_: 1 / 0
+    )  # dies with the pass done
     with pytest.raises(ZeroDivisionError):
         ref(capsys, *common, "--dest", tmp_path / "r.npz")
     capsys.readouterr()
     monkeypatch.undo()
     Image.new("RGB", (16, 16), "red").save(folder / "4.png")
-    assert "going on" not in ref(capsys, *common, "--dest", tmp_path / "r.npz")
+    assert "continuing" not in ref(capsys, *common, "--dest", tmp_path / "r.npz")
     assert len(files(tmp_path / "passes")) == 1  # that of the old images

@@ -26,7 +26,7 @@ from tests.scripts import Script
 SMALL = "cifar10-small"
 
 
-class Model:
+class TwoImageModel:
     """Two smooth images and a spread, of the size of the bundled model."""
 
     card: Card = cards()[SMALL]
@@ -44,7 +44,7 @@ class Model:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> Script:
     """The script in an empty folder, with a closed form in the place of the network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ModelSource, "load", lambda *_: Model())
+    monkeypatch.setattr(ModelSource, "load", lambda *_: TwoImageModel())
     return lambda *arguments: script(sample.main, "--sampler=pds", *arguments)
 
 
@@ -79,8 +79,8 @@ def test_images_are_those_of_their_seeds_however_they_are_batched(
     options = SamplerOptions(
         sampler="pds", num_steps=12, space_mask_path="bundled", freq_mask_path="bundled", snr=0.2
     )
-    chosen = build(options, Model.card)
-    (made,) = generate(chosen, Model(), range(5), batch=5, device="cpu")
+    chosen = build(options, TwoImageModel.card)
+    (made,) = generate(chosen, TwoImageModel(), range(5), batch=5, device="cpu")
     assert np.array_equal(np.stack(list(whole.values())), to_uint8(made.images))
     record = RunRecord.read(tmp_path / "whole" / "run.json").plan
     assert record["nfe_metered"] == record["nfe_planned"] == chosen.nfe == 24
@@ -107,7 +107,7 @@ def test_a_custom_mask(run: Script, tmp_path: Path) -> None:
     code, out, _ = run("--num_steps=10", "--space_mask_path=space.npy", "--seeds=0", "-n")
     plan = json.loads(out)["plan"]
     assert code == 0 and plan["label"] == "pds-space" and plan["space_mask"]["name"] == "space.npy"
-    assert plan["freq_mask"] is None and build(bundled, Model.card).label == "pds-freq"
+    assert plan["freq_mask"] is None and build(bundled, TwoImageModel.card).label == "pds-freq"
     code, _, err = run("--freq_mask_path=space.npy", "--seeds=0")  # the wrong way round
     assert code == 1 and "is not even" in err
     assert [path.name for path in tmp_path.iterdir()] == ["space.npy"]
@@ -119,7 +119,9 @@ def test_coupled_batches_are_refused_where_they_would_be_split(run: Script, tmp_
     assert code == 1 and "give --batch 5 on one process" in err and not list(tmp_path.iterdir())
     options = SamplerOptions(sampler="pds", num_steps=10, batch_coupled=True)
     with pytest.raises(UserError, match="--batch_coupled requires"):
-        generate(build(options, Model.card), Model(), range(5), batch=4, device="cpu")
+        generate(
+            build(options, TwoImageModel.card), TwoImageModel(), range(5), batch=4, device="cpu"
+        )
     job = prepare(SampleOptions(sampler=options, seeds="0-3", outdir="y"))
     with pytest.raises(UserError, match="--batch_coupled requires"):
         job.run(World(0, 2, torch.device("cpu")))

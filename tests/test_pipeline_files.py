@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,13 @@ pytest.importorskip("transformers")
 
 from denoisers.cards import Card
 from denoisers.families.diffusers.files import describe_diffusers, is_diffusers, sha256_pipeline
-from denoisers.families.diffusers.loading import fetch_pipeline, load_diffusers
+from denoisers.families.diffusers.loading import fetch_pipeline, load_diffusers, require_diffusers
 from denoisers.protocol import Files
+from denoisers.recognise import recognise
 from runtime.errors import UserError
 from tests import tiny_pipeline
+from tests.test_convert_bombs import doubled, peak
+from tests.test_convert_hostile import archive, called, glob, put
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -213,6 +217,47 @@ def test_weights_in_the_older_format(folder: Path) -> None:
     torch.save(load_file(folder / UNET), (folder / UNET).with_suffix(".bin"))
     (folder / UNET).unlink()
     assert torch.equal(denoised(load(folder)), before)
+
+
+#: Each under 1 kB.  Unpickled with ``weights_only=True``, the first takes years to hash its key,
+#: the second 5.4 GB, and the library looks for the innermost dict of the third without an end.
+BOMBS = {
+    "time": b"}" + doubled(60) + b"Ns",
+    "memory": called(glob("builtins", "bytearray"), put(5_400_000_000)),
+    "a dict in itself": b"}q\x01" + put("state_dict") + b"h\x01s",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_take_neither_all_time_nor_all_memory(name: str, folder: Path) -> None:
+    single, unet = folder / "v1.ckpt", (folder / UNET).with_suffix(".bin")
+    for path in (single, unet):
+        archive(BOMBS[name], path)
+        assert path.stat().st_size < 1000
+    (folder / UNET).unlink()
+    card = describe_diffusers("mine", folder)
+    require_diffusers()  # its import is not to be measured
+    began, before = time.process_time(), peak()
+    assert not is_diffusers(single)
+    with pytest.raises(UserError, match="v1.ckpt (holds no weights|makes bytes|uses a tuple)"):
+        recognise(single)
+    for main, bad in ((single, single), (folder, unet)):
+        with pytest.raises(UserError, match=f"{bad} (holds no weights|makes bytes|uses a tuple)"):
+            load_diffusers(card, Files(main), torch.device("cpu"), torch.float32)
+    assert time.process_time() - began < 10 and peak() - before < 500
+
+
+def test_other_families_have_encoders_of_conditions_too(tmp_path: Path) -> None:
+    """Latent diffusion conditioned on classes, as published, is no pipeline."""
+    path = tmp_path / "cin.ckpt"
+    for name, expected in (
+        ("cond_stage_model.embedding.weight", False),
+        ("cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias", True),
+        ("cond_stage_model.model.ln_final.weight", True),
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", True),
+    ):
+        torch.save({"state_dict": {name: torch.ones(1)}}, path)
+        assert is_diffusers(path) == expected
 
 
 def test_the_hub_is_asked_once(original: Path, tmp_path: Path, monkeypatch) -> None:

@@ -7,23 +7,25 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from comparison.report.plots import against_nfe, budgets, series
+from comparison.report.listing import budgets, series
+from comparison.report.plots import against_nfe
+from comparison.report.write import PlotPoint, plot_points
+from comparison.results import MeasuredRow
+from tests.comparison_problems import measured_row
 
 
-def row(method: str, budget: int | None, fid: float, group: str = "classic") -> dict[str, Any]:
+def row(method: str, budget: int | None, fid: float, group: str = "classic") -> MeasuredRow:
     detail = "heun teacher, M = 1" if group == "learned" else "polynomial"
-    nfe = budget or 35
-    return {"method": method, "group": group, "budget": budget, "nfe_planned": nfe, "fid": fid,
-            "spread": fid / 10, "detail": detail}  # fmt: skip
+    return measured_row(method, budget, fid, group, detail=detail, fid_block_spread=fid / 10)
 
 
 ONE = [row("AMED", 5, 12, "learned"), row("Euler", 5, 20), row("Heun-35", None, 10)]
 TWO = [row("Euler", 3, 40), *ONE]
 
 
-def drawn(rows: list[dict[str, Any]]) -> Any:
+def drawn(rows: list[MeasuredRow]) -> Any:
     axes = Figure().add_subplot()
-    against_nfe(axes, rows, "fid", "FID", "spread")
+    against_nfe(axes, rows, lambda row: row.fid, "FID", lambda row: row.fid_block_spread)
     return axes
 
 
@@ -61,3 +63,10 @@ def test_a_single_budget_is_a_list_of_methods_in_the_order_of_the_rows() -> None
 
 def test_ceilings_belong_to_no_line() -> None:
     assert list(series(ONE)) == ["AMED (heun teacher)", "Euler"]
+
+
+def test_the_points_of_the_plot_are_listed_by_line() -> None:
+    assert plot_points(TWO) == {
+        "Euler": [PlotPoint(3, 40, 4, "polynomial"), PlotPoint(5, 20, 2, "polynomial")],
+        "AMED (heun teacher)": [PlotPoint(5, 12, 1.2, "heun teacher, M = 1")],
+    }

@@ -8,72 +8,101 @@ import math
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from commands import compare
-from commands import solver_error as errors
+from commands import compare, solver_error
+from comparison.baselines import completed, excess, ordered, own_solver_row
+from comparison.job import CompareOptions
 from comparison.report.html import command, write_page
-from comparison.report.table import columns, excess, ordered
+from comparison.report.table import caption, columns
+from comparison.results import MeasuredRow
+from comparison.series import NfeSweepOptions
+from comparison.solver_error.job import SolverErrorOptions
+from comparison.solver_error.results import (
+    ErrorIdentity,
+    PlaneSummary,
+    ShownTrajectory,
+    SkippedRow,
+    SolutionsIdentity,
+    SolutionsSummary,
+    SolverErrorResults,
+    SolverErrorRow,
+)
 from runtime.errors import UserError
 from runtime.images import save_png
+from runtime.options import flat_options, parse_options
 from runtime.record import RunRecord
+from runtime.typed import to_plain, write_result
+from tests.comparison_problems import IDENTITY, measured_row
 from tools import nfe_sweep
 from tools import report as tool
 
 HOSTILE = '<script src="http://bad">alert(\'1\')</script> & "co"'
-HARNESS = {
-    "model": "tiny", "model_sha256": "0" * 64, "detector": "pixels", "detector_sha256": "1" * 64,
-    "reference": "r", "reference_n": 50, "seeds": "0-11", "blocks": 2,
-}  # fmt: skip
-
-
-def row(method: str, budget: int | None, fid: float, group: str = "classic") -> dict[str, Any]:
-    nfe = budget or 35
-    return {
-        "method": method, "group": group, "budget": budget, "detail": "polynomial | 6 nodes",
-        "own_solver": None, "fid": fid, "fid_block_mean": fid + 1.25, "fid_block_spread": 0.125,
-        "fid_blocks": [fid + 1.0, fid + 1.5], "n": 12, "nfe_planned": nfe, "nfe_metered": nfe,
-        "images_per_second": 71.9625, "seconds": 3.0625, "detector": "pixels",
-        "identity": {"sampler": {"label": method, "times": [80.0, 0.002]}, "harness": HARNESS},
-        "pictures": "rows/a.png",
-    }  # fmt: skip
-
-
 ROWS = [
-    row("Euler", 5, 30.0),
-    row("iPNDM(4) + AFS", 5, 20.0),
-    row(HOSTILE, 5, 12.0, "learned"),
-    row("Euler", 3, 50.0),
-    row("Heun-35", None, 10.0, "ceiling"),
+    measured_row("Euler", 5, 30.0),
+    measured_row("iPNDM(4) + AFS", 5, 20.0),
+    measured_row(HOSTILE, 5, 12.0, "learned"),
+    measured_row("Euler", 3, 50.0),
+    measured_row("Heun-35", None, 10.0, "ceiling"),
 ]
 
 
-def left(rows: list[dict[str, Any]]) -> list[float | None]:
-    return [excess(r, rows) for r in rows]
+def left(rows: Sequence[MeasuredRow]) -> list[float | None]:
+    return [excess(row, rows) for row in rows]
 
 
 def test_the_excess_is_one_for_the_yardstick_and_measured_by_it() -> None:
     assert left(ROWS) == [2.0, 1.0, pytest.approx(0.2), None, None]
-    better = [row("Euler", 5, 9.0), *ROWS[1:]]
+    better = [measured_row("Euler", 5, 9.0), *ROWS[1:]]
     assert excess(better[0], better) == pytest.approx(-0.1)  # below the ceiling
+    whole = completed(RECORD, ROWS).rows
+    assert [row.fid for row in whole] == [50.0, 12.0, 20.0, 30.0, 10.0]
+    assert [row.excess for row in whole] == [None, pytest.approx(0.2), 1.0, 2.0, None]
+
+
+def test_the_ceiling_of_guided_rows_is_heun_at_twice_the_evaluations() -> None:
+    guided = [*ROWS[:-1], replace(ROWS[-1], method="Heun-70")]
+    assert left(guided) == left(ROWS)
+    assert "distance from Heun-70 that is left" in caption(completed(RECORD, guided).rows)
 
 
 @pytest.mark.parametrize("missing", ["iPNDM(4) + AFS", "Heun-35"])
 def test_no_excess_without_both_rows(missing: str) -> None:
-    assert set(left([r for r in ROWS if r["method"] != missing])) == {None}
+    assert set(left([r for r in ROWS if r.method != missing])) == {None}
 
 
 @pytest.mark.parametrize("fid", [10.0, 9.0, math.nan])
 def test_no_excess_where_the_yardstick_is_no_worse_than_the_ceiling(fid: float) -> None:
-    assert set(left([row("iPNDM(4) + AFS", 5, fid), row("Euler", 5, 30.0), ROWS[-1]])) == {None}
+    few = [measured_row("iPNDM(4) + AFS", 5, fid), measured_row("Euler", 5, 30.0), ROWS[-1]]
+    assert set(left(few)) == {None}
+
+
+def test_a_row_is_compared_with_its_own_solver_at_its_own_budget() -> None:
+    """Both budgets have that solver, and the other one's row comes first."""
+    own = "iPNDM(4) + AFS"
+    rows = ordered(
+        [
+            measured_row(own, 3, 40.0),
+            measured_row(own, 5, 20.0),
+            measured_row("plugin", 5, 18.5, "learned", own_solver=own),
+            measured_row("plugin", 3, 44.0, "learned", own_solver=own),
+            measured_row("plugin", 7, 10.0, "learned", own_solver=own),
+        ]
+    )
+    found = [own_solver_row(row, rows) for row in rows]
+    assert [row and row.fid for row in found] == [None, 40.0, 20.0, None, None]
+    gains = columns(rows)["vs own solver"]
+    assert gains == ["", f"+4.00 ({own})", f"-1.50 ({own})", "", ""]
 
 
 class Page(HTMLParser):
@@ -121,17 +150,17 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def record(**options: Any) -> dict[str, Any]:
-    made = RunRecord.make(
-        "compare", options, {"name": "tiny", "sha256": "0" * 64}, {"device": "cpu", **HARNESS}
-    )
-    return json.loads(made.to_json())
+def record(sha256: str = "0" * 64, command: str = "compare", **options: Any) -> RunRecord:
+    model = {"name": "tiny", "sha256": sha256}
+    return RunRecord.make(command, options, model, {"device": "cpu", **to_plain(IDENTITY)})
+
+
+RECORD = record(budgets="3,5", num=12)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    content = {"record": record(budgets="3,5", num=12), "rows": ordered(ROWS)}
-    (tmp_path / "results.json").write_text(json.dumps(content))
+    write_result(tmp_path / "results.json", completed(RECORD, ROWS))
     save_png(tmp_path / "grid.png", np.full((4, 6, 3), 7, dtype=np.uint8))
     return tmp_path
 
@@ -146,15 +175,15 @@ def test_every_figure_is_in_the_page_and_nothing_points_outside(folder: Path) ->
     for value in leaves(results):
         shown = value if isinstance(value, str) else json.dumps(value)
         assert shown in page.text or json.dumps(shown)[1:-1] in page.text
-    rows = results["rows"]
+    rows = completed(RECORD, ROWS).rows
     titled = columns(rows)
-    assert "excess" in titled and "vs own solver" not in shown  # nobody here refines a solver
+    assert "excess" in titled and "vs own solver" not in titled  # no row here refines a solver
     names, *middle, details = titled.values()
     named = [name + detail for name, detail in zip(names, details, strict=True)]
     table = [cell for line in zip(named, *middle, strict=True) for cell in line]
     assert page.cells[: len(table)] == table
     assert page.cells[-2:] == ["35", "3.1"]  # seconds of the last row
-    assert page.open == [] and page.tags.count("tbody") == 2 * len({r["budget"] for r in rows})
+    assert page.open == [] and page.tags.count("tbody") == 2 * len({r.budget for r in rows})
     assert "wall time" in page.text and "15 s" in page.text  # five rows of 3.0625 s
     assert "compare.py --budgets=3,5 --num=12" in page.text
     (data,) = page.references  # the only picture that was made
@@ -174,49 +203,67 @@ def test_a_hostile_name_is_only_shown(folder: Path) -> None:
 
 
 def test_the_command_gives_the_options_of_the_record() -> None:
-    programs = {
-        "compare": ("compare.py", compare.main),
-        "solver_error": ("solver_error.py", errors.main),
-        "nfe_sweep": ("-m tools.nfe_sweep", nfe_sweep.main),
-        "errors": ("solver_error.py", errors.main),  # names in older records
-        "sweep figure": ("-m tools.nfe_sweep", nfe_sweep.main),
+    programs: dict[str, tuple[str, click.Command, type]] = {
+        "compare": ("compare.py", compare.main, CompareOptions),
+        "solver_error": ("solver_error.py", solver_error.main, SolverErrorOptions),
+        "nfe_sweep": ("-m tools.nfe_sweep", nfe_sweep.main, NfeSweepOptions),
+        "errors": ("solver_error.py", solver_error.main, SolverErrorOptions),  # in older records
+        "sweep figure": ("-m tools.nfe_sweep", nfe_sweep.main, NfeSweepOptions),
     }
-    for name, (start, main) in programs.items():
-        given = ["--outdir=a b", "--device=cpu", "--dataset_name=it's"]
-        options = main.make_context(name, given).params
-        options.pop("dry_run"), options.pop("device")
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-        words = shlex.split(command({**record(**plain), "command": name}))
-        flags = len(start.split()) + 1
-        assert " ".join(words[:flags]) == f"python {start}"
-        again = main.make_context(name, words[flags:]).params
-        assert {k: again[k] for k in options} == options
+    for name, (start, main, kind) in programs.items():
+
+        def parsed(arguments: list[str], main: click.Command = main, kind: type = kind) -> Any:
+            flags = main.make_context("it", arguments).params
+            flags.pop("dry_run"), flags.pop("device")
+            return parse_options(kind, flags)
+
+        given = parsed(["--outdir=a b", "--device=cpu", "--dataset_name=it's"])
+        words = shlex.split(command(record(command=name, **flat_options(given))))
+        first = ["python", *start.split()]
+        assert words[: len(first)] == first and parsed(words[len(first) :]) == given
 
 
-def solver_errors(sha256: str) -> dict[str, Any]:
-    one = {
-        "method": HOSTILE, "group": "learned", "budget": 5, "detail": "d", "key": "k", "n": 4,
-        "nfe_planned": 5, "nfe_metered": 5, "x": 0.12345, "x_error": 0.01, "features": None,
-        "features_error": None, "seconds": 1.5, "times": [80.0, 3.0, 0.002], "along": [0, 0.2, 0.3],
-        "local": [0.2, 0.1],
-    }  # fmt: skip
-    exact = {"model": "tiny", "tol": 1e-4, "nfe": 87.0, "seeds": "0-3", "detector": None}
-    plane = dict.fromkeys(("one_mean", "both_mean", "both_least", "rest_mean", "off_most"), 0.5)
-    made = record()
-    made["model"]["sha256"] = sha256
-    return {"record": {**made, "command": "solver_error"}, "exact": exact, "rows": [one],
-            "plane": {"points": 33, **plane},
-            "skipped": [{"method": "<Restart>", "why": "noise"}]}  # fmt: skip
+def solver_errors(sha256: str) -> SolverErrorResults:
+    exact = SolutionsIdentity("tiny", sha256, None, 80.0, "float32", 1e-4, ((0, 1, 2, 3),))
+    row = SolverErrorRow(
+        method=HOSTILE,
+        group="learned",
+        budget=5,
+        detail="d",
+        key="k",
+        n=4,
+        nfe_planned=5,
+        nfe_metered=5,
+        x=0.12345,
+        x_error=0.01,
+        features=None,
+        features_error=None,
+        seconds=1.5,
+        times=(80.0, 3.0, 0.002),
+        along=(0.0, 0.2, 0.3),
+        local=(0.2, 0.1),
+        identity=ErrorIdentity({}, exact, None),
+    )
+    return SolverErrorResults(
+        record=record(sha256, "solver_error"),
+        exact=SolutionsSummary(
+            "tiny", sha256, None, 80.0, "float32", 1e-4, 87.0, "0-3", None, None, None
+        ),
+        plane=PlaneSummary(33, 0.5, 0.5, 0.5, 0.5, 0.5),
+        rows=(row,),
+        skipped=(SkippedRow("<Restart>", "stochastic"),),
+        trajectory=ShownTrajectory(0, (80.0, 0.002), (0.9, 0.05), 0.5, 0.1, ((0.0, 0.0),), {}),
+    )
 
 
 def test_solver_errors_join_the_page_of_the_same_model(folder: Path) -> None:
-    (folder / "errors.json").write_text(json.dumps(solver_errors("0" * 64)))
+    write_result(folder / "errors.json", solver_errors("0" * 64))
     save_png(folder / "trajectories.png", np.zeros((2, 2, 3), dtype=np.uint8))
     write_page(folder)
     page = read(folder)
     assert "0.1235 +- 0.0100" in page.cells and "0.2000 (to 3)" in page.cells
-    assert "Left out: <Restart>: noise." in page.text and len(page.references) == 2
-    (folder / "errors.json").write_text(json.dumps(solver_errors("5" * 64)))
+    assert "Left out: <Restart>: stochastic." in page.text and len(page.references) == 2
+    write_result(folder / "errors.json", solver_errors("5" * 64))
     write_page(folder)
     page = read(folder)
     assert "0.1235 +- 0.0100" not in page.cells and "of another model (tiny)" in page.text
@@ -230,15 +277,35 @@ def test_one_command_writes_it_anew(folder: Path) -> None:
     assert done.output.strip() == str(folder / "report.html") and read(folder).cells
 
 
+def test_results_of_version_1_are_read(folder: Path) -> None:
+    """Before files had a schema; the first ones lacked times and statistics, too."""
+    write_page(folder)
+    before = read(folder)
+    content = json.loads((folder / "results.json").read_text())
+    del content["schema"]
+    for row in content["rows"]:
+        del row["schema"], row["seconds"], row["statistics"]
+    (folder / "results.json").write_text(json.dumps(content))
+    write_page(folder)
+    page = read(folder)
+    titles = len(columns(completed(RECORD, ROWS).rows)) - 1
+    assert page.cells[: 5 * titles] == before.cells[: 5 * titles] and "unknown" in page.text
+
+
 def test_what_cannot_be_read_is_one_sentence_and_leaves_the_old_page(folder: Path) -> None:
     write_page(folder)
     before = (folder / "report.html").read_bytes()
-    for damage, sentence in (("{ torn", "is no JSON"), ('{"rows": []}', "of another version")):
+    content = json.loads((folder / "results.json").read_text())
+    for damage, sentence in (
+        ("{ torn", "results.json is not JSON"),
+        ('{"rows": []}', "record is missing"),
+        (json.dumps({**content, "schema": 2}), "update the toolkit"),
+    ):
         (folder / "results.json").write_text(damage)
         with pytest.raises(UserError, match=sentence):
             write_page(folder)
         assert (folder / "report.html").read_bytes() == before
-    with pytest.raises(UserError, match="holds no results.json: give the --outdir"):
+    with pytest.raises(UserError, match=r"holds no results\.json"):
         write_page(folder / "nowhere")
 
 
@@ -257,7 +324,7 @@ body.dataset.requests = performance.getEntriesByType("resource")
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(("width", "dark"), [(420, False), (1200, True)])
 def test_it_looks_right_in_a_browser(folder: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    (folder / "errors.json").write_text(json.dumps(solver_errors("0" * 64)))
+    write_result(folder / "errors.json", solver_errors("0" * 64))
     for name in ("fid-nfe.png", "trajectories.png"):
         save_png(folder / name, np.full((300, 1200, 3), PINK, dtype=np.uint8))
     source = write_page(folder).read_text()
@@ -275,7 +342,7 @@ def test_it_looks_right_in_a_browser(folder: Path, tmp_path: Path, width: int, d
     assert page.body == {"data-sideways": "0", "data-broken": "0", "data-requests": "0"}
     for part in ("Samplers compared", "Solver error alone", "What was run", "results.json"):
         assert part in page.text
-    assert page.tags.count("img") == 3 and page.cells[0] == "Euler" + ROWS[0]["detail"]
+    assert page.tags.count("img") == 3 and page.cells[0] == "Euler" + ROWS[0].detail
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB"))
     assert shot.shape[:2] == (3000, width)
     corner = shot[0, 0].astype(int)

@@ -7,15 +7,16 @@ import click
 import pytest
 import torch
 
+from commands.options import batch_option, device_option, dry_run_option, seeds_option
 from runtime import cli
 from runtime.errors import UserError
 
 
 @click.command()
-@cli.device_option
-@cli.seeds_option("0-63")
-@cli.batch_option(64)
-@cli.dry_run_option
+@device_option
+@seeds_option("0-63")
+@batch_option(64)
+@dry_run_option
 @click.option("--raise", "name", default="nothing")
 def command(device: str | None, seeds: str, batch: int, dry_run: bool, name: str) -> None:
     click.echo(f"{device} {seeds} {batch} {dry_run}")

@@ -63,7 +63,7 @@ def test_the_commit_is_that_of_this_checkout(
 
 def test_values_json_cannot_hold_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"options\['path'\]"):
-        RunRecord.make("train", {"path": Path("x")}, {}, {})
+        RunRecord.make("train", {"path": Path("x")}, {}, {})  # type: ignore[dict-item]
 
 
 def change(**changes: Any) -> str:

@@ -10,13 +10,14 @@ from PIL import Image
 
 from runtime.errors import UserError
 from runtime.images import to_uint8
+from runtime.options import Json
 from runtime.record import RunRecord
 from samplers.folder import Folder, is_whole, seed_ranges
 from samplers.generate import SampleBatch
 from solvers.types import Trajectory
 
 
-def record(seeds: str = "0-3", **plan: object) -> RunRecord:
+def record(seeds: str = "0-3", **plan: Json) -> RunRecord:
     options = {"seeds": seeds, "batch": 4, "class": None}
     return RunRecord.make(
         "sample", options, {"sha256": "0"}, {"num_steps": 6, "nfe_metered": None, **plan}

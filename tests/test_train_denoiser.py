@@ -176,9 +176,7 @@ def test_a_known_card_gives_its_settings() -> None:
     assert about.bottleneck == card.bottleneck == net.model.bottleneck
     again, _ = train_denoiser.first_network(None, None, "cifar10-small", recipe, "a.zip")
     assert all(map(torch.equal, net.parameters(), again.parameters()))
-    other, _ = train_denoiser.first_network(
-        None, None, "cifar10-small", Recipe(kimg=1, augment=0.1), "a.zip"
-    )
+    other, _ = train_denoiser.first_network(None, None, "cifar10-small", Recipe(kimg=1), "a.zip")
     assert not torch.equal(other.model.map_layer0.weight, net.model.map_layer0.weight)
 
 
@@ -188,8 +186,7 @@ def test_a_published_pickle_can_be_continued(tmp_path) -> None:
     published_net = published.network("EDMPrecond", settings, net.state_dict())
     path = tmp_path / "edm.pkl"
     path.write_bytes(published.pickled(published.snapshot(published_net)))
-    recipe = Recipe(kimg=1, augment=0.1)
-    again, about = train_denoiser.first_network(path, None, None, recipe, "a.zip")
+    again, about = train_denoiser.first_network(path, None, None, Recipe(kimg=1), "a.zip")
     assert all(map(torch.equal, again.state_dict().values(), net.state_dict().values()))
     assert about.images_before == 0 and about.config["label_dim"] == 4
 
@@ -217,12 +214,12 @@ def test_a_longer_run_continues_a_finished_one(run) -> None:
     whole = run("--rampup_kimg=0")
     part = run("--rampup_kimg=0", "--kimg=0.032", out="part")
     again = run("--rampup_kimg=0", "--kimg=0.032", out="part")
-    assert run.err == f"already trained: {again}; give a larger --kimg to go on\n"
+    assert run.err == f"already trained: {again}; give a larger --kimg to continue\n"
     assert_bit_equal(run("--rampup_kimg=0", out="part"), whole)
     assert part == again
 
 
-class Killed(BaseException):
+class KilledTraining(BaseException):
     """Ends the process at once, as a kill would."""
 
 
@@ -237,13 +234,13 @@ def test_a_killed_run_continues_bit_equal(run, monkeypatch) -> None:
 
         def stop(*given: Any, real: Any = real, left: Any = left) -> Any:
             if next(left, None) is None:
-                raise Killed
+                raise KilledTraining
             return real(*given)
 
         out = f"{place}-{after}"
         with monkeypatch.context() as patch:
             patch.setattr(owner, place, stop)
-            with pytest.raises(Killed):
+            with pytest.raises(KilledTraining):
                 run(*arguments, out=out)
         torch.rand(1)
         assert_bit_equal(run(*arguments, out=out), whole)
@@ -308,7 +305,7 @@ def broken(folder: Path) -> None:
 
 
 NONE = "holds no JSON object of constructor settings ("
-LOSS = "the loss is that of networks with EDM's preconditioning and Gaussian noise, not of "
+LOSS = "the loss is for networks with EDM's preconditioning and Gaussian noise, not for "
 #: options, what to do to the folder first, the sentence
 REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
     "no data": (["--data=nowhere.zip"], None, "nowhere.zip does not exist: pass a folder or a zip"),
@@ -342,17 +339,13 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
         broken,
         "image 100.png in {}/train.zip cannot be read (cannot identify image file",
     ),
-    "two networks": (["--like=cifar10", "--init=x"], None, "say what to train by one of --init,"),
-    "unknown card": (
-        ["--like=imagenet256"],
-        None,
-        "--like imagenet256 is unknown; known: cif",
-    ),
-    "other noise": (["--like=cifar10-vp"], None, LOSS + "VPPrecond; train an EDMPrecond"),
+    "two networks": (["--like=cifar10", "--init=x"], None, "choose the network to train: "),
+    "unknown card": (["--like=imagenet256"], None, "--like imagenet256 is unknown; known: cif"),
+    "other noise": (["--like=cifar10-vp"], None, LOSS + "VPPrecond: train an EDMPrecond"),
     "PFGM++": (
         [],
         lambda folder: (folder / "song.json").write_text(json.dumps({**SONG, "D": 128})),
-        LOSS + "EDMPrecond with D, PFGM++; train an EDMPrecond",
+        LOSS + "EDMPrecond with D, PFGM++: train an EDMPrecond",
     ),
     "no JSON": (["--config={}/train.zip"], None, "{}/train.zip " + NONE + "'utf-8' codec"),
     "a number": ([], lambda folder: (folder / "song.json").write_text("7"), "{}/song.json " + NONE),

@@ -61,7 +61,12 @@ def parse_resolution(_context: object, _option: object, text: str | None) -> int
 @click.option(
     "--resolution", callback=parse_resolution, metavar="N", help="64 or 64x64  [default: keep]"
 )
-@click.option("--transform", type=click.Choice(["none", "center-crop"]), default="none")
+@click.option(
+    "--transform",
+    type=click.Choice(["none", "center-crop"]),
+    default="none",
+    help="before resizing",
+)
 @click.option("--max-images", type=click.IntRange(1), help="use the first N  [default: all]")
 @click.option("--skip-broken", is_flag=True, help="omit images that cannot be read")
 @click.option("--split", type=click.Choice(["train", "test"]), help="of CIFAR-10  [default: train]")

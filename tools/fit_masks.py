@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from commands.options import batch_option, dry_run_option
 from image_data.sources import count_images, image_batches
 from pds.masks import Masks, fit
 from runtime import cli
@@ -30,8 +31,8 @@ Example:
 @click.option("--num", type=click.IntRange(2), help="draw this many images  [default: use all]")
 @click.option("--seed", type=click.IntRange(0), default=0, help="seed of that draw")
 @click.option("--dest", type=PATH, required=True, help="folder for freq.npy and space.npy")
-@cli.batch_option(256)
-@cli.dry_run_option
+@batch_option(256)
+@dry_run_option
 def main(dry_run: bool, **options: Any) -> None:
     """Fit the frequency mask and the space mask of PDS to images.
 

@@ -7,13 +7,12 @@ from typing import Any
 import click
 
 from commands.options import harness_options, image_options
-from comparison.job import run
-from comparison.series import CHURN, prepare
-from evaluation.images import open_detector
+from comparison.series import CHURN, NfeSweepOptions, prepare
 from restart.tables import configurations
 from runtime import cli
-from runtime.dist import world
-from samplers.options import CLASSIC
+from runtime.job import execute
+from runtime.options import parse_options
+from solvers.registry import CLASSIC
 
 EXAMPLES = """\b
 Examples:
@@ -52,17 +51,13 @@ Examples:
 )
 @image_options
 @harness_options("samples/sweep")
-def main(dry_run: bool, device: str | None, **options: Any) -> None:
+def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Measure FID against NFE for the ODE, the SDE and Restart on the same seeds.
 
     Writes a table, a figure and JSON.  Run the same command again to continue after an
     interruption; series can be added to an existing folder.
     """
-    with world(device) as here:
-        job = prepare(options, here, open_detector(options, here))
-        text = job.outline() if dry_run else run(job, here)
-        if here.is_main:
-            click.echo(text)
+    execute(prepare, parse_options(NfeSweepOptions, flags), dry_run, device)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ from typing import Any
 import click
 
 from commands.options import harness_options
-from evaluation.images import open_detector
-from plan_search.job import OBJECTIVES, ROUNDS, prepare, run
-from restart.candidates import INTERVALS
+from plan_search.job import OBJECTIVES, ROUNDS, PlanSearchOptions, prepare
 from runtime import cli
-from runtime.dist import world
+from runtime.job import execute
+from runtime.options import parse_options
 
 EXAMPLES = """\b
 Examples:
@@ -40,31 +39,27 @@ Examples:
 )
 @click.option(
     "--intervals",
-    default=",".join(f"{low:g}:{high:g}" for low, high in INTERVALS),
+    default=PlanSearchOptions.intervals,
     metavar="LIST",
     help="candidate Restart intervals T_MIN:T_MAX",
 )
 @click.option("--most", type=click.IntRange(1), default=1, help="most intervals in one plan")
 @click.option(
     "--walks",
-    default="heun+0/heun,heun+afs/heun,ipndm+afs/heun,ipndm+afs/ipndm",
+    default=PlanSearchOptions.walks,
     metavar="LIST",
     help="candidate solvers MAIN[+0][+afs]/RESTART: +0 ends at 0, +afs starts with the free "
     "analytical first step",
 )
 @harness_options("samples/search")
-def main(dry_run: bool, device: str | None, **options: Any) -> None:
+def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Find the best Restart plan of exactly --nfe evaluations on a model.
 
     All divisions of the budget into main nodes, K and N_restart compete.  Each round keeps the best
     quarter, measured on seeds that no table reports on.  Run the same command again to continue
     after an interruption.
     """
-    with world(device) as here:
-        job = prepare(options, here, open_detector(options, here))
-        text = job.outline() if dry_run else run(job, here)
-        if here.is_main:
-            click.echo(text)
+    execute(prepare, parse_options(PlanSearchOptions, flags), dry_run, device)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from commands.options import dry_run_option
 from runtime import cli
 from runtime.errors import UserError
 from toy.experiment import Settings, outline, plans, run
@@ -34,7 +35,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
-@click.option("--budgets", metavar="LIST", default=",".join(map(str, DEFAULTS.budgets)), help="NFE")
+@click.option(
+    "--budgets",
+    metavar="LIST",
+    default=",".join(map(str, DEFAULTS.budgets)),
+    help="numbers of evaluations",
+)
 @click.option(
     "--points",
     type=click.IntRange(2),
@@ -50,14 +56,14 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.option(
     "--blocks", type=click.IntRange(2), default=DEFAULTS.blocks, help="further clouds to report on"
 )
-@click.option("--kimg", type=float, default=DEFAULTS.kimg, help="training length, 1000 points")
+@click.option("--kimg", type=float, default=DEFAULTS.kimg, help="training length, in 1000 points")
 @click.option("--batch", type=click.IntRange(1), default=DEFAULTS.batch, help="training batch")
 @click.option("--width", type=click.IntRange(4), default=DEFAULTS.width, help="network width")
 @click.option("--seed", type=click.IntRange(0), default=DEFAULTS.seed, help="seed of the network")
 @click.option(
     "--outdir", type=click.Path(path_type=Path), default=Path("exps/toy"), help="results folder"
 )
-@cli.dry_run_option
+@dry_run_option
 def main(budgets: str, outdir: Path, dry_run: bool, **options: float) -> int:
     """Run the Restart paper's synthetic experiment (arXiv:2306.14878, section 4.1, figure 2).
 

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints.weights import constructing, fill, read_safetensors
+from commands.options import device_option
 from denoisers.cards import cards
 from denoisers.families.edm import read_checkpoint
 from denoisers.families.precond import EDMPrecond, build
@@ -159,7 +160,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--workers", type=click.IntRange(min=0), default=1, help="image-loading processes")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
-@cli.device_option
+@device_option
 @recipe_options
 def main(
     data: Path, valid: Path | None, outdir: Path, init: Path | None, config: Path | None,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from commands.options import device_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
 from runtime import cli, files
@@ -269,7 +270,7 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @click.option("--bf16/--no-bf16", default=True, help="bfloat16 autocast")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
-@cli.device_option
+@device_option
 def main(
     data: Path, test: Path, dest: Path, state: Path | None, channels: tuple[int, int, int],
     init: Path | None, compiled: bool, device: str | None, threads: int | None, **settings: float,

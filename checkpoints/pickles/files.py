@@ -6,41 +6,33 @@ import mmap
 import os
 import struct
 import tempfile
-import zlib
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from shutil import copyfileobj
 from typing import IO, Any
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from checkpoints.pickles.allowed import CONSTRUCTORS, STORAGES, Storage
-from checkpoints.pickles.machine import Machine
-from checkpoints.pickles.records import Reference, Refusal, shown
+from checkpoints.pickles.allowed import Storage
+from checkpoints.pickles.machine import Budget, Machine
+from checkpoints.pickles.records import Refusal, shown
 from runtime.errors import UserError
 
-MAGIC = 0x1950A86A20F9469CFC6C  #: the first pickle of PyTorch's older format
-PROTOCOL = 1001
-REPEATS = 64  #: how often the tensors of a file may cover its bytes
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  #: how PyTorch's older format begins
 RATIO = 100  #: how far an archive may compress a member; weights hardly shrink at all
-NESTED = "torch.storage._load_from_bytes"
-SUFFIXES = (".ckpt", ".pt", ".pth", ".pkl")
-#: What reading damaged bytes may raise; anything else is a defect of this reader.
-DAMAGE = (
-    ArithmeticError, BadZipFile, BufferError, EOFError, LookupError, MemoryError, OSError,
-    RuntimeError, TypeError, ValueError, struct.error, zlib.error,
-)  # fmt: skip
 
 
 def read(path: str | Path, member: str | None = None) -> Any:
     """What a checkpoint holds, as a tree of plain data.
 
-    The tree consists of dicts, lists, tuples, sets, text, bytes, numbers, torch dtypes, tensors on
-    the CPU (parameters too), numpy arrays, and :class:`Record` and :class:`Reference` for objects
-    and classes.  Containers may occur at several places, or in themselves.  Where ``path`` is a zip
+    The tree consists of dicts, lists, tuples, sets, text, bytes, numbers, tensors on the CPU
+    (parameters too), numpy arrays, and :class:`Record` and :class:`Reference` for objects and
+    classes.  Containers may occur at several places, or in themselves.  Where ``path`` is a zip
     archive of several checkpoints, ``member`` says which one.
 
     Raises UserError, in one sentence, for a file that is missing, damaged, of another kind, or
@@ -57,7 +49,7 @@ def read(path: str | Path, member: str | None = None) -> Any:
             f"{path} {refusal}, which no published checkpoint does; nothing in it was run: get "
             "the file from its authors"
         ) from None
-    except DAMAGE as error:
+    except Exception as error:  # damaged bytes fail in every step, each in its own way
         reason = shown(" ".join(str(error).split())) or type(error).__name__
         raise UserError(
             f"{path} is damaged, cut short or no checkpoint ({reason}); fetch it again"
@@ -66,15 +58,12 @@ def read(path: str | Path, member: str | None = None) -> Any:
 
 def _read_open(file: IO[bytes], member: str | None = None, inside: bool = False) -> Any:
     """``inside``: the file came out of an archive, and may not be another archive of files."""
-    head = file.read(512)
-    if not head:
-        raise EOFError("it is empty")
-    if head.lstrip().startswith(b"<"):
-        raise ValueError("it is a web page or XML")
-    size = os.fstat(file.fileno()).st_size
+    head, size = file.read(512), os.fstat(file.fileno()).st_size
+    if not head or head.lstrip().startswith(b"<"):
+        raise ValueError("it is a web page or XML" if head else "it is empty")
     if not head.startswith(b"PK"):
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _read_pickles(mapped, size)  # type: ignore[arg-type]
+            return _read_pickles(mapped, Budget(size))  # type: ignore[arg-type]
     with ZipFile(file) as archive:
         roots = [n.removesuffix("data.pkl") for n in archive.namelist() if n.endswith("data.pkl")]
         if len(roots) == 1:
@@ -84,90 +73,45 @@ def _read_open(file: IO[bytes], member: str | None = None, inside: bool = False)
         return _read_member(archive, member)
 
 
-class Storages:
-    """Storages as a pickle declares them, at most ``size`` bytes together.
+def _read_pickles(
+    file: IO[bytes],
+    budget: Budget,
+    contents: Callable[[str, Tensor], bytes] | None = None,
+    nested: bool = False,
+) -> Any:
+    """A pickle and the contents of its storages, by key, or PyTorch's older format.
 
-    Their contents come from ``fetch`` at once, or from :meth:`fill` after the pickle.
+    That is five pickles, the fourth of which holds all, and then the contents.
     """
+    storages: dict[str, Storage] = {}
+    machine = partial(Machine, budget, storages, None if nested else partial(_read_nested, budget))
 
-    def __init__(self, size: int, fetch: Callable[[str, int], bytes] | None = None) -> None:
-        self.left = size
-        self.fetch = fetch
-        self.known: dict[str, Storage] = {}
-        self.empty: set[str] = set()
+    def following(key: str, data: Tensor) -> bytes:
+        if file.read(8) != struct.pack("<q", data.numel()):
+            raise ValueError(f"it has not {data.numel()} elements for the storage {shown(key)}")
+        return file.read(data.nbytes)
 
-    def declare(self, persistent_id: Any) -> Storage:
-        """Raises Refusal for an id of another form, EOFError for more than the file can hold."""
-        dtype, key, count = _parse(persistent_id)
-        if key not in self.known:
-            self.left -= count * dtype.itemsize
-            if self.left < 0:
-                raise EOFError("its storages are larger than the file")
-            self.known[key] = Storage(torch.empty(count, dtype=dtype))
-            self.empty.add(key)
-            if self.fetch is not None:
-                self.fill(key, self.fetch(key, count * dtype.itemsize))
-        data = self.known[key].data
-        if (data.dtype, data.numel()) != (dtype, count):
-            raise Refusal(f"declares the storage '{shown(key)}' in two ways")
-        return self.known[key]
-
-    def fill(self, key: str, contents: bytes) -> None:
-        """Give a storage that was declared its contents, once."""
-        data = self.known[key].data
-        if len(contents) != data.nbytes:
-            raise EOFError(f"a storage of {data.nbytes} bytes has {len(contents)}")
-        self.empty.remove(key)
-        if contents:
-            data.view(torch.uint8).numpy()[:] = np.frombuffer(contents, np.uint8)
-
-
-def _parse(value: Any) -> tuple[torch.dtype, str, int]:
-    """(dtype, key, elements) of ``("storage", type, key, location, elements[, None])``."""
-    if type(value) is not tuple or len(value) not in (5, 6) or value[0] != "storage":
-        raise Refusal("has a persistent id that is no storage")
-    _, kind, key, _, count, *view = value
-    name = kind.name if type(kind) is Reference and kind.module.startswith("torch") else ""
-    if name not in STORAGES or type(key) is not str or type(count) is not int or count < 0:
-        raise Refusal("has a persistent id that is no storage")
-    if view not in ([], [None]):
-        raise Refusal("has a storage that is a part of another one")
-    return STORAGES[name], key, count
-
-
-def _read_pickles(file: IO[bytes], size: int, nested: bool = False) -> Any:
-    """A bare pickle, or PyTorch's older format: five pickles, then the storages."""
-    constructors = CONSTRUCTORS if nested else {**CONSTRUCTORS, NESTED: _read_nested}
-    storages = Storages(size)
-
-    def run() -> Any:
-        return Machine(constructors, storages.declare, REPEATS * size).run(file)
-
-    content = run()
+    content, keys = machine().run(file), sorted(storages) if contents else []
     if type(content) is int and content == MAGIC:
-        protocol, system = run(), run()
-        little = type(system) is dict and system.get("little_endian") is True
-        if protocol != PROTOCOL or not little:
+        protocol, system, content, keys = (machine().run(file) for _ in range(4))
+        if protocol != PROTOCOL or system.get("little_endian") is not True:
             raise ValueError("it is in another version or byte order of PyTorch's older format")
-        content = run()
-        for key in run():
-            (count,) = struct.unpack("<q", file.read(8))
-            data = storages.known[key].data
-            if count != data.numel():
-                raise ValueError(f"a storage of {data.numel()} elements has {count}")
-            storages.fill(key, file.read(data.nbytes))
-    if storages.empty:
-        raise EOFError(f"{len(storages.empty)} of its storages have no contents")
+    if keys != sorted(storages):
+        raise EOFError("its storages have no contents")
+    for key, storage in sorted(storages.items()):
+        given = (contents or following)(key, storage.data)
+        if len(given) != storage.data.nbytes:
+            raise EOFError(f"a storage of {storage.data.nbytes} bytes has {len(given)}")
+        if given:
+            storage.data.view(torch.uint8).numpy()[:] = np.frombuffer(given, np.uint8)
     if file.read(1):
         raise ValueError("it goes on after its end")
     return content
 
 
-def _read_nested(data: Any) -> Any:
+def _read_nested(budget: Budget, data: bytes) -> Storage:
     """A storage that was pickled by itself, as bytes in PyTorch's older format."""
-    if type(data) is not bytes:
-        raise Refusal("holds a storage that is not bytes")
-    storage = _read_pickles(BytesIO(data), len(data), nested=True)
+    storage = _read_pickles(BytesIO(data), budget, nested=True)
     if type(storage) is not Storage:
         raise Refusal(f"holds a {type(storage).__name__} where a storage belongs")
     return storage
@@ -175,41 +119,37 @@ def _read_nested(data: Any) -> Any:
 
 def _read_zip(archive: ZipFile, root: str, size: int) -> Any:
     """PyTorch's present format: ``<root>data.pkl`` and ``<root>data/<key>``, not compressed."""
-    names = set(archive.namelist())
+    names = archive.namelist()
     if f"{root}constants.pkl" in names:
         raise ValueError("it is a TorchScript program")
     if f"{root}byteorder" in names and _stored(archive, f"{root}byteorder", 16) != b"little":
         raise ValueError("it is in big-endian order")
 
-    def fetch(key: str, nbytes: int) -> bytes:
-        return _stored(archive, f"{root}data/{key}", nbytes)
+    def contents(key: str, data: Tensor) -> bytes:
+        return _stored(archive, f"{root}data/{key}", data.nbytes)
 
-    machine = Machine(
-        {**CONSTRUCTORS, NESTED: _read_nested}, Storages(size, fetch).declare, REPEATS * size
-    )
-    return machine.run(BytesIO(_stored(archive, f"{root}data.pkl", size)))
+    pickle = BytesIO(_stored(archive, f"{root}data.pkl", size))
+    return _read_pickles(pickle, Budget(size), contents)
 
 
 def _stored(archive: ZipFile, name: str, most: int) -> bytes:
     """A member that is not compressed, of at most so many bytes; its check sum is checked."""
     info = archive.getinfo(name)
-    if info.compress_type != ZIP_STORED:
-        raise ValueError(f"{shown(name)} is compressed")
-    if info.file_size > most:
-        raise ValueError(f"{shown(name)} has {info.file_size} bytes, more than {most}")
+    if info.compress_type != ZIP_STORED or info.file_size > most:
+        raise ValueError(f"{shown(name)} is compressed or has more than {most} bytes")
     return archive.read(info)
 
 
 def _read_member(archive: ZipFile, member: str | None) -> Any:
     """One checkpoint out of an archive of files, by way of a temporary file."""
-    found = [i for i in archive.infolist() if Path(i.filename).suffix in SUFFIXES]
+    found = [i for i in archive.infolist() if i.filename.endswith((".ckpt", ".pt", ".pth", ".pkl"))]
     if member is not None:
         found = [i for i in found if member in (i.filename, Path(i.filename).name)]
     if len(found) != 1:
         names = ", ".join(shown(name) for name in archive.namelist()[:8]) or "nothing"
         raise ValueError(f"not one {member or 'checkpoint'} but {len(found)} among {names}")
-    info = found[0]
-    if info.file_size > RATIO * info.compress_size:
+    (info,) = found
+    if info.file_size > RATIO * info.compress_size or info.compress_type > ZIP_DEFLATED:
         raise ValueError(
             f"{shown(info.filename)} would unpack from {info.compress_size} to {info.file_size} "
             "bytes"

@@ -1,252 +1,184 @@
 """The instructions of a pickle, carried out on plain data.
 
-A pickle is a program for a stack machine.  This machine knows the instructions that published
-checkpoints consist of and no way to import, call or set anything but what the allow-list makes, so
-that what a file names is never run.  Nothing here depends on how deeply a file nests its contents,
-and memory stays proportional to the size of the file.
+A pickle is a program for a stack machine.  This machine has no way to import, call or set anything
+but what the allow-list makes.  Python's own unpickler with a restricted ``find_class`` would not
+do: before any hook of ours is asked, it hashes, indexes and fills in C what a file puts on its
+stack, so that 9 bytes take 16 GB, 100 bytes a year, and a deep tuple as a key ends the process.
 """
 
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pickletools import StackObject
 from typing import IO, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from checkpoints.pickles.allowed import Storage, check_dtype, find, is_inert, set_array
-from checkpoints.pickles.records import Record, Reference, Refusal, checked_key, shown
+from checkpoints.pickles.allowed import (
+    CONSTRUCTORS,
+    MENTIONED,
+    STORAGES,
+    Storage,
+    elements,
+    find,
+    pairs,
+    set_state,
+)
+from checkpoints.pickles.records import Record, Reference, Refusal, shown
 
-MOST_INSTRUCTIONS = 5_000_000  #: a training state of 10,000 tensors has half a million
+MOST_INSTRUCTIONS = 2_000_000  #: a training state of 10,000 tensors has half a million
 MOST_BITS = 256  #: of a whole number; states of random generators have 128
-ELEMENT = 64  #: bytes that an element of a collection takes
-LITERALS = (
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "STRING", "BINSTRING", "SHORT_BINSTRING",
-    "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
-)  # fmt: skip
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-IGNORED = ("PROTO", "FRAME")
+REPEATS = 32  #: how often what a file holds, and the views in it, may cover its bytes
 
-Constructors = Mapping[str, Callable[..., Any]]
+#: Of every instruction: the types of the values that it takes off the stack, whether it takes all
+#: values since the last mark besides, and the type of what it leaves there.
+TYPES: dict[str, tuple[list[Any], bool, Any]] = {
+    code.name: (
+        [kind.obtype for kind in code.stack_before if kind.obtype is not StackObject],
+        pickletools.stackslice in code.stack_before,
+        code.stack_after[0].obtype if code.stack_after else None,
+    )
+    for code in pickletools.opcodes
+}
+LITERALS = {int, (int, bool), bool, type(None), float, str, bytes, (bytes, str), bytearray}
+#: How collections are made of values, and added to.
+MAKE: dict[Any, Callable[[list[Any]], Any]] = {
+    tuple: tuple, list: list, dict: pairs, set: elements, frozenset: elements,
+}  # fmt: skip
+ADD: dict[Any, Callable[..., None]] = {list: list.extend, dict: dict.update, set: set.update}
 
 
+class Budget:
+    """What is left of what a file of ``size`` bytes, with all pickles nested in it, may cost."""
+
+    def __init__(self, size: int) -> None:
+        self.storages, self.bytes, self.instructions = size, REPEATS * size, MOST_INSTRUCTIONS
+
+    def spend(self, *values: Any) -> None:
+        """Pay for what one instruction reads or makes, as it can be repeated."""
+        for value in values:
+            whole = type(value) in (Tensor, np.ndarray)
+            self.bytes -= value.nbytes if whole else sys.getsizeof(value)
+        if self.bytes < 0:
+            raise Refusal("unpacks to far more than it holds")
+
+
+@dataclass
 class Machine:
-    """Reads one pickle from the place where a file stands; ``run`` returns what it holds.
+    """Reads one pickle from the place where a file stands; ``run`` returns what it holds."""
 
-    ``constructors`` make data of the arguments of a call, by full name; ``persistent`` turns a
-    persistent id into a storage; ``budget`` limits the bytes of all that calls make, as they can
-    be repeated at the cost of an instruction each.
-    """
+    budget: Budget
+    storages: dict[str, Storage]  #: receives those that the pickle declares, without contents
+    nested: Callable[[bytes], Storage] | None  #: reads a storage that was pickled by itself
+    stack: list[Any] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
 
-    def __init__(
-        self, constructors: Constructors, persistent: Callable[[Any], Any], budget: int
-    ) -> None:
-        self.constructors = constructors
-        self.persistent = persistent
-        self.budget = budget
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+    def __post_init__(self) -> None:
+        self.calls: dict[str, Callable[..., Any]] = {
+            "STACK_GLOBAL": find, "REDUCE": self.call, "NEWOBJ": self.call, "BUILD": self.build,
+            "BINPERSID": self.declare,
+        }  # fmt: skip
 
     def run(self, file: IO[bytes]) -> Any:
         """Raises Refusal for what the list lacks, and built-in errors for a damaged file."""
-        for count, (code, arg, _) in enumerate(pickletools.genops(file)):
-            name = code.name
-            if count >= MOST_INSTRUCTIONS:
+        for code, arg, _ in pickletools.genops(file):
+            self.budget.instructions -= 1
+            if self.budget.instructions < 0:
                 raise Refusal(f"has more than {MOST_INSTRUCTIONS} instructions")
-            if name in LITERALS:
-                if type(arg) is int and arg.bit_length() > MOST_BITS:
-                    raise Refusal(f"holds a whole number of {arg.bit_length()} bits")
-                self.stack.append(arg)
-            elif name in CONSTANTS:
-                self.stack.append(CONSTANTS[name])
-            elif name in STEPS:
-                STEPS[name](self, arg)
-            elif name == "STOP":
-                break
-            elif name not in ("PROTO", "FRAME"):
-                raise Refusal(f"uses the instruction {name}")
+            if code.name != "STOP":
+                self.step(code.name, arg)
         if self.marks or len(self.stack) != 1:
             raise ValueError(f"{len(self.stack)} values are left at its end")
         return self.stack.pop()
 
-    def popped(self) -> list[Any]:
-        """What has been pushed since the last mark."""
-        start = self.marks.pop()
-        items = self.stack[start:]
+    def step(self, name: str, arg: Any) -> None:
+        takes, marked, gives = TYPES[name]
+        if gives in LITERALS:
+            if type(arg) is int and arg.bit_length() > MOST_BITS:
+                raise Refusal(f"holds a whole number of {arg.bit_length()} bits")
+            self.stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(name, arg))
+        elif gives in MAKE:
+            values = self.popped(takes, marked)
+            adds = takes[:1] == [gives]
+            made = MAKE[gives](values[adds:])
+            if adds:
+                ADD[gives](values[0], made)
+            self.stack.append(values[0] if adds else made)
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if arg is None else arg] = self.stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[arg])
+        elif name == "MARK":
+            self.marks.append(len(self.stack))
+        elif name == "POP" and self.marks[-1:] == [len(self.stack)]:
+            self.marks.pop()
+        elif name == "DUP":
+            self.stack.append(self.stack[-1])
+        elif name == "GLOBAL":
+            self.stack.append(find(*arg.split(" ", 1)))
+        elif name in self.calls:
+            self.stack.append(self.calls[name](*self.popped(takes, marked)))
+        elif gives is None:  # POP and POP_MARK, PROTO and FRAME
+            self.popped(takes, marked)
+        else:
+            raise Refusal(f"uses the instruction {name}")
+
+    def popped(self, kinds: list[Any], marked: bool) -> list[Any]:
+        """Values of these types, and all since the last mark, which leave the stack."""
+        start = (self.marks.pop() if marked else len(self.stack)) - len(kinds)
+        if start < 0:
+            raise IndexError("it takes more values than there are")
+        values = self.stack[start:]
         del self.stack[start:]
-        return items
-
-    def top(self, kind: type) -> Any:
-        """The collection that is to be added to."""
-        target = self.stack[-1]
-        if type(target) is not kind:
-            raise Refusal(f"adds to a {type(target).__name__} as if it were a {kind.__name__}")
-        return target
-
-    def spend(self, *values: Any) -> None:
-        """Count values as made."""
-        self.budget -= sum(map(_bytes_of, values))
-        if self.budget < 0:
-            raise Refusal("unpacks to far more than it holds")
+        for value, kind in zip(values, kinds, strict=False):
+            if not isinstance(value, kind):
+                raise Refusal(f"uses a {type(value).__name__} as a {kind.__name__}")
+        return values
 
     def call(self, called: Any, args: Any) -> Any:
         """The data that stands for ``called(*args)``."""
         if type(called) is not Reference or type(args) is not tuple:
             raise Refusal(f"calls a {type(called).__name__} with a {type(args).__name__}")
-        self.spend(*args)
-        if str(called) in self.constructors:
-            value = self.constructors[str(called)](*args)
-            self.spend(value)
-            return value
-        if is_inert(called):
+        make, *kinds = CONSTRUCTORS.get(str(called), (None,))
+        if str(called) == "torch.storage._load_from_bytes" and self.nested:
+            make, kinds = self.nested, [bytes]
+        if make is None and str(called) not in MENTIONED:
             return Record(called.module, called.name, args)
-        raise Refusal(f"calls '{shown(called)}'")
+        if make is None or len(args) < len(kinds) or not all(map(isinstance, args, kinds)):
+            raise Refusal(f"calls '{called}' in an unknown way")
+        self.budget.spend(*args)
+        value = make(*args)
+        self.budget.spend(value.state if type(value) is Record else value)
+        return value
 
-    def set_state(self, state: Any) -> None:
-        """BUILD: attributes for the object on top of the stack."""
-        target = self.stack[-1]
-        if type(target) in (Record, dict):
-            for part in state if type(state) is tuple and len(state) == 2 else (state,):
-                self.spend(part)  # the attributes, and those in slots
-                attributes = _attributes(part)
-                if type(target) is Record:  # what a dict has is metadata that nobody needs
-                    target.state.update(attributes)
-        elif isinstance(target, np.dtype):
-            check_dtype(target, state)
-        elif type(target) is np.ndarray:
-            set_array(target, state)
-            self.spend(target)
-        else:
-            raise Refusal(f"sets attributes of a {type(target).__name__}")
+    def build(self, target: Any, state: Any) -> Any:
+        """``target``, with its attributes or contents set."""
+        self.budget.spend(*state if type(state) in (list, tuple) and len(state) <= 5 else [state])
+        set_state(target, state)
+        return target
 
-
-def _bytes_of(value: Any) -> int:
-    if isinstance(value, Tensor | np.ndarray):
-        return value.nbytes
-    if type(value) is Storage:
-        return value.data.nbytes
-    if type(value) in (list, tuple, dict, set):
-        return ELEMENT * len(value)
-    return len(value) if type(value) in (str, bytes, bytearray) else 1
-
-
-def _attributes(state: Any) -> dict[str, Any]:
-    if state is None:
-        return {}
-    if type(state) is not dict or not all(type(key) is str for key in state):
-        raise Refusal(f"sets attributes by a {type(state).__name__}")
-    special = next((key for key in state if key.startswith("__")), None)
-    if special:
-        raise Refusal(f"sets the attribute '{shown(special)}'")
-    return state
-
-
-def _pairs(values: list[Any]) -> dict[Any, Any]:
-    if len(values) % 2:
-        raise ValueError("a key has no value")
-    return dict(zip(map(checked_key, values[::2]), values[1::2], strict=True))
-
-
-def _mark(m: Machine, _: Any) -> None:
-    m.marks.append(len(m.stack))
-
-
-def _pop(m: Machine, _: Any) -> None:
-    if m.marks and m.marks[-1] == len(m.stack):
-        m.marks.pop()
-    else:
-        m.stack.pop()
-
-
-def _last(m: Machine, count: int) -> None:
-    if len(m.stack) < count:
-        raise IndexError("too few values for a tuple")
-    m.stack[-count:] = [tuple(m.stack[-count:])]
-
-
-def _put(m: Machine, index: Any) -> None:
-    m.memo[index] = m.stack[-1]
-
-
-def _append(m: Machine, _: Any) -> None:
-    value = m.stack.pop()
-    m.top(list).append(value)
-
-
-def _set_item(m: Machine, _: Any) -> None:
-    value, key = m.stack.pop(), m.stack.pop()
-    m.top(dict)[checked_key(key)] = value
-
-
-def _append_all(m: Machine, _: Any) -> None:
-    values = m.popped()
-    m.top(list).extend(values)
-
-
-def _set_items(m: Machine, _: Any) -> None:
-    values = m.popped()
-    m.top(dict).update(_pairs(values))
-
-
-def _add_items(m: Machine, _: Any) -> None:
-    values = m.popped()
-    m.top(set).update(map(checked_key, values))
-
-
-def _find(m: Machine, arg: Any) -> None:
-    m.stack.append(find(*arg.split(" ", 1)))
-
-
-def _find_on_stack(m: Machine, _: Any) -> None:
-    name, module = m.stack.pop(), m.stack.pop()
-    m.stack.append(find(module, name))
-
-
-def _call(m: Machine, _: Any) -> None:
-    args, called = m.stack.pop(), m.stack.pop()
-    m.stack.append(m.call(called, args))
-
-
-def _build(m: Machine, _: Any) -> None:
-    m.set_state(m.stack.pop())
-
-
-STEPS: dict[str, Callable[[Machine, Any], None]] = {
-    "MARK": _mark,
-    "POP": _pop,
-    "POP_MARK": lambda m, _: m.popped().clear(),
-    "DUP": lambda m, _: m.stack.append(m.stack[-1]),
-    "PUT": _put,
-    "BINPUT": _put,
-    "LONG_BINPUT": _put,
-    "MEMOIZE": lambda m, _: _put(m, len(m.memo)),
-    "GET": lambda m, index: m.stack.append(m.memo[index]),
-    "BINGET": lambda m, index: m.stack.append(m.memo[index]),
-    "LONG_BINGET": lambda m, index: m.stack.append(m.memo[index]),
-    "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
-    "TUPLE1": lambda m, _: _last(m, 1),
-    "TUPLE2": lambda m, _: _last(m, 2),
-    "TUPLE3": lambda m, _: _last(m, 3),
-    "TUPLE": lambda m, _: m.stack.append(tuple(m.popped())),
-    "EMPTY_LIST": lambda m, _: m.stack.append([]),
-    "LIST": lambda m, _: m.stack.append(m.popped()),
-    "APPEND": _append,
-    "APPENDS": _append_all,
-    "EMPTY_DICT": lambda m, _: m.stack.append({}),
-    "DICT": lambda m, _: m.stack.append(_pairs(m.popped())),
-    "SETITEM": _set_item,
-    "SETITEMS": _set_items,
-    "EMPTY_SET": lambda m, _: m.stack.append(set()),
-    "FROZENSET": lambda m, _: m.stack.append(set(map(checked_key, m.popped()))),
-    "ADDITEMS": _add_items,
-    "GLOBAL": _find,
-    "STACK_GLOBAL": _find_on_stack,
-    "REDUCE": _call,
-    "NEWOBJ": _call,
-    "BUILD": _build,
-    "BINPERSID": lambda m, _: m.stack.append(m.persistent(m.stack.pop())),
-}
+    def declare(self, value: Any) -> Storage:
+        """The storage of ``("storage", type, key, location, elements[, None])``."""
+        match value:
+            case "storage", Reference(name=kind), str(key), _, int(count), *view if (
+                kind in STORAGES and view in ([], [None])
+            ):
+                pass
+            case _:
+                raise Refusal("has a persistent id that is no storage")
+        dtype = STORAGES[kind]
+        if key not in self.storages:
+            self.budget.storages -= abs(count) * dtype.itemsize
+            if self.budget.storages < 0:
+                raise EOFError("its storages are larger than the file")
+            self.storages[key] = Storage(torch.empty(count, dtype=dtype))
+        data = self.storages[key].data
+        if (data.dtype, data.numel()) != (dtype, count):
+            raise Refusal(f"declares the storage '{shown(key)}' in two ways")
+        return self.storages[key]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-SHOWN = 80  #: characters of a name that a message repeats
-
 
 class Refusal(ValueError):
     """What a file asks for and does not get: the end of a sentence that begins with its name."""
@@ -39,9 +37,9 @@ class Record:
 
 def shown(value: object) -> str:
     """A name from a file as one short line of printable characters."""
-    text = str(value)[: SHOWN + 1].encode("ascii", "backslashreplace").decode()
+    text = str(value)[:81].encode("ascii", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def is_scalar(value: object) -> bool:
@@ -49,9 +47,14 @@ def is_scalar(value: object) -> bool:
     return type(value) in (type(None), bool, int, float, str)
 
 
-def checked_key(value: Any) -> Any:
-    """``value``, if its hash takes no time: a tuple of tuples of tuples ... may take a year."""
-    flat = type(value) is tuple and len(value) <= 16 and all(is_scalar(v) for v in value)
-    if not (flat or is_scalar(value) or type(value) in (bytes, Reference)):
-        raise Refusal(f"uses a {type(value).__name__} as a key or as an element of a set")
-    return value
+def is_key(value: object) -> bool:
+    """Whether a value may be hashed: at once, and with a hash that few others can share.
+
+    A tuple of tuples of tuples ... takes a year or the whole C stack, and a dict is as slow as a
+    list where all hashes are equal, as large whole numbers and tuples of numbers can be chosen to.
+    """
+    if type(value) is tuple:
+        return len(value) <= 16 and all(type(v) is str for v in value)
+    if type(value) is int:
+        return abs(value) < 2**60
+    return is_scalar(value) or type(value) in (bytes, Reference)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comparison.report.listing import R, ReportedRow, budgets, series, short_name
 from runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+Color = tuple[float, float, float, float]
 #: Marker and line of a group of rows.
 STYLES = {
     "learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-.", "ode": "^:", "sde": "v-.",
 }  # fmt: skip
 DASHES = ("--", ":", "-.")  #: of the ceilings, in turn
-WIDE = 20  #: times the smallest budget, from which on the axis of NFE is logarithmic
+WIDE = 20  #: from this ratio of largest to smallest budget on, the axis of NFE is logarithmic
 
 
 def save(path: Path, draw: Callable[[Figure], None]) -> None:
@@ -32,69 +35,60 @@ def save(path: Path, draw: Callable[[Figure], None]) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def short(row: dict[str, Any]) -> str:
-    """Method, and for a student its teacher."""
-    teacher = row["detail"].split(",")[0] if row["group"] == "learned" else ""
-    return f"{row['method']} ({teacher})" if teacher else row["method"]
-
-
-def series(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each method that a plot joins, by its label; without the ceilings."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["budget"] is not None:
-            lines.setdefault(short(row), []).append(row)
-    return lines
-
-
-def budgets(rows: list[dict[str, Any]]) -> list[int]:
-    return sorted({row["budget"] for row in rows if row["budget"]})
-
-
-def colors(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def colors(rows: Sequence[ReportedRow]) -> dict[str, Color]:
     """A colour for each method, the same in every plot of these rows."""
     from matplotlib import colormaps
 
-    names = sorted({short(row) for row in rows})
+    names = sorted({short_name(row) for row in rows})
     return {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
 
 
 def against_nfe(
-    axes: Axes, rows: list[dict[str, Any]], key: str, title: str, spread: str | None = None
+    axes: Axes,
+    rows: Sequence[R],
+    value: Callable[[R], float],
+    title: str,
+    error: Callable[[R], float] | None = None,
 ) -> None:
-    """A figure of every row, bars of its ``spread``, ceilings as grey levels; log scale.
+    """A value of every row, bars of its ``error``, ceilings as grey lines; log scale.
 
-    Against NFE with a line per method; at a single budget there is nothing to join, and the
-    methods stand below each other in the order of the rows.
+    Against NFE with a line per method.  At a single budget there is nothing to join, and the
+    methods are listed below each other in the order of the rows.
     """
     each, single = colors(rows), len(budgets(rows)) == 1
     groups = list(series(rows).values())
     if single:
-        groups = [[row] for row in rows if row["budget"] is not None]
+        groups = [[row] for row in rows if row.budget is not None]
     for place, group in enumerate(groups):
-        values, first = [row[key] for row in group], group[0]
-        bars = [row[spread] for row in group] if spread else None
-        style: dict[str, Any] = {"color": each[short(first)], "capsize": 3, "lw": 1, "ms": 5}
-        fmt = STYLES[first["group"]]
+        values, first = [value(row) for row in group], group[0]
+        bars = [error(row) for row in group] if error else None
+        color, fmt = each[short_name(first)], STYLES[first.group]
         if single:
-            axes.errorbar(values, [-place], xerr=bars, fmt=fmt[0], **style)
+            axes.errorbar(
+                values, [-place], xerr=bars, fmt=fmt[0], color=color, capsize=3, lw=1, ms=5
+            )
         else:
-            nfe = [row["nfe_planned"] for row in group]
-            axes.errorbar(nfe, values, bars, fmt=fmt, label=short(first), **style)
-    _ceilings(rows, key, axes.axvline if single else axes.axhline)
+            nfe, label = [row.nfe_planned for row in group], short_name(first)
+            axes.errorbar(
+                nfe, values, bars, fmt=fmt, label=label, color=color, capsize=3, lw=1, ms=5
+            )
+    _draw_ceilings(rows, value, axes.axvline if single else axes.axhline)
     if single:
         _name_rows(axes, rows, title)
     else:
         _name_budgets(axes, rows, title)
 
 
-def _ceilings(rows: list[dict[str, Any]], key: str, line: Callable[..., Any]) -> None:
-    for row, dashes in zip((r for r in rows if r["budget"] is None), DASHES, strict=False):
-        line(row[key], color="grey", ls=dashes, lw=1, label=row["method"])
+def _draw_ceilings(
+    rows: Sequence[R], value: Callable[[R], float], line: Callable[..., object]
+) -> None:
+    ceilings = (row for row in rows if row.budget is None)
+    for row, dashes in zip(ceilings, DASHES, strict=False):
+        line(value(row), color="grey", ls=dashes, lw=1, label=row.method)
 
 
-def _name_rows(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
-    names = [short(row) for row in rows if row["budget"] is not None]
+def _name_rows(axes: Axes, rows: Sequence[ReportedRow], title: str) -> None:
+    names = [short_name(row) for row in rows if row.budget is not None]
     axes.set_yticks([-place for place in range(len(names))], names, fontsize=8)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
@@ -102,7 +96,7 @@ def _name_rows(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
     axes.grid(axis="y", lw=0.3)
 
 
-def _name_budgets(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
+def _name_budgets(axes: Axes, rows: Sequence[ReportedRow], title: str) -> None:
     nfe = budgets(rows)
     axes.set_yscale("log")
     plain_numbers(axes.yaxis)
@@ -123,12 +117,12 @@ def legend(figure: Figure) -> None:
     figure.legend(list(named.values()), list(named), fontsize=7, loc="outside right upper")
 
 
-def plain_numbers(axis: Any) -> None:
-    """Of a logarithmic axis: 20 and 0.02 where the default is 2 x 10^1 and 2 x 10^-2."""
+def plain_numbers(axis: Axis) -> None:
+    """On a logarithmic axis: 20 and 0.02 in place of the default 2 x 10^1 and 2 x 10^-2."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
-        """The same ticks have numbers as would have."""
+        """Labels the same ticks as the default, with plain numbers."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:g}" if super().__call__(x, pos) else ""

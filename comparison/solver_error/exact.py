@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,58 +13,64 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from comparison.solver_error.results import ConditionsIdentity, SolutionsIdentity
+from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
-from denoisers.prior import start
 from denoisers.protocol import Model
 from runtime.files import atomic_write
-from runtime.noise import SeedNoise
 from solvers.driver import Meter
 from solvers.oracle import dopri5
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One initial-value problem per seed: a model, its guidance, and where its latents start."""
+    """One initial-value problem per seed: a model, its conditions, and where its latents start."""
 
     model: Model
-    guidance_rate: float | None
+    conditions: Conditions
     start: float  #: noise level of the latents
     dtype: torch.dtype  #: of the state
     device: torch.device
 
     def begin(self, seeds: Sequence[int]) -> tuple[Meter, Tensor]:
         """The metered denoiser of ``seeds``, and their latents (B, C, H, W)."""
-        card, noise = self.model.card, SeedNoise(seeds)
-        conditions = Conditions(guidance_rate=self.guidance_rate)
-        conditions.check(card, seeds)
-        meter = Meter(conditions.bind(self.model, noise, self.device))
-        return meter, start(card, noise, self.start, self.dtype, self.device)
-
-    def describe(self) -> dict[str, object]:
-        """What decides the solutions, the seeds aside; JSON values."""
-        return {
-            "model": self.model.card.name,
-            "model_sha256": self.model.sha256,
-            "guidance_rate": self.guidance_rate,
-            "start": self.start,
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        batch = SeededBatch.open(self.model, self.conditions, seeds, self.dtype, self.device)
+        return batch.meter, batch.start(self.start)
 
 
 @dataclass(frozen=True, eq=False)
 class Exact:
     """Solutions by dopri5 at ``times``, a file for each group of seeds that is solved together.
 
-    dopri5 controls its step for a group as a whole, so the group is part of a file's identity; it
-    steps on regardless of ``times`` and interpolates, so they are not: a file that lacks one of
-    them is made again and holds both.  A time of 0 is one Euler step from the smallest time above
-    it, which is how samplers close a walk to 0.
+    dopri5 controls its step for a group as a whole, so the group is part of a file's identity.  It
+    steps regardless of ``times`` and interpolates, so they are not: a file that lacks one of them
+    is made again and then holds all of them.  A time of 0 is one Euler step from the smallest time
+    above it, which is how samplers end a walk at 0.
     """
 
     problem: Problem
     tol: float  #: relative and absolute, of dopri5
     times: tuple[float, ...]  #: noise levels, decreasing, the start first
     folder: Path
+
+    def identity(self, groups: Sequence[Sequence[int]]) -> SolutionsIdentity:
+        """What decides the solutions of these groups of seeds."""
+        problem, given = self.problem, self.problem.conditions
+        prompts = given.describe()
+        conditions = None
+        if given.label is not None or prompts is not None:
+            sha256 = None if prompts is None else str(prompts["sha256"])
+            conditions = ConditionsIdentity(given.label, sha256)
+        return SolutionsIdentity(
+            problem.model.card.name,
+            problem.model.sha256,
+            given.guidance_rate,
+            problem.start,
+            str(problem.dtype).removeprefix("torch."),
+            self.tol,
+            tuple(tuple(group) for group in groups),
+            conditions,
+        )
 
     def file(self, seeds: Sequence[int]) -> Path:
         """Where the solutions of one group lie."""
@@ -109,4 +115,9 @@ class Exact:
             return None
 
     def _identity(self, seeds: Sequence[int]) -> str:
-        return json.dumps({**self.problem.describe(), "tol": self.tol, "seeds": list(seeds)})
+        """Of one file, as JSON; without conditions it is that of files of version 1."""
+        plain = asdict(self.identity([]))
+        del plain["groups"]
+        if plain["conditions"] is None:
+            del plain["conditions"]
+        return json.dumps({**plain, "seeds": list(seeds)})

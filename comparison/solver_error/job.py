@@ -1,169 +1,204 @@
-"""Solver errors: from resolved options to what is held against which exact solutions."""
+"""Solver errors: from options to the rows and the exact solutions they are compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from comparison.job import numbers
-from comparison.rows import (
-    Row,
-    ceiling_rows,
-    classic_rows,
-    distinct,
-    learned_rows,
-    load_students,
-)
+from amed.experiments import TrainedStudent
+from comparison.report.html import closing_line, write_page
+from comparison.rows import Row, ceiling_rows, classic_rows, distinct
 from comparison.solver_error.exact import Exact, Problem
+from comparison.solver_error.harness import ErrorHarness
+from comparison.solver_error.measure import curve, measure_row, shown_trajectory, solve
+from comparison.solver_error.report import by_error, markdown, write_errors
+from comparison.solver_error.results import SkippedRow, SolverErrorResults, SolverErrorRow
 from comparison.solver_error.walks import level, times, walks
-from denoisers.precision import DTYPES
+from comparison.students import learned_rows, load_students, table_rate
+from denoisers.cards import Card
+from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
+from evaluation.detectors import DetectorOptions, open_detector
 from metrics.detectors import Detector
 from runtime.dist import World
-from runtime.images import to_uint8
+from runtime.errors import UserError
+from runtime.lists import parse_whole_numbers
+from runtime.log import progress
+from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
 from samplers.build import build
 from samplers.options import SamplerOptions
-from solvers.grids import get_grid
 
-CURVE = 33  #: points of a trajectory that its plane is fitted to, on the usual polynomial grid
+NO_DETECTOR = "none"
 CHECK = 200  #: nodes of the Heun walk that checks the exact solutions
-STOCHASTIC = "it draws noise on the way, so a path of its has no exact counterpart"
+STOCHASTIC = "stochastic: no exact ODE path"
+RECORD = "errors-run.json"
+SOLUTIONS = "exact"  #: folder of the exact solutions
+
+
+@dataclass(frozen=True)
+class SolverErrorOptions:
+    """What ``solver_error.py`` is asked for, under the names of its flags."""
+
+    model: ModelSource = field(default_factory=ModelSource)
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    detector: DetectorOptions = field(default_factory=DetectorOptions)
+    predictors: str = ""
+    budgets: str = "3,5,7,9"
+    seeds: str = "0-31"
+    tol: float = 1e-4  #: relative and absolute, of dopri5
+    check: bool = False
+    ceilings: bool = True
+    schedule_type: str | None = None
+    batch: int = 8  #: images that are solved together
+    outdir: Path = Path("samples/errors")
+
+
+@dataclass(frozen=True)
+class SharedSolutions:
+    """Rows that start at one noise level, and all times at which they need exact states."""
+
+    start: float
+    times: tuple[float, ...]  #: decreasing
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class SolverErrorJob:
-    """What is to be held against the exact solutions; nothing has been written yet."""
+    """A measurement, laid out; nothing has been loaded or written yet."""
 
-    rows: dict[str, tuple[Row, Exact]]  #: by key
-    skipped: list[dict[str, str]]
-    detector: Detector | None
-    seeds: list[int]
-    batch: int  #: images that are solved together
-    folder: Path
-    world: World
-    record: RunRecord
-
-    @property
-    def groups(self) -> list[list[int]]:
-        """The seeds as they are solved together: the same on any number of processes."""
-        return [self.seeds[i : i + self.batch] for i in range(0, len(self.seeds), self.batch)]
+    options: SolverErrorOptions
+    card: Card
+    conditions: Conditions  #: with the guidance rate of the table
+    seeds: Sequence[int]
+    budgets: Sequence[int]
+    students: Sequence[TrainedStudent]
+    solutions: Sequence[SharedSolutions]  #: nearly always one
+    skipped: Sequence[SkippedRow]
 
     @property
-    def mine(self) -> Sequence[tuple[int, list[int]]]:
-        """This process's groups with the place of their first seed."""
-        return self.world.shard([(i * self.batch, g) for i, g in enumerate(self.groups)])
+    def rows(self) -> list[Row]:
+        return [row for shared in self.solutions for row in shared.rows]
 
-    def finished(self, place: int) -> int:
-        """Images of all processes in the time that this one took for its group at ``place``."""
-        size = self.world.size
-        first = place // self.batch // size * size
-        return sum(map(len, self.groups[first : first + size]))
-
-    @property
-    def exacts(self) -> list[Exact]:
-        """The different problems, nearly always one; each once."""
-        return list(dict.fromkeys(exact for _, exact in self.rows.values()))
-
-    def features(self, x: Tensor, model: Model) -> Tensor | None:
-        """Of final states (B, C, H, W): (B, dim)."""
-        if self.detector is None:
-            return None
-        pixels = torch.from_numpy(to_uint8(model.decode(x)))
-        return self.detector(pixels.permute(0, 3, 1, 2)).cpu().double()
-
-    def gather(self, columns: Iterator[tuple[int, Tensor]], height: int) -> Tensor:
-        """(height, images) from the columns (height, B) of all processes, by their place."""
-        whole = torch.zeros(height, len(self.seeds), dtype=torch.float64)
-        for place, part in columns:
-            whole[:, place : place + part.shape[1]] = part
-        return self.world.sum_(whole)
+    def record(self, weights_sha256: str | None, here: World | None = None) -> RunRecord:
+        """The record of this run; ``here`` is None for a dry run."""
+        nfe: dict[str, Json] = {row.key: row.sampler.nfe for row in self.rows}
+        plan: dict[str, Json] = {
+            "budgets": list(self.budgets),
+            "predictors": [student.name for student in self.students],
+            "guidance_rate": self.conditions.guidance_rate,
+            "nfe": nfe,
+            "device": None if here is None else str(here.device),
+        }
+        model: dict[str, Json] = {"name": self.card.name, "sha256": weights_sha256}
+        return RunRecord.make("solver_error", flat_options(self.options), model, plan)
 
     def outline(self) -> str:
-        """What would be run, in words: for a dry run."""
-        lines = [self.record.to_json()]
-        lines += [
-            f"{row.sampler.nfe} NFE: {row.method}, {row.detail}" for row, _ in self.rows.values()
-        ]
-        return "\n".join([*lines, *(f"left out: {s['method']}: {s['why']}" for s in self.skipped)])
+        """The record and the rows, for a dry run."""
+        record = self.record(self.options.model.known_sha256)
+        skipped = (f"left out: {row.method}: {row.why}" for row in self.skipped)
+        return "\n".join([record.to_json(), *map(str, self.rows), *skipped])
+
+    def run(self, here: World, detector: Detector | None = None) -> str:
+        """Solve, measure and report; returns the table and where the report lies.
+
+        ``detector`` takes the place of the one that the options name.
+        """
+        options = self.options
+        model = options.model.load(here)
+        if detector is None and options.detector.detector != NO_DETECTOR:
+            detector = open_detector(options.detector, here)
+        for student in self.students:
+            student.to(here.device)
+        harness = ErrorHarness(detector, self.seeds, options.batch, here)
+        harness.check_images(model, options.model.state_dtype)
+        record = self.record(model.sha256, here)
+        if here.is_main:
+            record.write(options.outdir / RECORD)
+        results = self._measure(model, harness, record)
+        here.barrier()
+        if not here.is_main:
+            return ""
+        files = write_errors(options.outdir, results)
+        last = closing_line(write_page(options.outdir))
+        return "\n".join([markdown(results), *map(str, files), last])
+
+    def _measure(
+        self, model: Model, harness: ErrorHarness, record: RunRecord
+    ) -> SolverErrorResults:
+        exacts = [self._exact(shared, model, harness.here) for shared in self.solutions]
+        total = len(self.seeds) * (len(exacts) + len(self.rows))
+        rows: list[SolverErrorRow] = []
+        folder = self.options.outdir
+        with progress(total, "exact solutions", "img", enabled=harness.here.is_main) as bar:
+            solved = [solve(harness, exact, self.options.seeds, bar.update) for exact in exacts]
+            for shared, exact in zip(self.solutions, exacts, strict=True):
+                for row in shared.rows:
+                    bar.set_description(f"{row.method} at {row.sampler.nfe} NFE")
+                    rows.append(measure_row(row, exact, harness, folder, bar.update))
+        drawn = [row for row in self.solutions[0].rows if row.budget is not None]
+        return SolverErrorResults(
+            record=record,
+            exact=solved[0].exact,
+            plane=solved[0].plane,
+            rows=tuple(by_error(rows)),
+            skipped=tuple(self.skipped),
+            trajectory=shown_trajectory(harness, exacts[0], drawn),
+        )
+
+    def _exact(self, shared: SharedSolutions, model: Model, here: World) -> Exact:
+        options = self.options
+        problem = Problem(
+            model, self.conditions, shared.start, options.model.state_dtype, here.device
+        )
+        return Exact(problem, options.tol, shared.times, options.outdir / SOLUTIONS)
 
 
-def prepare(options: Mapping[str, Any], world: World, detector: Detector | None) -> SolverErrorJob:
-    """Load everything and lay out the rows.
+def prepare(options: SolverErrorOptions) -> SolverErrorJob:
+    """Lay out the rows and the exact solutions that they need.
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    seeds = parse_seeds(options["seeds"])
-    budgets = numbers("--budgets", options["budgets"], 1)
-    model = ModelSource.from_options(options).load(options["dtype"], world)
-    card = model.card
-    specs = [s for s in options["predictors"].split(",") if s]
-    students = load_students(specs, card, "exps", world.device)
-    rows = [
-        row
-        for b in sorted({*budgets, *(s.settings.nfe() for s in students)})
-        for row in (classic_rows(b, card, options["schedule_type"]) if b in budgets else [])
-        + learned_rows(b, students, card)
-    ]
-    rows += ceiling_rows(card) if options["ceilings"] else []
-    if options["check"]:
-        fine = build(SamplerOptions(sampler="edm", num_steps=CHECK), card)
+    seeds = parse_seeds(options.seeds)
+    budgets = parse_whole_numbers("--budgets", options.budgets, 1)
+    card = options.model.card()
+    students = load_students(options.predictors, card)
+    rate = table_rate(options.conditions.guidance_rate, students)
+    conditions = options.conditions.at(rate).resolve(card)
+    conditions.check(card, seeds)
+    learned = learned_rows(students, card, rate)
+    rows: list[Row] = []
+    for budget in sorted({*budgets, *(row.sampler.nfe for row in learned)}):
+        if budget in budgets:
+            rows += classic_rows(budget, card, rate, options.schedule_type)
+        rows += [row for row in learned if row.budget == budget]
+    rows += ceiling_rows(card, rate) if options.ceilings else []
+    if options.check:
+        asked = SamplerOptions(sampler="edm", num_steps=CHECK, guidance_rate=rate)
+        fine = build(asked, card)
         rows.append(Row(f"Heun-{fine.nfe}", "ceiling", None, fine, f"{CHECK} nodes and 0"))
-    dtype = torch.promote_types(DTYPES[options["dtype"]], torch.float32)
-    placed, skipped = lay_out(
-        distinct(rows), model, options["tol"], dtype, options["outdir"], world
-    )
-    if detector is not None:  # whether it takes images of this size, before any work
-        with torch.inference_mode():
-            images = model.decode(torch.zeros(1, *card.shape, dtype=dtype, device=world.device))
-            detector(torch.zeros(images.shape, dtype=torch.uint8))
-    record = RunRecord.make(
-        "solver_error",
-        {k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
-        {"name": card.name, "sha256": model.sha256},
-        {
-            "budgets": budgets,
-            "predictors": [s.name for s in students],
-            "nfe": {key: row.sampler.nfe for key, (row, _) in placed.items()},
-            "device": str(world.device),
-        },
-    )
-    batch, folder = options["batch"], options["outdir"]
-    return SolverErrorJob(placed, skipped, detector, seeds, batch, folder, world, record)
+    solutions, skipped = lay_out(distinct(rows))
+    if not solutions:
+        raise UserError("no row is left that solves the ODE: add --budgets or --predictors")
+    return SolverErrorJob(options, card, conditions, seeds, budgets, students, solutions, skipped)
 
 
-def lay_out(
-    rows: Sequence[Row], model: Model, tol: float, dtype: torch.dtype, folder: Path, world: World
-) -> tuple[dict[str, tuple[Row, Exact]], list[dict[str, str]]]:
-    """Each row with the exact solutions that it is held against, and the rows that have none."""
-    solved, skipped = [], []
+def lay_out(rows: Iterable[Row]) -> tuple[list[SharedSolutions], list[SkippedRow]]:
+    """The rows by the exact solutions that they share, and those that have none."""
+    by_start: dict[float, list[Row]] = {}
+    skipped = []
     for row in rows:
         if walks(row.sampler) is None:
-            skipped.append({"method": row.method, "why": STOCHASTIC})
+            skipped.append(SkippedRow(row.method, STOCHASTIC))
         else:
-            solved.append(row)
-    problems: dict[tuple[float | None, float], list[Row]] = {}
-    for row in solved:
-        key = row.sampler.guidance_rate, level(row.sampler.start)
-        problems.setdefault(key, []).append(row)
-    placed = {}
-    for (rate, begin), sharing in problems.items():
+            by_start.setdefault(level(row.sampler.start), []).append(row)
+    solutions = []
+    for start, sharing in by_start.items():
         levels = {t for row in sharing for t in times(walks(row.sampler) or [])}
         levels |= set(curve(levels))
-        problem = Problem(model, rate, begin, dtype, world.device)
-        exact = Exact(problem, tol, tuple(sorted(levels, reverse=True)), folder / "exact")
-        placed.update({id(row): exact for row in sharing})
-    return {row.key: (row, placed[id(row)]) for row in solved}, skipped
-
-
-def curve(levels: Collection[float]) -> list[float]:
-    """The points of a trajectory: EDM's grid between the ends of ``levels``, 0 aside."""
-    ends = min(t for t in levels if t > 0), max(levels)
-    return [level(t) for t in get_grid("polynomial", CURVE, *ends, rho=7.0)]
+        visited = tuple(sorted(levels, reverse=True))
+        solutions.append(SharedSolutions(start, visited, tuple(sharing)))
+    return solutions, skipped

@@ -1,160 +1,182 @@
-"""Solving, walking and measuring what an :class:`SolverErrorJob` lays out."""
+"""Measuring solver errors: the exact solutions, each row's distance to them, one seed's paths."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from comparison.report.html import closing_line, write_page
 from comparison.rows import Row
 from comparison.solver_error.exact import Exact
-from comparison.solver_error.job import SolverErrorJob, curve
+from comparison.solver_error.harness import ErrorHarness
 from comparison.solver_error.plane import fit_plane
-from comparison.solver_error.report import by_error, markdown, write_errors
-from comparison.solver_error.walks import WalkErrors, measure_errors, times, walk, walks
+from comparison.solver_error.results import (
+    ErrorIdentity,
+    PlaneSummary,
+    ShownTrajectory,
+    SolutionsSummary,
+    SolverErrorRow,
+)
+from comparison.solver_error.walks import WalkErrors, level, measure_errors, times, walk, walks
 from denoisers.protocol import Model
 from metrics.statistics import Statistics
 from runtime.errors import UserError
-from runtime.files import read_earlier, write_json
-from runtime.log import progress
+from runtime.typed import read_result, write_result
+from solvers.grids import get_grid
+
+CURVE = 33  #: points of a trajectory that its plane is fitted to, on the usual polynomial grid
+ROWS = "errors"  #: folder of the measured rows
+
+Tick = Callable[[int], object]
 
 
-def run(job: SolverErrorJob) -> str:
-    """Solve, measure and report; returns the table and where the report lies."""
-    world, exacts = job.world, job.exacts
-    if not exacts:
-        raise UserError("no row is left that solves the ODE: add classic solvers or predictors")
-    if world.is_main:
-        job.record.write(job.folder / "errors-run.json")
-    total = len(job.seeds) * (len(exacts) + len(job.rows))
-    with progress(total, "exact solutions", "img", enabled=world.is_main) as bar:
-        about = [_solve(job, exact, bar.update) for exact in exacts]
-        results = []
-        for row, exact in job.rows.values():
-            bar.set_description(f"{row.method} at {row.sampler.nfe} NFE")
-            results.append(_row(job, row, exact, bar.update))
-    world.barrier()
-    if not world.is_main:
-        return ""
-    content = {
-        "record": json.loads(job.record.to_json()),
-        "exact": about[0]["exact"],
-        "plane": about[0]["plane"],
-        "rows": by_error(results),
-        "skipped": job.skipped,
-        "trajectory": _trajectory(job),
-    }
-    files = write_errors(job.folder, content)
-    return "\n".join([markdown(content), *map(str, files), closing_line(write_page(job.folder))])
+@dataclass(frozen=True)
+class Solved:
+    """The exact solutions of one problem, summarised."""
+
+    exact: SolutionsSummary
+    plane: PlaneSummary
 
 
-def _solve(job: SolverErrorJob, exact: Exact, tick: Callable[[int], object]) -> dict[str, Any]:
-    """Solve what is missing; the price, the scale of features, and how plane trajectories are."""
-    model, ends = exact.problem.model, exact.times[-1]
-    stats = Statistics(job.detector.id, "exact") if job.detector else None
+def curve(levels: Collection[float]) -> list[float]:
+    """The points of a trajectory: EDM's grid between the ends of ``levels``, 0 aside."""
+    ends = min(t for t in levels if t > 0), max(levels)
+    return [level(t) for t in get_grid("polynomial", CURVE, *ends, rho=7.0)]
+
+
+def solve(harness: ErrorHarness, exact: Exact, seeds: str, tick: Tick) -> Solved:
+    """Solve what is missing; the cost, the scale of features, and how plane trajectories are.
+
+    ``seeds`` are those of the harness as they were written.
+    """
+    model, end, detector = exact.problem.model, exact.times[-1], harness.detector
+    statistics = Statistics(detector.id, "exact") if detector else None
     points = curve(exact.times)
     spent, planes = 0.0, []
-    for place, seeds in job.mine:
-        spent += exact.solve(seeds) * len(seeds)
-        features = job.features(exact.states(seeds, [ends])[-1], model)
-        if stats is not None and features is not None:
-            stats.update(features)
-        fits = [fit_plane(states) for states in exact.states(seeds, points).unbind(1)]
-        figures = [[f.explained[0], sum(f.explained), f.rest, f.off] for f in fits]
-        planes.append((place, torch.tensor(figures, dtype=torch.float64).T))
-        tick(job.finished(place))
-    one, both, rest, off = job.gather(iter(planes), 4)
-    nfe = job.world.sum_(torch.tensor([spent], dtype=torch.float64))
-    scale = None if stats is None else math.sqrt(2 * float(stats.reduce().cov.trace()))
-    return {
-        "exact": {
-            **exact.problem.describe(),
-            "tol": exact.tol,
-            "nfe": float(nfe) / len(job.seeds),
-            "seeds": job.record.options["seeds"],
-            "detector": job.detector.name if job.detector else None,
-            "detector_sha256": job.detector.sha256 if job.detector else None,
-            "feature_scale": scale,
-        },
-        "plane": {
-            "points": len(points),
-            "one_mean": float(one.mean()),
-            "both_mean": float(both.mean()),
-            "rest_mean": float(rest.mean()),
-            "both_least": float(both.min()),
-            "off_most": float(off.max()),
-        },
-    }
+    for position, group in harness.own_groups:
+        spent += exact.solve(group) * len(group)
+        features = harness.features(exact.states(group, [end])[-1], model)
+        if statistics is not None and features is not None:
+            statistics.update(features)
+        fits = [fit_plane(states) for states in exact.states(group, points).unbind(1)]
+        shares = [[f.explained[0], sum(f.explained), f.rest, f.off] for f in fits]
+        planes.append((position, torch.tensor(shares, dtype=torch.float64).T))
+        tick(harness.finished(position))
+    nfe = harness.here.sum_(torch.tensor([spent], dtype=torch.float64))
+    scale = None if statistics is None else math.sqrt(2 * float(statistics.reduce().cov.trace()))
+    own = exact.identity([])
+    summary = SolutionsSummary(
+        model=own.model,
+        model_sha256=own.model_sha256,
+        guidance_rate=own.guidance_rate,
+        start=own.start,
+        dtype=own.dtype,
+        tol=own.tol,
+        nfe=float(nfe) / len(harness.seeds),
+        seeds=seeds,
+        detector=detector.name if detector else None,
+        detector_sha256=detector.sha256 if detector else None,
+        feature_scale=scale,
+    )
+    return Solved(summary, _plane_summary(harness, planes, len(points)))
 
 
-def _row(
-    job: SolverErrorJob, row: Row, exact: Exact, tick: Callable[[int], object]
-) -> dict[str, Any]:
-    """The figures of one row; read back if the same row was measured before."""
-    file = job.folder / "errors" / f"{row.key}.json"
-    identity = json.loads(json.dumps(_identity(job, row, exact)))
-    found = read_earlier(file)
-    if found is not None and found["identity"] == identity:
-        tick(len(job.seeds))
-        return found
-    solves = walks(row.sampler) or []
-    levels = times(solves)
-    nfe = row.sampler.nfe
+def _plane_summary(
+    harness: ErrorHarness, planes: Iterable[tuple[int, Tensor]], points: int
+) -> PlaneSummary:
+    one, both, rest, off = harness.gather(planes, 4)
+    return PlaneSummary(
+        points=points,
+        one_mean=float(one.mean()),
+        both_mean=float(both.mean()),
+        rest_mean=float(rest.mean()),
+        both_least=float(both.min()),
+        off_most=float(off.max()),
+    )
 
-    def measured() -> Iterator[tuple[int, Tensor]]:
-        for place, seeds in job.mine:
-            found = measure_errors(solves, exact, seeds)
-            if found.nfe != nfe:
-                raise RuntimeError(f"{row.method} spent {found.nfe} NFE where its plan says {nfe}")
-            far = _feature_distance(job, found, exact.problem.model)
-            yield place, torch.cat([found.along, found.local, far[None]])
-            tick(job.finished(place))
 
+def measure_row(
+    row: Row, exact: Exact, harness: ErrorHarness, folder: Path, tick: Tick
+) -> SolverErrorRow:
+    """The errors of one row; read back if the same row was measured before."""
+    file = folder / ROWS / f"{row.key}.json"
+    identity = _identity(row, exact, harness)
+    earlier = _read_earlier(file)
+    if earlier is not None and earlier.identity == identity:
+        tick(len(harness.seeds))
+        return earlier
     begin = time.perf_counter()
-    whole = job.gather(measured(), 2 * len(levels))
-    along, local, far = whole[: len(levels)], whole[len(levels) : -1], whole[-1]
-    result = {
-        "method": row.method,
-        "group": row.group,
-        "budget": row.budget,
-        "detail": row.detail,
-        "key": row.key,
-        "n": len(job.seeds),
-        "nfe_planned": nfe,
-        "nfe_metered": nfe,
-        "x": float(along[-1].mean()),
-        "x_error": _standard_error(along[-1]),
-        "features": float(far.mean()) if job.detector else None,
-        "features_error": _standard_error(far) if job.detector else None,
-        "seconds": time.perf_counter() - begin,
-        "times": levels,
-        "along": along.mean(1).tolist(),
-        "local": local.mean(1).tolist(),
-        "identity": identity,
-    }
-    if job.world.is_main:
-        write_json(file, result)
+    levels = times(walks(row.sampler) or [])
+    whole = harness.gather(_distances(row, exact, harness, tick), 2 * len(levels))
+    along, local, features = whole[: len(levels)], whole[len(levels) : -1], whole[-1]
+    detected = harness.detector is not None
+    result = SolverErrorRow(
+        method=row.method,
+        group=row.group,
+        budget=row.budget,
+        detail=row.detail,
+        key=row.key,
+        n=len(harness.seeds),
+        nfe_planned=row.sampler.nfe,
+        nfe_metered=row.sampler.nfe,  # checked in `_distances`
+        x=float(along[-1].mean()),
+        x_error=_standard_error(along[-1]),
+        features=float(features.mean()) if detected else None,
+        features_error=_standard_error(features) if detected else None,
+        seconds=time.perf_counter() - begin,
+        times=tuple(levels),
+        along=tuple(along.mean(1).tolist()),
+        local=tuple(local.mean(1).tolist()),
+        identity=identity,
+    )
+    if harness.here.is_main:
+        write_result(file, result)
     return result
 
 
-def _feature_distance(job: SolverErrorJob, found: WalkErrors, model: Model) -> Tensor:
+def _read_earlier(file: Path) -> SolverErrorRow | None:
+    """An earlier result; one that cannot be read is measured again."""
+    try:
+        return read_result(SolverErrorRow, file)
+    except UserError:
+        return None
+
+
+def _distances(
+    row: Row, exact: Exact, harness: ErrorHarness, tick: Tick
+) -> Iterator[tuple[int, Tensor]]:
+    """For each of this process's groups, along the walk, by interval, and in features."""
+    solves = walks(row.sampler) or []
+    for position, group in harness.own_groups:
+        errors = measure_errors(solves, exact, group)
+        if errors.nfe != row.sampler.nfe:
+            raise RuntimeError(
+                f"{row.method} spent {errors.nfe} NFE where its plan says {row.sampler.nfe}"
+            )
+        features = _feature_distance(harness, errors, exact.problem.model)
+        yield position, torch.cat([errors.along, errors.local, features[None]])
+        tick(harness.finished(position))
+
+
+def _feature_distance(harness: ErrorHarness, errors: WalkErrors, model: Model) -> Tensor:
     """(B,), zeros without a detector."""
-    mine, truth = job.features(found.states[-1], model), job.features(found.truth[-1], model)
-    if mine is None or truth is None:
-        return torch.zeros(found.states.shape[1], dtype=torch.float64)
-    return (mine - truth).norm(dim=1)
+    own = harness.features(errors.states[-1], model)
+    truth = harness.features(errors.truth[-1], model)
+    if own is None or truth is None:
+        return torch.zeros(errors.states.shape[1], dtype=torch.float64)
+    return (own - truth).norm(dim=1)
 
 
-def _identity(job: SolverErrorJob, row: Row, exact: Exact) -> dict[str, Any]:
-    detector = job.detector.sha256 if job.detector else None
-    solutions = {**exact.problem.describe(), "tol": exact.tol, "groups": job.groups}
-    return {"sampler": row.sampler.describe(), "exact": solutions, "detector_sha256": detector}
+def _identity(row: Row, exact: Exact, harness: ErrorHarness) -> ErrorIdentity:
+    described = json.loads(json.dumps(row.sampler.describe()))  # equal to its copy on disk
+    detector = harness.detector.sha256 if harness.detector else None
+    return ErrorIdentity(described, exact.identity(harness.groups), detector)
 
 
 def _standard_error(values: Tensor) -> float:
@@ -162,23 +184,26 @@ def _standard_error(values: Tensor) -> float:
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def _trajectory(job: SolverErrorJob) -> dict[str, Any]:
-    """The first seed's exact trajectory in its plane, and those of the rows that share it."""
-    exact, group = job.exacts[0], job.groups[0]
+def shown_trajectory(harness: ErrorHarness, exact: Exact, rows: Sequence[Row]) -> ShownTrajectory:
+    """The first seed's exact trajectory in its plane, and those of ``rows``, which share it."""
+    group = harness.groups[0]
     levels = curve(exact.times)
     states = exact.states(group, levels)[:, 0]
     plane = fit_plane(states)
+
+    def projected(states: Tensor) -> tuple[tuple[float, float], ...]:
+        return tuple((float(a), float(b)) for a, b in plane.project(states))
+
     paths = {}
-    for key, (row, theirs) in job.rows.items():
-        if theirs is exact and row.budget is not None:
-            path = walk(walks(row.sampler) or [], *exact.problem.begin(group[:1]))
-            paths[key] = plane.project(path[:, 0]).tolist()
-    return {
-        "seed": group[0],
-        "times": levels,
-        "explained": list(plane.explained),
-        "rest": plane.rest,
-        "off": plane.off,
-        "exact": plane.project(states).tolist(),
-        "rows": paths,
-    }
+    for row in rows:
+        path = walk(walks(row.sampler) or [], *exact.problem.begin(group[:1]))
+        paths[row.key] = projected(path[:, 0])
+    return ShownTrajectory(
+        seed=group[0],
+        times=tuple(levels),
+        explained=plane.explained,
+        rest=plane.rest,
+        off=plane.off,
+        exact=projected(states),
+        rows=paths,
+    )

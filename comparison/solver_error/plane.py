@@ -1,7 +1,7 @@
 """The plane in which a sampling trajectory nearly lies.
 
 The AMED paper (arXiv:2312.00094, section 3.1) rests on it: by the mean value theorem one direction
-in that plane would be enough for a whole interval.  Each trajectory has a plane of its own, that of
+in that plane would be enough for a whole interval.  Each trajectory has its own plane, spanned by
 the two largest principal components of its points.
 """
 

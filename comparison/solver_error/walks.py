@@ -16,21 +16,21 @@ from solvers.driver import Meter, State, advance, integrate, substeps_total
 
 
 class WalkErrors(NamedTuple):
-    """Root mean squares over the values of an image ("per pixel"), each image by itself."""
+    """Root mean squares over the values of an image, of each image by itself."""
 
     states: Tensor  #: (T, B, C, H, W), the sampler's own, at its T times
     truth: Tensor  #: (T, B, C, H, W), the exact ones
-    along: Tensor  #: (T, B) float64, from the one to the other; 0 at the start
+    along: Tensor  #: (T, B) float64, distance between the two; 0 at the start
     local: Tensor  #: (T - 1, B) float64, of each interval if it starts from the exact state
     nfe: int  #: metered, of the walk itself
 
 
 def walks(sampler: Sampler) -> list[Solve] | None:
-    """The parts of a sampler that only walks down; None where one of them draws noise.
+    """The segments of a sampler that is deterministic; None for a stochastic one.
 
-    A path with fresh noise solves no ODE: it has no exact counterpart to be held against.
+    A path with fresh noise solves no ODE, so there is no exact solution to compare it with.
     """
-    solves = [part for part in sampler.plan if isinstance(part, Solve)]
+    solves = [segment for segment in sampler.plan if isinstance(segment, Solve)]
     return solves if len(solves) == len(sampler.plan) else None
 
 
@@ -72,11 +72,12 @@ def measure_errors(solves: Sequence[Solve], exact: Exact, seeds: Sequence[int]) 
 
 
 def local_errors(part: Solve, meter: Meter, truth: Tensor) -> Tensor:
-    """(T - 1, B): each interval from the exact state at its head, against the one at its end.
+    """(T - 1, B): each interval from the exact state at its start, against the one at its end.
 
-    ``truth`` (T, B, C, H, W) are the exact states at the nodes of ``part``.  Slopes of earlier
-    nodes are those found at exact states too.  A node that a guide inserts lies where the solver
-    puts it when it comes from the exact state before it, and a free first slope stays what it is.
+    ``truth`` (T, B, C, H, W) are the exact states at the nodes of ``part``.  The slopes that a
+    multistep solver remembers are those at exact states too.  A node that a guide inserts lies
+    where the solver puts it when it comes from the exact state before it, and an analytic first
+    slope stays analytic.
     """
     total = substeps_total(part.solver, len(part.ts) - 1, part.guide)
     state, errors = State(truth[0]), []

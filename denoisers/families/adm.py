@@ -24,7 +24,7 @@ from runtime.errors import UserError
 from runtime.files import sha256_file
 from solvers.types import Denoised
 
-LAST_STEP = 999  #: network time of the end of the process, which begins at 0
+LAST_STEP = 999  #: network time at the end of the process, t = 1
 
 
 @dataclass(eq=False)
@@ -108,7 +108,7 @@ class ADMModel(LoadedModel):
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None
     ) -> ADMDenoiser:
         """A rate of None or 0 means no guidance; a network without classes ignores the labels."""
-        require_labels(self.card, labels, self.net.num_classes)
+        require_labels(self.card, labels, self.net.settings.num_classes)
         if not guidance_rate:
             return ADMDenoiser(self.net, self.schedule, labels)
         if labels is None:
@@ -190,9 +190,9 @@ def load_unet(
 def load_adm(card: Card, files: Files, device: torch.device, dtype: torch.dtype) -> ADMModel:
     """Load ``files.main``; ``files.companion`` is read later; see :func:`registry.load_model`."""
     net, card, digest = load_unet(card, files.main, device, dtype)
-    if net.out_channels not in (card.channels, 2 * card.channels):
+    if net.settings.out_channels not in (card.channels, 2 * card.channels):
         raise UserError(
-            f"{files.main} predicts {net.out_channels} channels where '{card.name}' needs "
+            f"{files.main} predicts {net.settings.out_channels} channels where '{card.name}' needs "
             f"{card.channels}, or twice as many with a learned variance"
         )
     schedule = card.schedule

@@ -58,16 +58,16 @@ class CMModel(LoadedModel):
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None
     ) -> CMDenoiser:
-        require_labels(self.card, labels, self.net.num_classes)
+        require_labels(self.card, labels, self.net.settings.num_classes)
         return CMDenoiser(self.net, labels)
 
 
 def load_cm(card: Card, files: Files, device: torch.device, dtype: torch.dtype) -> CMModel:
     """Load ``files.main``; see :func:`registry.load_model`."""
     net, card, digest = load_unet(card, files.main, device, dtype)
-    if net.out_channels != card.channels:
+    if net.settings.out_channels != card.channels:
         raise UserError(
-            f"{files.main} predicts {net.out_channels} channels where '{card.name}' needs "
+            f"{files.main} predicts {net.settings.out_channels} channels where '{card.name}' needs "
             f"{card.channels}; it holds the weights of another family"
         )
     return CMModel(card, digest, net)

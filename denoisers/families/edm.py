@@ -17,7 +17,8 @@ from checkpoints.snapshots import find_network, read_edm
 from checkpoints.weights import Unfilled, constructing, fill, read_config, read_safetensors
 from denoisers.cards import Card
 from denoisers.families.common import LoadedModel, check_batch, check_samples
-from denoisers.families.precond import Precond, build
+from denoisers.families.precond import build
+from denoisers.families.precond_base import Precond
 from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints.weights import filled
+from checkpoints.weights import axis_size, filled
 from denoisers.nets.layers import attention
 from denoisers.nets.openai_blocks import Upsample
-from runtime.errors import UserError
 
 DECODING = ("quantize.", "post_quant_conv.", "decoder.")  #: the parts that are used here
 CHUNK = 4  #: images decoded at a time: the distances to 8192 codes take 128 MiB each
@@ -174,12 +173,7 @@ def settings_from(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """Arguments of :class:`VQDecoder`, inferred from names and shapes."""
 
     def size(name: str, axis: int = 0) -> int:
-        if name not in tensors or tensors[name].ndim <= axis:
-            raise UserError(
-                f"{source} has no '{name}' as in a vector-quantised first stage; give the one "
-                "that the model was trained on"
-            )
-        return tensors[name].shape[axis]
+        return axis_size(tensors, name, axis, source, "a vector-quantised first stage")
 
     def count(pattern: str) -> int:
         """The number of different values of the group in ``pattern``."""

@@ -21,7 +21,7 @@ from checkpoints.weights import check_entries
 from denoisers.cards import Card
 from denoisers.families.common import check_samples
 from denoisers.families.edm import EDMModel, card_of, finished, make_network
-from denoisers.families.precond import Precond
+from denoisers.families.precond_base import Precond
 from denoisers.nets.ncsnpp import published, settings_from
 from denoisers.nets.song import SongUNet
 from denoisers.protocol import Files

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from checkpoints.weights import axis_size
 from denoisers.nets.layers import Conv2d, UNetBlock
 from denoisers.nets.song import SongUNet
 from runtime.errors import UserError
@@ -112,13 +113,8 @@ class Modules:
 
     def size(self, index: int, name: str, axis: int = 0) -> int:
         """The length of an axis of a tensor, 1 or more; UserError if it does not exist."""
-        tensor = self.tensors.get(index, {}).get(name)
-        if tensor is None or tensor.ndim <= axis or not tensor.shape[axis]:
-            raise UserError(
-                f"{self.source} has no 'all_modules.{index}.{name}' as in NCSN++; it holds the "
-                "weights of another network"
-            )
-        return tensor.shape[axis]
+        entries = {f"all_modules.{index}.{k}": v for k, v in self.tensors.get(index, {}).items()}
+        return axis_size(entries, f"all_modules.{index}.{name}", axis, self.source, "NCSN++")
 
     def levels(self) -> tuple[int, list[int]]:
         """The number of blocks per level of the encoder, and the index of each level's first one.

@@ -7,16 +7,17 @@ unconditional latent diffusion (arXiv:2112.10752), under their published paramet
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from checkpoints.weights import axis_size
 from denoisers.nets.layers import channel_mean, one_of
 from denoisers.nets.openai_blocks import (
     ATTENTIONS,
@@ -32,69 +33,70 @@ from denoisers.precision import wide_dtype
 from runtime.errors import UserError
 
 
-class Encoder(nn.Module):
-    """The common part of the U-Net and the classifier: embedding, encoder and middle block.
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """Constructor settings of the U-Net and the classifier, under their published names.
 
     ``attention_resolutions`` are downsampling factors (1, 2, 4, ...); level i has
     ``channel_mult[i] * model_channels`` channels; with ``resblock_updown`` residual blocks
     resample, otherwise single convolutions.  Raises ValueError for an unknown ``attention``.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        channel_mult: Sequence[float],
-        num_classes: int | None = None,
-        num_heads: int = 4,
-        num_head_channels: int | None = None,
-        dropout: float = 0.0,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        attention: str = "legacy",
-    ) -> None:
+    image_size: int
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int
+    attention_resolutions: Sequence[int]
+    channel_mult: Sequence[float]
+    num_classes: int | None = None
+    num_heads: int = 4
+    num_head_channels: int | None = None
+    dropout: float = 0.0
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    attention: str = "legacy"
+
+    def __post_init__(self) -> None:
+        one_of("attention", self.attention, ATTENTIONS)
+
+
+class Encoder(nn.Module):
+    """The common part of the U-Net and the classifier: embedding, encoder and middle block.
+
+    ``settings`` are those of :class:`EncoderSettings`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        one_of("attention", attention, ATTENTIONS)
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.model_channels = model_channels
-        self.out_channels = out_channels
-        self.num_classes = num_classes
-        self.num_res_blocks = num_res_blocks
-        self.resblock_updown = resblock_updown
-        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.settings = own = EncoderSettings(**settings)
         self.dtype = torch.float32  #: of the convolutions, except the last
-        emb_channels = 4 * model_channels
+        base, emb_channels = own.model_channels, 4 * own.model_channels
         #: (downsampling, channels) of each level, finest first
-        self.levels = [(1 << i, int(mult * model_channels)) for i, mult in enumerate(channel_mult)]
+        self.levels = [(1 << i, int(mult * base)) for i, mult in enumerate(own.channel_mult)]
         self._res = partial(
-            ResBlock, emb_channels=emb_channels, dropout=dropout, scale_shift=use_scale_shift_norm
-        )
+            ResBlock,
+            emb_channels=emb_channels, dropout=own.dropout, scale_shift=own.use_scale_shift_norm,
+        )  # fmt: skip
         self._attend = partial(
             AttentionBlock,
-            num_heads=num_heads, num_head_channels=num_head_channels, layout=attention,
+            num_heads=own.num_heads, num_head_channels=own.num_head_channels, layout=own.attention,
         )  # fmt: skip
-        self._attended = tuple(attention_resolutions)
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
+            nn.Linear(base, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        self.label_emb = nn.Embedding(num_classes, emb_channels) if num_classes else None
+        classes = own.num_classes
+        self.label_emb = nn.Embedding(classes, emb_channels) if classes else None
         width = self.levels[0][1]
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(in_channels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(own.in_channels, width, 3, padding=1))])
         self.widths = [width]  #: channels of each input block, which the decoder concatenates
         for factor, channels in self.levels:
             if factor > 1:
-                down = self._res(width, resample="down") if resblock_updown else Downsample(width)
+                resample = own.resblock_updown
+                down = self._res(width, resample="down") if resample else Downsample(width)
                 self.input_blocks.append(Block(down))
                 self.widths.append(width)
-            for _ in range(num_res_blocks):
+            for _ in range(own.num_res_blocks):
                 self.input_blocks.append(self._block(width, channels, factor))
                 width = channels
                 self.widths.append(width)
@@ -102,7 +104,8 @@ class Encoder(nn.Module):
 
     def _block(self, width: int, channels: int, factor: int) -> Block:
         """A residual block, with attention where this level has it."""
-        attend = [self._attend(channels)] if factor in self._attended else []
+        attended = factor in self.settings.attention_resolutions
+        attend = [self._attend(channels)] if attended else []
         return Block(self._res(width, channels), *attend)
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -136,7 +139,7 @@ class Encoder(nn.Module):
 
         In the published form: times reach 1000, so rounding shows in the sixth digit.
         """
-        half = self.model_channels // 2
+        half = self.settings.model_channels // 2
         steps = torch.arange(half, dtype=self.wide, device=device)
         return (-math.log(1e4) * steps / half).exp()
 
@@ -155,20 +158,19 @@ class UNet(Encoder):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        own = self.settings
         width, skips = self.widths[-1], list(self.widths)
         self.output_blocks = nn.ModuleList()
         for factor, channels in reversed(self.levels):
-            for i in range(self.num_res_blocks + 1):
+            for i in range(own.num_res_blocks + 1):
                 block = self._block(width + skips.pop(), channels, factor)
                 width = channels
-                if factor > 1 and i == self.num_res_blocks:
-                    up = (
-                        self._res(width, resample="up") if self.resblock_updown else Upsample(width)
-                    )
-                    block.append(up)
+                if factor > 1 and i == own.num_res_blocks:
+                    resample = own.resblock_updown
+                    block.append(self._res(width, resample="up") if resample else Upsample(width))
                 self.output_blocks.append(block)
         self.out = nn.Sequential(
-            Float32GroupNorm(width), nn.SiLU(), nn.Conv2d(width, self.out_channels, 3, padding=1)
+            Float32GroupNorm(width), nn.SiLU(), nn.Conv2d(width, own.out_channels, 3, padding=1)
         )
 
     def forward(
@@ -192,9 +194,10 @@ class Classifier(Encoder):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        own = self.settings
         factor, width = self.levels[-1]
-        side = self.image_size // factor
-        pool = AttentionPool(side, width, self.out_channels, self.num_heads, self.num_head_channels)
+        side = own.image_size // factor
+        pool = AttentionPool(side, width, own.out_channels, own.num_heads, own.num_head_channels)
         self.out = nn.Sequential(Float32GroupNorm(width), nn.SiLU(), pool)
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
@@ -216,28 +219,54 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
     ``num_head_channels``, ``dropout`` and whether attention is "legacy" or "new".  Raises UserError
     if an entry is missing, the blocks are of no such network, or ``base`` has an unknown setting.
     """
-    unknown = sorted(set(base) - set(inspect.signature(Encoder).parameters))
+    unknown = sorted(set(base) - {field.name for field in fields(EncoderSettings)})
     if unknown:
         raise UserError(
             f"'{unknown[0]}' is no setting of the U-Net of guided diffusion; remove it from its "
             "config"
         )
+    is_classifier = "out.2.positional_embedding" in tensors
+    depth, stride = _levels(tensors, base["image_size"] if is_classifier else None)
+    first = [f"input_blocks.{1 + level * stride}" for level in range(depth)]
+    model_channels = _size(tensors, "time_embed.0.weight", 1)
+    widths = [_size(tensors, f"{block}.0.out_layers.3.weight") for block in first]
+    classes = _size(tensors, "label_emb.weight") if "label_emb.weight" in tensors else None
+    own = {
+        "in_channels": _size(tensors, "input_blocks.0.0.weight", 1),
+        "model_channels": model_channels,
+        "out_channels": _size(tensors, "out.2.c_proj.weight" if is_classifier else "out.2.weight"),
+        "num_res_blocks": stride - 1,
+        "attention_resolutions": [
+            1 << level for level in range(depth) if f"{first[level]}.1.qkv.weight" in tensors
+        ],
+        "channel_mult": [width / model_channels for width in widths],
+        "num_classes": classes,
+        "use_scale_shift_norm": (
+            _size(tensors, f"{first[0]}.0.emb_layers.1.weight") == 2 * widths[0]
+        ),
+        "resblock_updown": f"input_blocks.{stride}.0.op.weight" not in tensors,
+    }
+    if tensors["middle_block.1.qkv.weight"].ndim == 4:
+        own["attention"] = "flash"
+    return {**base, **own}
 
-    def size(name: str, axis: int = 0) -> int:
-        if name not in tensors or tensors[name].ndim <= axis:
-            raise UserError(
-                f"the weights have no '{name}' as in the U-Net of guided diffusion; they are of "
-                "another network"
-            )
-        return tensors[name].shape[axis]
+
+def _size(tensors: Mapping[str, Tensor], name: str, axis: int = 0) -> int:
+    return axis_size(tensors, name, axis, "the file", "the U-Net of guided diffusion")
+
+
+def _levels(tensors: Mapping[str, Tensor], image_size: int | None) -> tuple[int, int]:
+    """The number of levels, and of input blocks per level; ``image_size`` is for a classifier.
+
+    Raises UserError if the levels do not have the same number of blocks.
+    """
 
     def count(pattern: str) -> int:
         return sum(re.fullmatch(pattern, name) is not None for name in tensors)
 
-    is_classifier = "out.2.positional_embedding" in tensors
-    if is_classifier:  # it has no decoder, but a position for each pixel of its coarsest level
-        side = math.isqrt(size("out.2.positional_embedding", 1) - 1)
-        depth = (base["image_size"] // max(side, 1)).bit_length()
+    if image_size is not None:  # no decoder, but a position for each pixel of the coarsest level
+        side = math.isqrt(_size(tensors, "out.2.positional_embedding", 1) - 1)
+        depth = (image_size // max(side, 1)).bit_length()
     else:  # the last module of every level but the finest is an upsampling
         depth = 1 + count(r"output_blocks\.\d+\.[12]\.(in_layers\.2|conv)\.weight")
     # the first convolution; then per level its blocks and, but for the last, a downsampling
@@ -247,23 +276,4 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
             f"{stages} input blocks cannot be {depth} levels with the same number of blocks; the "
             "weights are of another network"
         )
-    stride = stages // depth
-    first = [f"input_blocks.{1 + level * stride}" for level in range(depth)]
-    model_channels = size("time_embed.0.weight", 1)
-    widths = [size(f"{block}.0.out_layers.3.weight") for block in first]
-    own = {
-        "in_channels": size("input_blocks.0.0.weight", 1),
-        "model_channels": model_channels,
-        "out_channels": size("out.2.c_proj.weight" if is_classifier else "out.2.weight"),
-        "num_res_blocks": stride - 1,
-        "attention_resolutions": [
-            1 << level for level in range(depth) if f"{first[level]}.1.qkv.weight" in tensors
-        ],
-        "channel_mult": [width / model_channels for width in widths],
-        "num_classes": size("label_emb.weight") if "label_emb.weight" in tensors else None,
-        "use_scale_shift_norm": size(f"{first[0]}.0.emb_layers.1.weight") == 2 * widths[0],
-        "resblock_updown": f"input_blocks.{stride}.0.op.weight" not in tensors,
-    }
-    if tensors["middle_block.1.qkv.weight"].ndim == 4:
-        own["attention"] = "flash"
-    return {**base, **own}
+    return depth, stages // depth

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from denoisers.nets.layers import Conv2d, Linear, UNetBlock, channel_mean, one_of
 
-MakeBlock = Callable[..., UNetBlock]  #: from the numbers of channels, and what is particular to it
+MakeBlock = Callable[..., UNetBlock]  #: from the channels and the options of one block
 
 
 class EDMNetwork(nn.Module):
@@ -163,7 +163,7 @@ class EDMUNet(EDMNetwork):
 
 
 def decode_block(block: nn.Module, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-    """A decoder block, whose input is joined by the encoder's last state if it takes both."""
+    """Apply a decoder block to ``x``, with the encoder's last state appended if it takes both."""
     if x.shape[1] != block.in_channels:
         x = torch.cat([x, skips.pop()], dim=1)
     return block(x, emb)

@@ -67,7 +67,9 @@ def _dpmpp(order: int, truth: int, form: str, *, corrected: bool = False, **more
     label = "`dpmpp3c`" if corrected else f"DPM-Solver++ ({order})"
     inserted = ", inserted node r = 0.4" if "guide" in more else ""
     source = {1: "2010.02502 (DDIM)", 2: "2211.01095, alg. 2"}.get(order, "2211.01095, its code")
-    options = {"max_order": order, "predict_x0": form == "data", "lower_order_final": False}
+    options: dict[str, object] = {"predict_x0": form == "data", "lower_order_final": False}
+    if not corrected:
+        options["max_order"] = order
     return Case(
         f"{label}, {form} form{inserted}",
         "dpmpp3c" if corrected else "dpmpp",
@@ -79,24 +81,23 @@ def _dpmpp(order: int, truth: int, form: str, *, corrected: bool = False, **more
     )
 
 
-def _two_stage(title: str, name: str, truth: int, r: float, source: str) -> Case:
-    if name == "amed":
-        return Case(title, name, truth, "polynomial", source, guide=FixedRatio(r))
-    return Case(title, name, truth, "polynomial", source, {"r": r})
+def _amed(truth: int, r: float) -> Case:
+    title = f"AMED rule, r = {r}"
+    return Case(title, "amed", truth, "polynomial", "2312.00094", guide=FixedRatio(r))
 
 
 CASES: tuple[Case, ...] = (
     Case("Euler", "euler", 1, "polynomial", "2010.02502 (DDIM)"),
-    _two_stage("Heun", "heun", 2, 1.0, "2206.00364, alg. 1"),
+    Case("Heun", "heun", 2, "polynomial", "2206.00364, alg. 1"),
     *(
-        _two_stage(f"DPM-Solver-2, r = {r}", "dpm", 2, r, "2206.00927, alg. 1")
+        Case(f"DPM-Solver-2, r = {r}", "dpm", 2, "polynomial", "2206.00927, alg. 1", {"r": r})
         for r in (0.3, 0.5, 0.8)
     ),
     Case("DPM-Solver-3", "dpm3", 3, "polynomial", "2206.00927, alg. 2"),
     Case("DPM-Solver-3", "dpm3", 3, "logsnr", "2206.00927, alg. 2"),
-    _two_stage("AMED rule, r = 0.5", "amed", 2, 0.5, "2312.00094"),
-    _two_stage("AMED rule, r = 0.3", "amed", 1, 0.3, "2312.00094"),
-    _two_stage("AMED rule, r = 0.8", "amed", 1, 0.8, "2312.00094"),
+    _amed(2, 0.5),
+    _amed(1, 0.3),
+    _amed(1, 0.8),
     *(_ipndm(k, k, "uniform") for k in (1, 2, 3, 4)),
     _ipndm(4, 2, "uniform", exact_start=False),
     *(_ipndm(k, 2, "polynomial") for k in (2, 3, 4)),

@@ -1,7 +1,7 @@
 """Pipelines of ``diffusers`` on disk: their settings, and the files of their weights.
 
-Only JSON is read here: whether a pipeline is supported, and its noise levels, are known without
-loading it, even if ``diffusers`` is not installed.
+Settings are JSON and a ``.ckpt`` is read as data: whether a pipeline is supported, and its noise
+levels, are known without loading it, even if ``diffusers`` is not installed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
 from denoisers.noise_schedules import BETAS, DiscreteVP
 from runtime.errors import UserError
@@ -27,6 +28,12 @@ EPSILON_T = 1e-3  #: smallest time that samplers use (arXiv:2206.00927, section 
 UNWANTED = ("safety_checker", "feature_extractor", "image_encoder")
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+#: Before the weights of CLIP in a single file: of Stable Diffusion 1, 2 and XL.
+TEXT_ENCODER_NAMES = (
+    "cond_stage_model.transformer.text_model.",
+    "cond_stage_model.model.",
+    "conditioner.",
+)
 FIRST_STAGES = ("vae", "vqvae")
 #: Components with weights, in the order in which they are loaded.
 WEIGHTED = ("unet", *FIRST_STAGES, "text_encoder", "text_encoder_2")
@@ -42,19 +49,18 @@ def is_diffusers(path: str | Path) -> bool:
     path = Path(path)
     if path.is_dir():
         return (path / INDEX).is_file()
-    return any(name.startswith(("cond_stage_model.", "conditioner.")) for name in _names(path))
+    return any(name.startswith(TEXT_ENCODER_NAMES) for name in _names(path))
 
 
 def _names(path: Path) -> Iterable[str]:
-    """The names of the tensors in a single file; none if it is something else."""
+    """The names of the tensors in a single file; none if it is something else, or not safe."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return list(file.keys())
         if path.suffix == ".ckpt":
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return [str(name) for name in content.get("state_dict", content)]
-    except Exception:  # a damaged or hostile file may raise anything, and is no pipeline
+            return list(read_weights(path)[0])
+    except (OSError, SafetensorError, UserError):
         pass
     return ()
 
@@ -162,10 +168,10 @@ def pipeline_card(
     stage: Mapping[str, Any],
     source: str,
 ) -> Card:
-    """The card of a pipeline with components of the classes ``parts``, from three's settings.
+    """The card of a pipeline with components of the classes ``parts``.
 
-    ``stage`` is empty if samples are images.  Raises UserError for a pipeline that is not
-    supported; ``source`` names it in the message.
+    ``unet``, ``scheduler`` and ``stage`` are settings; ``stage`` is empty if samples are images.
+    Raises UserError for a pipeline that is not supported; ``source`` names it in the message.
     """
     _check_parts(parts, source)
     _check_unet(unet, source)
@@ -264,19 +270,18 @@ def weight_files(main: Path) -> list[Path]:
     if main.is_file():
         return [main]
     parts = component_classes(read_json(main / INDEX), str(main))
-    files: set[Path] = set()
-    for name in (name for name in WEIGHTED if name in parts):
-        folder = component_folder(main, name)
-        whole = [p for p in folder.iterdir() if "." not in p.stem]
-        weights = [p for p in whole if p.suffix == ".safetensors"] or [
-            p for p in whole if p.suffix == ".bin"
-        ]
-        if not weights:
-            raise UserError(
-                f"{folder} has no weights, so the pipeline is not complete; copy it anew"
-            )
-        files.update(weights)
-    return sorted(files)
+    folders = {component_folder(main, name) for name in WEIGHTED if name in parts}
+    return sorted(file for folder in folders for file in component_files(folder))
+
+
+def component_files(folder: Path) -> list[Path]:
+    """The files with the weights of one component; UserError where there are none."""
+    whole = sorted(p for p in folder.iterdir() if "." not in p.stem)
+    for suffix in (".safetensors", ".bin"):
+        files = [p for p in whole if p.suffix == suffix]
+        if files:
+            return files
+    raise UserError(f"{folder} has no weights, so the pipeline is not complete; copy it anew")
 
 
 def sha256_pipeline(main: Path) -> str:

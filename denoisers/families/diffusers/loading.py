@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from checkpoints.weights import missing_entry, unknown_entry
+from checkpoints.snapshots import read_weights
+from checkpoints.weights import missing_entry, own_storages, unknown_entry
 from denoisers.cards import Card
 from denoisers.families.diffusers.files import (
     INDEX,
     UNWANTED,
     WEIGHTED,
     component_classes,
+    component_files,
     component_folder,
     describe_diffusers,
     first_stage,
@@ -140,7 +146,10 @@ def _read(diffusers: Any, main: Path) -> Any:
         left_out["requires_safety_checker"] = False
     if main.is_file():
         options = {"config": str(folder), "local_files_only": True, **left_out}
-        pipe = pipeline.from_single_file(str(main), **options)
+        with tempfile.TemporaryDirectory() as temporary:
+            pickled = main.suffix != ".safetensors"
+            file = _as_safetensors([main], Path(temporary, "all.safetensors")) if pickled else main
+            pipe = pipeline.from_single_file(str(file), **options)
         _check_whole(pipe, str(main))
         return pipe
     parts = component_classes(index, str(main))
@@ -149,7 +158,21 @@ def _read(diffusers: Any, main: Path) -> Any:
         for name, kind in parts.items()
         if name in WEIGHTED
     }
-    return pipeline.from_pretrained(main, local_files_only=True, **loaded, **left_out)
+    safe = {"local_files_only": True, "use_safetensors": True}
+    return pipeline.from_pretrained(main, **safe, **loaded, **left_out)
+
+
+def _as_safetensors(files: Iterable[Path], target: Path) -> Path:
+    """``target``, made to hold the weights in these pickles, which are read as data.
+
+    The libraries unpickle such files by themselves, and a small one can take all memory.  Raises
+    UserError for what :func:`read_state_dict` refuses.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_weights(file)[0]
+    save_file(own_storages(tensors), target, {"format": "pt"})
+    return target
 
 
 def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -166,9 +189,17 @@ def _component(diffusers: Any, kind: str, folder: Path) -> Any:
     import transformers
 
     library = transformers if kind.startswith("CLIP") else diffusers
-    part, report = getattr(library, kind).from_pretrained(
-        folder, local_files_only=True, output_loading_info=True
-    )
+    files = component_files(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        source = folder
+        if files[0].suffix != ".safetensors":
+            source = Path(shutil.copy(folder / "config.json", temporary)).parent
+            weights = [f for f in files if "pytorch_model" in f.stem]
+            name = "model" if library is transformers else "diffusion_pytorch_model"
+            _as_safetensors(weights, source / f"{name}.safetensors")
+        part, report = getattr(library, kind).from_pretrained(
+            source, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         raise missing_entry(folder, missing[0])

@@ -141,7 +141,7 @@ class DiffusersModel(LoadedModel):
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None
     ) -> PipelineDenoiser:
-        """Of rate None or 1 the conditional prediction alone, of 0 the unconditional one alone."""
+        """With rate None or 1 the conditional prediction alone, with 0 the unconditional one."""
         if prompts is None:
             return PipelineDenoiser(self, None, {})
         return PipelineDenoiser(self, guidance_rate, self._encode(list(prompts), guidance_rate))

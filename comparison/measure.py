@@ -1,0 +1,110 @@
+"""Measuring a row: the images of the shared seeds through one detector, kept on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from comparison.results import MeasuredRow, RowIdentity
+from comparison.rows import Row
+from evaluation.harness import Harness, Measured
+from metrics.summary import FeatureSummary
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.images import image_grid, save_png
+from runtime.typed import read_result, write_result
+
+ROWS = "rows"  #: folder of the measured rows
+
+
+def measure(row: Row, harness: Harness, folder: Path, tick: Callable[[int], object]) -> MeasuredRow:
+    """The numbers of one row; read from ``folder`` if the same row was measured before.
+
+    A row is one JSON file, written whole at its end, so a killed comparison loses one row at most.
+    Its statistics and features lie beside it (see :meth:`FeatureSummary.load`): other metrics and
+    references need no new samples.
+    """
+    file = folder / ROWS / f"{row.key}.json"
+    described = json.loads(json.dumps(row.sampler.describe()))  # equal to its copy on disk
+    identity = RowIdentity(described, harness.identity)
+    earlier = _read_earlier(file)
+    if earlier is not None and earlier.identity != identity:
+        earlier = _with_new_reference(earlier, identity, harness, folder)
+        if earlier is not None and harness.here.is_main:
+            write_result(file, earlier)
+    if earlier is not None:
+        tick(len(harness.seeds))
+        return earlier
+    begin = time.perf_counter()
+    measured = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
+    result = _result(row, measured, identity, time.perf_counter() - begin)
+    if harness.here.is_main:
+        images = harness.pictures(row.sampler)
+        save_png(file.with_suffix(".png"), image_grid(images, columns=len(images)))
+        with atomic_write(file.with_suffix(".npz")) as temporary:
+            measured.summary.save(temporary)
+        write_result(file, result)
+    return result
+
+
+def _read_earlier(file: Path) -> MeasuredRow | None:
+    """An earlier result; one that cannot be read is measured again."""
+    try:
+        return read_result(MeasuredRow, file)
+    except UserError:
+        return None
+
+
+def _result(row: Row, measured: Measured, identity: RowIdentity, seconds: float) -> MeasuredRow:
+    fid, converged = measured.fid, measured.converged
+    return MeasuredRow(
+        method=row.method,
+        group=row.group,
+        budget=row.budget,
+        detail=row.detail,
+        own_solver=row.own_solver,
+        fid=fid.fid,
+        fid_converged=None if converged is None else converged.fid,
+        fid_block_mean=fid.mean,
+        fid_block_spread=fid.spread,
+        fid_blocks=tuple(fid.blocks),
+        n=fid.n,
+        nfe_planned=row.sampler.nfe,
+        nfe_metered=measured.nfe,
+        images_per_second=measured.images_per_second,
+        seconds=seconds,
+        detector=identity.harness.detector,
+        identity=identity,
+        pictures=f"{ROWS}/{row.key}.png",
+        statistics=f"{ROWS}/{row.key}.npz",
+    )
+
+
+def _with_new_reference(
+    earlier: MeasuredRow, identity: RowIdentity, harness: Harness, folder: Path
+) -> MeasuredRow | None:
+    """An earlier result of the same images, compared with the current second reference.
+
+    None where anything but that reference differs, and where the statistics on disk are not those
+    of the result.
+    """
+    if _but_converged(earlier.identity) != _but_converged(identity) or earlier.statistics is None:
+        return None
+    try:
+        moments = FeatureSummary.load(folder / earlier.statistics, harness.detector).moments
+        fid = moments.fid(harness.reference)
+    except (OSError, ValueError):
+        return None
+    if not math.isclose(fid, earlier.fid, rel_tol=1e-6, abs_tol=1e-6):  # of another run
+        return None
+    second = harness.converged
+    converged = None if second is None else moments.fid(second.statistics)
+    return replace(earlier, fid_converged=converged, identity=identity)
+
+
+def _but_converged(identity: RowIdentity) -> RowIdentity:
+    return replace(identity, harness=replace(identity.harness, converged=None))

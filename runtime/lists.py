@@ -1,0 +1,25 @@
+"""Lists as they are written on a command line: values separated by commas."""
+
+from __future__ import annotations
+
+from runtime.errors import UserError
+
+
+def parse_whole_numbers(flag: str, text: str, least: int) -> list[int]:
+    """``"7,5,5"`` -> [5, 7]: each number once, in increasing order.
+
+    Raises UserError, naming ``flag``, for an empty list and for anything but whole numbers of
+    ``least`` or more.
+    """
+    parts = parse_words(text)
+    bad = [part for part in parts if not part.isdigit() or int(part) < least]
+    if bad or not parts:
+        raise UserError(
+            f"{flag} {text!r} is not a list of whole numbers of {least} or more; give {flag} 5,7"
+        )
+    return sorted({int(part) for part in parts})
+
+
+def parse_words(text: str) -> list[str]:
+    """``"a, b"`` -> ["a", "b"]; empty parts are left out."""
+    return [part.strip() for part in text.split(",") if part.strip()]
