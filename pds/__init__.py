@@ -1,1 +1,1 @@
-"""Preconditioned diffusion sampling: masks from data, linear operators, predictor-corrector."""
+"""Preconditioned diffusion sampling (PDS): masks, linear operators, predictor-corrector chains."""

@@ -1,9 +1,9 @@
 """Predictor-corrector sampling of the variance-exploding SDE, with and without preconditioning.
 
-Song et al. 2021 (arXiv:2011.13456), algorithm 2: at every noise level Langevin steps (the
-corrector, algorithm 4), then one step of the reverse diffusion down to the next level (the
-predictor).  PDS (arXiv:2207.02196) replaces every noise ``z`` by ``A z``, the start included, and
-every score ``g`` by ``B g``.
+Song et al. 2021 (arXiv:2011.13456), algorithm 2: Langevin steps at every noise level (the
+corrector, algorithm 4), then one step of the reverse diffusion to the next level (the predictor).
+PDS (arXiv:2207.02196) replaces every noise ``z`` by ``A z``, including the initial one, and every
+score ``g`` by ``B g``.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from plans.process import ForwardProcess
 from solvers.driver import Meter
 from solvers.grids import get_grid
 
-EPS = 1e-5  #: where the published code ends its SDE time, which runs from 1
+EPS = 1e-5  #: the SDE time of the published code goes from 1 to this
 
 
-@dataclass(frozen=True, eq=False)  # tensors inside: chains compare by identity
+@dataclass(frozen=True, eq=False)  # tensors have no boolean ==, so chains compare by identity
 class Chain:
     """A segment of a plan (see ``plans.plan.Segment``): N iterations from the highest level to 0.
 
-    Every random number is a named draw: ``("corrector", i, k)`` and ``("predictor", i)`` of
-    iteration i from 0.
+    Random numbers are the named draws ``("corrector", i, k)`` and ``("predictor", i)`` of
+    iteration i, from 0.
     """
 
-    levels: Tensor  #: (N,) float64 on the CPU, decreasing; the last predictor goes to 0
-    network_sigma: Tensor  #: (N,) the levels that the network is given instead
+    levels: Tensor  #: (N,) float64 on the CPU, decreasing; the last predictor step goes to 0
+    network_sigma: Tensor  #: (N,) the noise levels passed to the network
     operators: Preconditioner = field(default_factory=Preconditioner)
-    snr: float = 0.16  #: of a corrector step
+    snr: float = 0.16  #: signal-to-noise ratio of a corrector step
     n_steps: int = 1  #: corrector steps at each level
-    batch_coupled: bool = False  #: as published: the corrector's step is that of the whole batch
+    batch_coupled: bool = False  #: as published: one corrector step size for the whole batch
 
     @property
     def start(self) -> float:
@@ -55,10 +55,9 @@ class Chain:
         return len(self.levels) * (self.n_steps + 1) * cost
 
     def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
-        """The states (B, C, H, W) after each iteration, from ``x = sigma_max z``.
+        """Yield the state (B, C, H, W) after each iteration, from ``x = sigma_max z``.
 
-        The last one is the mean of its step, without the noise (Tweedie's formula at the lowest
-        level), as published.
+        As published, the last predictor step adds no noise (Tweedie's formula at the lowest level).
         """
         operators = self.operators.to(x)
 
@@ -87,15 +86,15 @@ class Chain:
 def ve_levels(
     iterations: int, sigma_min: float, sigma_max: float, eps: float = EPS
 ) -> tuple[Tensor, Tensor]:
-    """The levels of the discretised VE SDE and those that the network is given, (N,) float64 each.
+    """The levels of the discretised VE SDE and those passed to the network, (N,) float64 each.
 
-    The levels are geometric.  The published code tells the network ``sigma(t)`` at N times t that
-    are uniform from 1 to ``eps``, not to 0, so it is given slightly more.  Raises ValueError as
+    The levels are geometric.  The published code passes ``sigma(t)`` at N uniform times t from 1
+    to ``eps`` instead of 0, so the network's levels are slightly higher.  Raises ValueError as
     `solvers.grids.get_grid` does.
     """
     levels = get_grid("logsnr", iterations, sigma_min, sigma_max)
-    behind = torch.linspace(0, eps, iterations, dtype=torch.float64)
-    return levels, levels * (sigma_max / sigma_min) ** behind
+    offset = torch.linspace(0, eps, iterations, dtype=torch.float64)
+    return levels, levels * (sigma_max / sigma_min) ** offset
 
 
 def langevin(x: Tensor, g: Tensor, z: Tensor, step: Tensor | float) -> Tensor:
@@ -104,10 +103,10 @@ def langevin(x: Tensor, g: Tensor, z: Tensor, step: Tensor | float) -> Tensor:
 
 
 def langevin_step(g: Tensor, z: Tensor, snr: float, coupled: bool = False) -> Tensor:
-    """The step size ``2 (snr |z| / |g|)^2`` of each sample, (B, 1, 1, 1), from its own norms.
+    """The step size ``2 (snr |z| / |g|)^2`` of each sample, (B, 1, 1, 1).
 
-    ``coupled`` averages both norms over the batch first, as the published code does, so that the
-    neighbours of a sample change it.
+    ``coupled`` first averages both norms over the batch, as the published code does, so that a
+    sample depends on the others in its batch.
     """
     norms = [torch.linalg.vector_norm(v, dim=(1, 2, 3), keepdim=True) for v in (z, g)]
     if coupled:

@@ -1,4 +1,4 @@
-"""Masks of PDS: where images have power, per frequency and per pixel."""
+"""Masks of PDS: the power of images per frequency and per pixel."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pds.operators import mirrored
 from runtime.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-#: Data sets with bundled masks, by the name of the model's card.
+#: Names of bundled masks, by the name of the model's card.
 BUNDLED = dict.fromkeys(("cifar10-small", "cifar10", "cifar10-vp", "cifar10-ncsnpp"), "cifar10")
-#: A frequency mask of real images is even; more than this of its maximum is no rounding.
+#: Tolerance for the evenness of a frequency mask, relative to its maximum; above rounding errors.
 UNEVEN = 1e-3
 REMEDY = "fit one with python -m tools.fit_masks, or give 'none'"
 
 
 class Masks(NamedTuple):
-    """What K images give; float64, not negative."""
+    """The masks of K images; float64, not negative."""
 
     freq: Tensor  #: (C, H, W), ``log(1 + mean |F x|^2)``, the zero frequency first
     space: Tensor  #: (C, H, W), ``mean x^2``
@@ -35,20 +35,20 @@ class Masks(NamedTuple):
 class Mask:
     """A mask from a file."""
 
-    name: str  #: of the file, for records
+    name: str  #: name of the file, for records
     values: Tensor  #: (C, H, W) float64
 
     def describe(self) -> dict[str, Any]:
-        """For a record: its name and a hash of its values."""
+        """The entry of a record: the name and a hash of the values."""
         digest = hashlib.sha256(self.values.numpy().tobytes()).hexdigest()
         return {"name": self.name, "sha256": digest}
 
 
 def fit(batches: Iterable[Tensor]) -> Masks:
-    """Masks (PDS, arXiv:2207.02196, section 4) of uint8 batches (B, C, H, W), one at a time.
+    """Compute masks (PDS, arXiv:2207.02196, section 4) from uint8 batches (B, C, H, W).
 
-    Images are taken in [0, 1], as published, whatever the range of the model.  Raises UserError
-    for no image at all, and where every image is black.
+    Images are scaled to [0, 1], as published, independent of the range of the model.  Raises
+    UserError if there is no image, or if all images are black.
     """
     count = 0
     power = square = torch.zeros((), dtype=torch.float64)
@@ -58,18 +58,18 @@ def fit(batches: Iterable[Tensor]) -> Masks:
         square = square + x.square().sum(0)
         count += len(x)
     if not float(square.sum()) > 0:
-        raise UserError(f"{count} images without any light give no mask: check --data")
-    power = (power + mirrored(power)) / 2  # even up to rounding before
+        raise UserError(f"all {count} images are black: check --data")
+    power = (power + mirrored(power)) / 2  # it was even up to rounding
     return Masks(torch.log1p(power / count), square / count, count)
 
 
 def load_mask(kind: str, spec: str, card_name: str, shape: tuple[int, int, int]) -> Mask | None:
-    """The ``kind`` (freq or space) of mask that ``spec`` names, for states of ``shape`` (C, H, W).
+    """Load a mask of the ``kind`` freq or space for states of ``shape`` (C, H, W).
 
-    ``spec`` is a ``.npy`` file, ``bundled`` for the one that comes with the toolkit, or ``none``.
-    Raises UserError for a file that holds no such mask, or that of other images; a frequency mask
-    has to be even, ``m(k) = m(-k)``, as that of real images is: where it is not, it is no frequency
-    mask, and the published operators would not keep the target (see `Preconditioner.of`).
+    ``spec`` is a ``.npy`` file, ``bundled`` for a mask of the toolkit, or ``none``.  Raises
+    UserError for a file without such a mask, or with another shape.  A frequency mask must be even,
+    ``m(k) = m(-k)``, like that of any real images: otherwise the published operators would not
+    preserve the target distribution (see `Preconditioner.of`).
     """
     if spec == "none":
         return None
@@ -84,17 +84,17 @@ def load_mask(kind: str, spec: str, card_name: str, shape: tuple[int, int, int])
     if values.ndim == len(shape) + 1 and len(values) == 1:  # as published
         values = values[0]
     if values.shape != shape:
-        has, wants = ("x".join(map(str, s)) for s in (values.shape, shape))
-        raise UserError(f"{what} is of {has} values where {card_name!r} has {wants}: {REMEDY}")
+        actual, expected = ("x".join(map(str, s)) for s in (values.shape, shape))
+        raise UserError(f"{what} has shape {actual}, but {card_name!r} needs {expected}: {REMEDY}")
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() > 0):
-        raise UserError(f"{what} has entries that are no powers (finite, 0 or more): {REMEDY}")
+        raise UserError(f"{what} has entries that are negative, not finite, or all 0: {REMEDY}")
     mask = torch.from_numpy(values)
     if kind == "freq":
         uneven = float((mask - mirrored(mask)).abs().max() / mask.max())
         if uneven > UNEVEN:
             raise UserError(
-                f"{what} is not even (opposite frequencies differ by {uneven:.2g} of its maximum), "
-                f"as that of every set of images is: was it a space mask? {REMEDY}"
+                f"{what} is not even, as a frequency mask must be (opposite frequencies differ by "
+                f"{uneven:.2g} of the maximum); it may be a space mask: {REMEDY}"
             )
     return Mask(path.name, mask)
 
@@ -104,7 +104,7 @@ def _read(path: Path, what: str) -> np.ndarray:
     try:
         values = np.load(path, allow_pickle=False)
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-            raise ValueError("no array of real numbers")
+            raise ValueError("not an array of real numbers")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{what} cannot be read ({_reason(error)}): {REMEDY}") from None
     return values.astype(np.float64)

@@ -1,12 +1,12 @@
-"""The linear operators of PDS, in real Fourier transforms.
+"""The linear operators of PDS, by real Fourier transforms.
 
-Preconditioned diffusion sampling (Ma et al. 2022, arXiv:2207.02196; 2023, arXiv:2302.06504) draws
-noise ``A z`` and follows the score through ``B``, with ``S`` a factor per pixel and ``R`` a factor
+Preconditioned diffusion sampling (Ma et al. 2022, arXiv:2207.02196; 2023, arXiv:2302.06504)
+multiplies noise by ``A`` and scores by ``B``, where ``S`` is a factor per pixel and ``R`` a factor
 per frequency:
 
     A = F^-1 R F S,        B = A A^T = F^-1 R F S^2 F^-1 R F.
 
-Langevin dynamics ``dx = B grad log p dt + sqrt(2) A dw`` keeps ``p`` for every such pair.
+Langevin dynamics ``dx = B grad log p dt + sqrt(2) A dw`` preserves ``p`` for every such pair.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from runtime.errors import UserError
 class Preconditioner:
     """``A`` and ``B`` on states (B, C, H, W); without filters both are the identity."""
 
-    freq: Tensor | None = None  #: ``R``, even: its half plane (C, H, W // 2 + 1), as of ``rfft2``
+    freq: Tensor | None = None  #: ``R``, even: the half plane (C, H, W // 2 + 1) of ``rfft2``
     space: Tensor | None = None  #: ``S`` (C, H, W)
-    odd: Tensor | None = None  #: see ``of``: the odd part of a published ``R``, in its half plane
+    odd: Tensor | None = None  #: the odd part of a published ``R`` (half plane), see `of`
 
     @classmethod
     def of(
@@ -35,14 +35,14 @@ class Preconditioner:
         alpha: float,
         real_part_trick: bool = False,
     ) -> Preconditioner:
-        """From masks (C, H, W), see `to_filter`.
+        """The operators of masks (C, H, W), see `to_filter`.
 
-        Where a frequency filter is not even, ``R(k) != R(-k)``, it takes real images to complex
-        ones.  The published code then keeps the real part.  In ``A z`` that is the same as taking
-        the even part of the filter, which is what is done here.  In ``B g`` the published code
-        takes the real part once, at the end, and the imaginary part between the two filters adds
-        ``Q S^2 Q^T`` (``i Q`` is the odd part of the filter): ``B`` is then more than ``A A^T``,
-        and the chain forgets its target.  ``real_part_trick`` keeps that term, for parity only.
+        If a frequency filter is not even, ``R(k) != R(-k)``, it maps real images to complex ones,
+        of which the published code takes the real part.  In ``A z`` this is equivalent to the even
+        part of the filter, which is used here.  In ``B g`` the published code takes the real part
+        only at the end, so the imaginary part between the two filters adds ``Q S^2 Q^T`` (``i Q``
+        is the odd part of the filter).  Then ``B`` is not ``A A^T``, and the chain does not
+        preserve its target.  ``real_part_trick`` keeps this term, to reproduce the published code.
         """
         space = None if space_mask is None else to_filter(space_mask, alpha)
         if freq_mask is None:
@@ -68,19 +68,17 @@ class Preconditioner:
         out = _filtered(inner, self.freq)
         if self.odd is None:
             return out
-        turned = -1j * self.odd  # of the real operator Q: its transpose is -Q
-        return out - _filtered(
-            _scaled(_scaled(_filtered(g, turned), self.space), self.space), turned
-        )
+        q = -1j * self.odd  # the filter of the real operator Q, whose transpose is -Q
+        return out - _filtered(_scaled(_scaled(_filtered(g, q), self.space), self.space), q)
 
 
 def to_filter(mask: Tensor, alpha: float) -> Tensor:
     """``((m / max m + alpha - 1) / alpha)^-1``: from 1 at the largest entry to alpha/(alpha - 1).
 
-    Raises UserError for an ``alpha`` of 1 or less, which may divide by zero.
+    Raises UserError for an ``alpha`` of 1 or less, for which it may divide by zero.
     """
     if not alpha > 1:
-        raise UserError(f"--alpha {alpha:g} makes no filter: give a number above 1, 5 is usual")
+        raise UserError(f"--alpha {alpha:g} is too small: give a number above 1, such as 5")
     return alpha / (mask / mask.max() + alpha - 1)
 
 

@@ -1,1 +1,1 @@
-"""From options or a predictor to a sampler, and from seeds to images on disk."""
+"""Samplers built from options or a predictor, and sampling of images by seed."""

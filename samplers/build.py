@@ -1,4 +1,4 @@
-"""From options to a sampler."""
+"""Building a sampler from its options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from samplers.builders.classic import classic_sampler
 from samplers.builders.pds import pds_sampler
 from samplers.builders.restart import restart_sampler
 from samplers.builders.stochastic import ddpm_sampler, edm_sampler
-from samplers.options import TAKES, SamplerOptions, check_length, check_taken
+from samplers.options import ACCEPTS, SamplerOptions, check_accepted, check_length
 from samplers.sampler import Sampler
 from solvers.registry import CLASSIC, SOLVERS
 
@@ -24,9 +24,9 @@ BUILDERS: dict[str, Callable[[SamplerOptions, Card], Sampler]] = {
 
 
 def build(options: SamplerOptions, card: Card) -> Sampler:
-    """The sampler that ``options`` name, on the noise levels of ``card``'s model.
+    """The sampler of ``options``, on the noise levels of ``card``'s model.
 
-    Raises UserError or ValueError, one sentence with the remedy, for options that make no sampler.
+    Raises UserError or ValueError, one sentence with the remedy, for invalid options.
     """
     name = str(options.sampler)
     if name in SOLVERS and SOLVERS[name].needs_guide:
@@ -36,6 +36,6 @@ def build(options: SamplerOptions, card: Card) -> Sampler:
         )
     if name not in BUILDERS:
         raise UserError(f"unknown sampler {name!r}; choose one of {', '.join(BUILDERS)}")
-    check_taken(options, TAKES[name], f"sampler {name!r}")
+    check_accepted(options, ACCEPTS[name], f"sampler {name!r}")
     check_length(options)
     return BUILDERS[name](options, card)

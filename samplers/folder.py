@@ -1,4 +1,4 @@
-"""A folder of samples: one PNG per seed and a record, safe to kill and to continue."""
+"""A folder of samples: one PNG per seed and a record; an interrupted run can be continued."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from runtime.record import RunRecord
 from samplers.generate import SampleBatch
 
 RECORD = "run.json"
-PICTURE_MOST = 256  #: images in a grid, rows in a film strip
-#: Options that may change when a folder is continued: they leave the images alone.
+MAX_PICTURE = 256  #: images in an overview picture, rows in a picture of film strips
+#: Options that may change when a folder is continued, because they do not affect the images.
 FREE = (
     "seeds", "batch", "device", "world_size", "grid", "return_inters", "outdir", "model_path",
     "prompt_path",
@@ -28,22 +28,22 @@ _PNG_HEAD, _PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class Folder:
-    """Where images go: ``path/000001.png``, or ``path/000000/000001.png`` with ``subdirs``.
+    """A folder of images: ``path/000001.png``, or ``path/000000/000001.png`` with ``subdirs``.
 
-    Everything that is no sample has to stay out of reach of ``fid.py``, which takes every image
-    below ``path``: the film strips and the overview pictures lie beside it.
+    Film strips and overview pictures are stored next to ``path``, because ``fid.py`` reads every
+    image below it.
     """
 
     path: Path
     subdirs: bool = False
-    inters: bool = False  #: a film strip per seed as well
+    inters: bool = False  #: also store a film strip per seed
 
     def image(self, seed: int) -> Path:
         """The file of one sample."""
         return self.path / self._name(seed)
 
     def strip(self, seed: int) -> Path:
-        """The film strip of one sample: its states from left to right."""
+        """The file of the film strip of one sample: its states from left to right."""
         return self.beside("-inters") / self._name(seed)
 
     def beside(self, ending: str) -> Path:
@@ -55,41 +55,41 @@ class Folder:
         return f"{seed - seed % 1000:06d}/{name}" if self.subdirs else name
 
     def missing(self, seeds: Sequence[int]) -> list[int]:
-        """Those of ``seeds`` without a whole image (and film strip, where one is asked for)."""
+        """Those of ``seeds`` without a complete image (and film strip, with ``inters``)."""
         return [seed for seed in seeds if not all(is_whole(file) for file in self._files(seed))]
 
     def _files(self, seed: int) -> tuple[Path, ...]:
         return (self.image(seed), self.strip(seed)) if self.inters else (self.image(seed),)
 
     def open(self, record: RunRecord, seeds: Sequence[int]) -> tuple[RunRecord, list[int]]:
-        """Write the record, or continue an older one; returns it and the seeds to be made.
+        """Write the record, or continue an existing one; returns it and the missing seeds.
 
         Raises:
-            UserError: a folder that other settings made, or images that no record explains.
+            UserError: the folder has images of other settings, or images without a record.
         """
         file = self.path / RECORD
         if file.exists():
             record = _continued(record, RunRecord.read(file), self.path)
         elif any(self.image(seed).exists() for seed in seeds):
             raise UserError(
-                f"{self.path} holds images but no {RECORD} that says how they were made: "
+                f"{self.path} holds images but no {RECORD} with their settings: "
                 "give another --outdir, or remove them"
             )
         missing = self.missing(seeds)
         if not missing and record.plan["nfe_metered"] is None:
-            missing = list(seeds[:1])  # killed before the last line: meter one image again
-        _sweep(path for seed in missing for path in self._files(seed))
+            missing = list(seeds[:1])  # killed before `close`: measure the NFE on one image again
+        _remove_temporary(path for seed in missing for path in self._files(seed))
         if missing:
             record.write(file)
         return record, missing
 
     def close(self, record: RunRecord, nfe: int) -> None:
         """Write the metered NFE into the record."""
-        done = dataclasses.replace(record, plan={**record.plan, "nfe_metered": nfe})
-        done.write(self.path / RECORD)
+        final = dataclasses.replace(record, plan={**record.plan, "nfe_metered": nfe})
+        final.write(self.path / RECORD)
 
     def save(self, batch: SampleBatch) -> None:
-        """Write the images of a batch, each whole or not at all."""
+        """Write the images of a batch, each atomically."""
         if self.inters and batch.trajectory is not None:
             for i, seed in enumerate(batch.seeds):
                 save_png(self.strip(seed), film_strip(batch.trajectory.x[:, i : i + 1]))
@@ -97,22 +97,22 @@ class Folder:
             save_png(self.image(seed), pixels)
 
     def save_grid(self, seeds: Sequence[int]) -> Path:
-        """One picture of the first samples, about square, beside the folder."""
-        images = [read_png(self.image(seed)) for seed in seeds[:PICTURE_MOST]]
+        """Write one picture of the first samples, nearly square, next to the folder."""
+        images = [read_png(self.image(seed)) for seed in seeds[:MAX_PICTURE]]
         target = self.beside("-grid.png")
         save_png(target, image_grid(images, columns=math.ceil(math.sqrt(len(images)))))
         return target
 
     def save_strips(self, seeds: Sequence[int]) -> Path:
-        """One picture of the first film strips: a row per sample, a column per time."""
+        """Write one picture of the first film strips: a row per sample, a column per time."""
         target = self.beside("-inters.png")
-        rows = [read_png(self.strip(seed)) for seed in seeds[:PICTURE_MOST]]
+        rows = [read_png(self.strip(seed)) for seed in seeds[:MAX_PICTURE]]
         save_png(target, image_grid(rows, columns=1))
         return target
 
 
 def is_whole(path: Path) -> bool:
-    """Whether ``path`` is a PNG from its signature to its end mark."""
+    """Whether ``path`` is a complete PNG, by its signature and its end marker."""
     try:
         with path.open("rb") as file:
             head = file.read(len(_PNG_HEAD))
@@ -123,7 +123,7 @@ def is_whole(path: Path) -> bool:
 
 
 def seed_ranges(seeds: Iterable[int]) -> str:
-    """The seeds in rising order as people write them: ``0-9,12``."""
+    """The seeds in increasing order as text: ``0-9,12``."""
     ranges: list[list[int]] = []
     for seed in sorted(seeds):
         if ranges and seed == ranges[-1][1] + 1:
@@ -134,14 +134,14 @@ def seed_ranges(seeds: Iterable[int]) -> str:
 
 
 def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
-    """``record`` with the seeds and the metered NFE of the ``older`` one of the same settings."""
+    """``record`` with the seeds and the metered NFE of the ``older`` one added."""
     metered = older.plan.get("nfe_metered")
     record = dataclasses.replace(record, plan={**record.plan, "nfe_metered": metered})
     differences = [_short(line) for line in record.differences(older, ignore=FREE)]
     if differences:
         more = f" and {len(differences) - 2} more" if len(differences) > 2 else ""
         raise UserError(
-            f"{path} holds images of other settings (now and there: "
+            f"{path} holds images of other settings (new != old: "
             f"{'; '.join(differences[:2])}{more}): give another --outdir, or remove that folder"
         )
     seeds = seed_ranges(_seeds(older) | _seeds(record))
@@ -149,20 +149,20 @@ def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
 
 
 def _seeds(record: RunRecord) -> set[int]:
-    found: set[int] = set()
+    seeds: set[int] = set()
     for part in str(record.options.get("seeds", "")).split(","):
         low, _, high = part.partition("-")
         if low.isdigit():
-            found.update(range(int(low), int(high or low) + 1))
-    return found
+            seeds.update(range(int(low), int(high or low) + 1))
+    return seeds
 
 
 def _short(line: str) -> str:
     return line if len(line) <= 90 else f"{line[:87]}..."
 
 
-def _sweep(files: Iterable[Path]) -> None:
-    """Remove what a killed process left half-written of ``files``."""
+def _remove_temporary(files: Iterable[Path]) -> None:
+    """Remove temporary files that a killed process left behind while writing ``files``."""
     names: dict[Path, set[str]] = {}
     for file in files:
         names.setdefault(file.parent, set()).add(f".{file.name}")

@@ -1,4 +1,4 @@
-"""From seeds to images: a generator of batches."""
+"""Sampling: a generator of batches of images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from solvers.types import Trajectory
 
 
 class SampleBatch(NamedTuple):
-    """What a batch of seeds became."""
+    """The samples of a batch of seeds."""
 
     seeds: tuple[int, ...]
     x: Tensor  #: (B, C, H, W), the final states
     nfe: int  #: metered network evaluations per image
     images: Tensor  #: ``x`` decoded: (B, 3, H, W) in [-1, 1]
-    trajectory: Trajectory | None  #: every state, decoded, where it was asked for
+    trajectory: Trajectory | None  #: every state, decoded, with ``keep_trajectory``
 
 
 def generate(
@@ -40,35 +40,35 @@ def generate(
     keep_trajectory: bool = False,
     watch: Callable[[int, int], object] | None = None,
 ) -> Iterator[SampleBatch]:
-    """Yield the images of ``seeds`` in their order, at most ``batch`` at a time.
+    """Yield the images of ``seeds`` in order, at most ``batch`` at a time.
 
-    ``dtype`` is that of the state.  The guidance rate is the sampler's.  All random numbers belong
-    to the seed, so an image depends neither on the batch nor on the process that makes it: share
-    the seeds out with ``World.shard``.  ``watch`` is told at every state of a batch its number
-    and how many there will be.  Raises UserError for a batch below 1 or a condition that
-    the model does not take, and RuntimeError where the network was not called as often as planned.
+    ``dtype`` is that of the state.  The guidance rate is the sampler's.  All random numbers depend
+    on the seed, so an image does not depend on the batch or the process: distribute the seeds with
+    ``World.shard``.  ``watch`` is called with the number of every state of a batch and their total.
+    Raises UserError for a batch below 1 or an invalid condition, and RuntimeError if the metered
+    NFE is not the planned one.
     """
     if batch < 1:
-        raise UserError(f"a batch of {batch} images makes nothing: give --batch 1 or more")
-    given = replace(conditions or Conditions(), guidance_rate=sampler.guidance_rate)
-    given.check(model.card, seeds)
+        raise UserError(f"--batch {batch} is too small: give --batch 1 or more")
+    resolved = replace(conditions or Conditions(), guidance_rate=sampler.guidance_rate)
+    resolved.check(model.card, seeds)
     check_coupled(sampler, len(seeds), batch)
     device = torch.device(device)
     if sampler.student is not None:
         sampler.student.predictor.to(device)
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
     return (
-        _batch(sampler, model, tuple(chunk), device, dtype, given, keep_trajectory, watch)
+        _batch(sampler, model, tuple(chunk), device, dtype, resolved, keep_trajectory, watch)
         for chunk in chunks
     )
 
 
 def check_coupled(sampler: Sampler, images: int, batch: int, processes: int = 1) -> None:
-    """Raise UserError where batches would decide what the images of ``sampler`` are."""
+    """Raise UserError if the sampler couples the images of a batch and there are several."""
     if sampler.coupled and (images > batch or processes > 1):
         raise UserError(
-            f"--batch_coupled makes an image depend on its batch, and {images} images would come "
-            f"in more than one: give --batch {images} on one process, or leave --batch_coupled out"
+            f"--batch_coupled requires all {images} images in one batch: give --batch {images} on "
+            "one process, or leave --batch_coupled out"
         )
 
 
@@ -87,8 +87,8 @@ def _batch(
     meter = drawn.meter
     if drawn.denoiser.cost != sampler.cost:
         raise UserError(
-            f"a call of {model.card.name!r} costs {drawn.denoiser.cost} evaluations but the plan "
-            f"counts {sampler.cost}: check --guidance_rate {sampler.guidance_rate}"
+            f"a call of {model.card.name!r} takes {drawn.denoiser.cost} evaluations but the plan "
+            f"has {sampler.cost}: check --guidance_rate {sampler.guidance_rate}"
         )
     x = drawn.start(sampler.start)
     times = plan_times(sampler.plan)
@@ -101,8 +101,8 @@ def _batch(
             watch(number, len(times) - 1)
     if meter.nfe != sampler.nfe:
         raise RuntimeError(
-            f"{sampler.label} spent {meter.nfe} NFE where its plan says {sampler.nfe}: "
-            "the plan's formula and the driver disagree"
+            f"{sampler.label} used {meter.nfe} NFE instead of the planned {sampler.nfe}: "
+            "this is a bug in a segment's nfe()"
         )
     if not keep:
         return SampleBatch(seeds, x, meter.nfe, model.decode(x), None)

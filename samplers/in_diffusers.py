@@ -1,9 +1,9 @@
-"""Our walks inside the pipelines of ``diffusers``: a trained predictor as their scheduler.
+"""A trained predictor as the scheduler of a pipeline of ``diffusers``.
 
-A predictor chooses every inserted time from the bottleneck, for each image by itself, so the
-pipeline's list of times cannot be written down beforehand.  The scheduler therefore hangs two
-hooks on the U-Net: one reads the mid block, the other replaces the time that the pipeline passes.
-All else stays the pipeline's own: prompts, guidance, adapters, decoding, the safety checker.
+A predictor chooses every inserted time from the bottleneck features, separately for each image, so
+the pipeline's list of times is not known in advance.  The scheduler therefore registers two hooks
+on the U-Net: one reads the mid block, the other replaces the time that the pipeline passes.
+Everything else is done by the pipeline: prompts, guidance, adapters, decoding, the safety checker.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from solvers.driver import integrate, planned_nfe
 from solvers.grids import TimeMaps
 from solvers.types import Denoised
 
-TOLERANCE = 1e-2  #: by which a grid may leave the levels that the model was trained on
+TOLERANCE = 1e-2  #: relative distance by which a grid may exceed the model's noise levels
 
 
 def use_predictor(pipe: Any, spec: str | Path, root: str | Path = "exps") -> WalkScheduler:
     """Make a trained predictor the scheduler of ``pipe``, a pipeline of ``diffusers``.
 
     ``spec`` is the number of a run below ``root``, its folder, or a file.  Call the pipeline with
-    ``num_inference_steps`` as the returned scheduler says, and with the ``guidance_scale`` that
-    the predictor was trained with.  Raises UserError for a predictor of another model.
+    the ``num_inference_steps`` of the returned scheduler, and with the ``guidance_scale`` that the
+    predictor was trained with.  Raises UserError for a predictor of another model.
     """
     student = load_predictor(str(spec), root)
     settings = student.settings
@@ -44,22 +44,22 @@ def use_predictor(pipe: Any, spec: str | Path, root: str | Path = "exps") -> Wal
 
 
 class _NeedsNetwork(Exception):
-    """Where a replayed walk stands when it asks for what is not known yet."""
+    """The next evaluation that a replay needs."""
 
     def __init__(self, x: Tensor, sigma: Tensor) -> None:
         self.x, self.sigma = x, sigma
 
 
 class _Replay:
-    """A denoiser that gives back known evaluations in turn."""
+    """A denoiser that returns stored evaluations in order, then raises `_NeedsNetwork`."""
 
     cost = 1
 
-    def __init__(self, known: Iterable[Denoised]) -> None:
-        self.known = iter(known)
+    def __init__(self, evaluations: Iterable[Denoised]) -> None:
+        self.evaluations = iter(evaluations)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        for denoised in self.known:
+        for denoised in self.evaluations:
             return denoised
         raise _NeedsNetwork(x, sigma)
 
@@ -67,36 +67,36 @@ class _Replay:
 class WalkScheduler:
     """A scheduler for pipelines that scale their network's input: one network call per step.
 
-    The pipeline calls the network, not we, so the driver cannot run through.  After every call it
-    starts again from the latents with all evaluations so far, and stops at the first that is
-    missing: nobody writes the algebra of a walk a second time, and repeating it costs a few
-    microseconds beside a network.  The state is kept in float32 at least, whatever the latents'
-    dtype.  A pipeline that changes the latents between steps (inpainting) is refused.  It is not
-    saved with the pipeline, and serves one call at a time.
+    The network is called by the pipeline, so the driver cannot run in one go.  After every call it
+    is run again from the latents with the evaluations so far, and stops at the first missing one.
+    This reuses the solvers as they are and takes microseconds per step.  The state is kept in
+    float32 at least, whatever the latents' dtype.  Pipelines that change the latents between steps
+    (inpainting) are rejected.  The scheduler is not saved with the pipeline, and serves one call
+    at a time.
     """
 
     order = 1  #: network calls per step
 
     def __init__(self, pipe: Any, walk: Solve) -> None:
-        """For ``pipe``, whose scheduler's settings say what its network predicts."""
+        """A scheduler for ``pipe``; the network's prediction type is that of its old scheduler."""
         kind = type(pipe).__name__
         if pipe.components.get("controlnet") is not None:
-            raise UserError(f"{kind}: a ControlNet would not be told the walk's times; go without")
+            raise UserError(f"{kind}: a ControlNet would not get the times of the walk; remove it")
         self.config = pipe.scheduler.config
         self.prediction = Prediction.of(self.config, kind)
         self.walk = walk
         self.num_inference_steps = planned_nfe(walk.solver, walk.ts, walk.guide, walk.afs)
-        self.init_noise_sigma = float(walk.ts[0])  #: unit noise times this is the start
+        self.init_noise_sigma = float(walk.ts[0])  #: scale of the initial latents
         self.timesteps = torch.zeros(0)
         self._check_levels()
         self._pipe = pipe
         self._bottleneck = Bottleneck(pipe.unet)
-        self._hook = pipe.unet.register_forward_pre_hook(self._tell_time, with_kwargs=True)
-        self._begin()
+        self._hook = pipe.unet.register_forward_pre_hook(self._replace_time, with_kwargs=True)
+        self._reset()
 
     @classmethod
     def install(cls, pipe: Any, walk: Solve) -> WalkScheduler:
-        """Make a walk the scheduler of ``pipe``, in place of any other."""
+        """Make ``walk`` the scheduler of ``pipe``, replacing any other."""
         scheduler = cls(pipe, walk)
         if isinstance(pipe.scheduler, WalkScheduler):
             pipe.scheduler.remove()
@@ -104,7 +104,7 @@ class WalkScheduler:
         return scheduler
 
     def remove(self) -> None:
-        """Take the hooks off the network."""
+        """Remove the hooks from the network."""
         self._hook.remove()
         self._bottleneck.remove()
 
@@ -113,37 +113,37 @@ class WalkScheduler:
         first, last = float(self.walk.ts[0]), float(self.walk.ts[-1])
         if first > high * (1 + TOLERANCE) or 0 < last < low * (1 - TOLERANCE):
             raise UserError(
-                f"the walk goes from sigma {first:.4g} to {last:.4g}, but this pipeline knows "
-                f"{high:.4g} to {low:.4g}: the predictor was trained for another model"
+                f"the grid goes from sigma {first:.4g} to {last:.4g}, but this pipeline has "
+                f"{high:.4g} to {low:.4g}: give a predictor that was trained for this model"
             )
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._start: Tensor | None = None
-        self._known: list[Denoised] = []
-        self._asked: _NeedsNetwork | None = None
-        self._given: Tensor | None = None  #: what the pipeline got from the last step
+        self._evaluations: list[Denoised] = []
+        self._next: _NeedsNetwork | None = None
+        self._returned: Tensor | None = None  #: the result of the last `step`
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: str | torch.device | None = None
     ) -> None:
-        """Begin a walk; UserError for a number of steps that is not the walk's."""
+        """Start a new walk; UserError for another number of steps than the walk has."""
         if num_inference_steps not in (None, self.num_inference_steps):
             raise UserError(
-                f"this walk calls the network {self.num_inference_steps} times, not "
+                f"this predictor needs {self.num_inference_steps} network calls, not "
                 f"{num_inference_steps}: give num_inference_steps={self.num_inference_steps}"
             )
-        # places in the walk, not times: those are told to the network by the hook
+        # indices, not times: the hook passes the times to the network
         self.timesteps = torch.arange(self.num_inference_steps - 1, -1, -1, device=device)
         if isinstance(self.walk.guide, nn.Module):
             self.walk.guide.to(device)
-        self._begin()
+        self._reset()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input at the state (B, C, H, W), once or, under guidance, twice (2 B)."""
+        """The network's input for the state (B, C, H, W), repeated under guidance (2 B)."""
         if self._start is None:
             self._set_start(sample)
-        asked = self._expected()
-        inputs = self.prediction.scale(asked.x, _like(asked.sigma, asked.x))
+        call = self._next_call()
+        inputs = self.prediction.scale(call.x, _like(call.sigma, call.x))
         return inputs.repeat(len(sample) // len(inputs), 1, 1, 1).to(sample.dtype)
 
     def step(
@@ -154,33 +154,33 @@ class WalkScheduler:
         generator: Any = None,
         return_dict: bool = True,
     ) -> Any:
-        """The state behind this network call, from the guided ``model_output`` (B, C, H, W).
+        """The next state, from the guided ``model_output`` (B, C, H, W) of this network call.
 
-        Nothing is drawn, so a ``generator`` only serves the pipeline's first latents.
+        The walk draws no noise, so ``generator`` is not used.
         """
         if self._start is None:
             raise UserError(
                 f"{type(self._pipe).__name__} does not scale its network's input by the scheduler, "
-                "so no walk can run in it; sample with sample.py"
+                "so a predictor cannot be used in it; sample with sample.py"
             )
-        if self._given is None:
-            self._set_start(sample)  # under guidance the first scaling has seen it twice
-        elif sample is not self._given and not torch.equal(sample, self._given):
+        if self._returned is None:
+            self._set_start(sample)  # under guidance `scale_model_input` got it repeated
+        elif sample is not self._returned and not torch.equal(sample, self._returned):
             raise UserError(
-                "the pipeline changed the latents between two steps, which a walk with a memory "
-                "cannot follow; leave inpainting and callbacks that edit latents out"
+                "the pipeline changed the latents between two steps, which this scheduler does not "
+                "support; use no inpainting and no callbacks that edit latents"
             )
-        asked = self._expected()
-        sigma = _like(asked.sigma, asked.x)
-        x0 = self.prediction.x0(asked.x, sigma, model_output.to(asked.x))
-        self._known.append(Denoised(x0, self._bottleneck.take(len(sample))))
-        self._given = self._replay().to(sample.dtype)
-        return SimpleNamespace(prev_sample=self._given) if return_dict else (self._given,)
+        call = self._next_call()
+        sigma = _like(call.sigma, call.x)
+        x0 = self.prediction.x0(call.x, sigma, model_output.to(call.x))
+        self._evaluations.append(Denoised(x0, self._bottleneck.take(len(sample))))
+        self._returned = self._replay().to(sample.dtype)
+        return SimpleNamespace(prev_sample=self._returned) if return_dict else (self._returned,)
 
     def add_noise(self, *args: Any) -> Tensor:
-        """What a pipeline asks for that begins with an image: UserError."""
+        """Raise UserError: image-to-image pipelines, which call this, are not supported."""
         raise UserError(
-            f"{type(self._pipe).__name__} begins in the middle of a walk, and ours begins with "
+            f"{type(self._pipe).__name__} starts from an image, but the predictor starts from "
             "noise; use a text-to-image pipeline"
         )
 
@@ -190,30 +190,30 @@ class WalkScheduler:
             self.walk.guide.to(self._start.dtype)
         self._replay()
 
-    def _expected(self) -> _NeedsNetwork:
-        if self._asked is None:
-            raise UserError("the walk is over: call set_timesteps before another one")
-        return self._asked
+    def _next_call(self) -> _NeedsNetwork:
+        if self._next is None:
+            raise UserError("the walk has ended: call set_timesteps to start another one")
+        return self._next
 
     def _replay(self) -> Tensor:
-        """Walk as far as the known evaluations reach; the state there."""
-        walk, start = self.walk, self._start
+        """Integrate as far as the stored evaluations allow, and return the last state."""
+        walk, start, replay = self.walk, self._start, _Replay(self._evaluations)
         assert start is not None
         try:
-            end = integrate(walk.solver, _Replay(self._known), start, walk.ts, walk.guide, walk.afs)
-        except _NeedsNetwork as asked:
-            self._asked = asked
-            return asked.x
-        self._asked = None
+            end = integrate(walk.solver, replay, start, walk.ts, walk.guide, walk.afs)
+        except _NeedsNetwork as call:
+            self._next = call
+            return call.x
+        self._next = None
         return end.x[-1]
 
-    def _tell_time(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Replace the pipeline's time by that of every image, (rows,)."""
-        if self._asked is None or self._pipe.scheduler is not self:
+    def _replace_time(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Replace the pipeline's time with that of every image, (rows,)."""
+        if self._next is None or self._pipe.scheduler is not self:
             return None
         sample = args[0] if args else kwargs["sample"]
-        x = self._asked.x
-        time = self.prediction.network_time(self._asked.sigma).to(x.dtype).to(sample.device)
+        x = self._next.x
+        time = self.prediction.network_time(self._next.sigma).to(x.dtype).to(sample.device)
         time = time.expand(len(x)).repeat(len(sample) // len(x))
         if len(args) > 1:
             return (sample, time, *args[2:]), kwargs

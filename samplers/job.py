@@ -1,4 +1,4 @@
-"""A sampling run: from its options to a folder of images."""
+"""Sampling runs: options, the resolved job, and its result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEFAULT_DATASET = "cifar10-small"
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What ``sample.py`` is asked for, under the names of its flags."""
+    """The options of ``sample.py``, named like its flags."""
 
     model: ModelSource = field(default_factory=ModelSource)
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
@@ -47,7 +47,7 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """A run that is ready to start; nothing has been loaded or written yet."""
+    """A resolved sampling run; nothing has been loaded or written yet."""
 
     options: SampleOptions
     source: ModelSource
@@ -58,11 +58,10 @@ class SamplingJob:
     conditions: Conditions
 
     def record(self, weights_sha256: str | None, here: World | None = None) -> RunRecord:
-        """The record of this run; its metered NFE is null until the work is done."""
-        asked = flat_options(self.options)
-        own = {key: asked[key] for key in RECORDED}
+        """The record of this run; its metered NFE is null until the run is complete."""
+        options = flat_options(self.options)
         resolved: dict[str, Json] = {
-            **own,
+            **{key: options[key] for key in RECORDED},
             "dataset_name": self.card.name,
             "class": self.options.conditions.label,
             "prompts": self.conditions.describe(),
@@ -72,7 +71,7 @@ class SamplingJob:
         }
         model: dict[str, Json] = {"name": self.card.name, "sha256": weights_sha256}
         plan = {**self.sampler.describe(), "nfe_metered": None}
-        if self.sampler.coupled:  # other seeds make other images, even of the same seeds
+        if self.sampler.coupled:  # an image depends on all seeds of its batch
             plan["coupled_seeds"] = self.options.seeds
         return RunRecord.make("sample", resolved, model, plan)
 
@@ -81,16 +80,16 @@ class SamplingJob:
         return self.record(self.source.known_sha256).to_json()
 
     def open_model(self, here: World) -> Model:
-        """The loaded model; says so where the predictor was trained on another."""
+        """Load the model; prints a note if the predictor was trained on another one."""
         model, student = self.source.load(here), self.sampler.student
         if student is not None:
             note(student.note_on(model.sha256))
         return model
 
     def run(self, here: World, model: Model | None = None) -> SamplingResult:
-        """Make the images that the folder lacks, on all processes, and complete its record.
+        """Sample the images missing in the folder, on all processes, and complete its record.
 
-        ``model`` is the job's, where it is loaded already.
+        ``model`` is the job's model if it is loaded already.
         """
         check_coupled(self.sampler, len(self.seeds), self.options.batch, here.size)
         model = model or self.open_model(here)
@@ -101,7 +100,7 @@ class SamplingJob:
         if self.sampler.coupled and missing:
             missing = self.seeds
         begin = time.perf_counter()
-        nfe, images = self._make(missing, model, here)
+        nfe, images = self._sample(missing, model, here)
         seconds = time.perf_counter() - begin
         pictures: list[Path] = []
         if here.is_main:
@@ -115,9 +114,9 @@ class SamplingJob:
         path = self.folder.path
         return SamplingResult(path, images, kept, self.sampler.nfe, seconds, tuple(pictures))
 
-    def _make(self, missing: list[int], model: Model, here: World) -> tuple[float, int]:
-        """Make and save the images of the seeds; their metered NFE in all, and how many."""
-        spent = torch.zeros(2, dtype=torch.float64)  # NFE of all images, images
+    def _sample(self, missing: list[int], model: Model, here: World) -> tuple[float, int]:
+        """Sample and save the images of the seeds; returns their total NFE and their number."""
+        totals = torch.zeros(2, dtype=torch.float64)  # NFE, images
         with progress(len(missing), self.sampler.label, "img", enabled=here.is_main) as bar:
             for batch in generate(
                 self.sampler,
@@ -132,22 +131,22 @@ class SamplingJob:
             ):
                 self.folder.save(batch)
                 count = len(batch.seeds)
-                spent += torch.tensor([batch.nfe * count, count])
+                totals += torch.tensor([batch.nfe * count, count])
                 bar.update(min(count * here.size, len(missing) - bar.n))
-        nfe, images = here.sum_(spent).tolist()
+        nfe, images = here.sum_(totals).tolist()
         return nfe, int(images)
 
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What a run did."""
+    """A summary of a run."""
 
     folder: Path
-    made: int
-    kept: int  #: images that were there already
-    nfe: int  #: planned, and metered on every batch
+    made: int  #: new images
+    kept: int  #: images that existed already
+    nfe: int  #: per image; planned, and checked on every batch
     seconds: float
-    pictures: tuple[Path, ...]
+    pictures: tuple[Path, ...]  #: overview pictures
 
     def __str__(self) -> str:
         rate = f", {self.made / self.seconds:.1f} images/s" if self.made else ""
@@ -156,7 +155,7 @@ class SamplingResult:
         return "\n".join([*lines, *map(str, self.pictures)])
 
 
-#: Options that a record holds as they were given.
+#: Options that are recorded without change.
 RECORDED = (
     "model_path", "model_family", "companion_path", "seeds", "prompt", "prompt_path", "dtype",
     "subdirs", "batch", "grid", "return_inters",
@@ -164,24 +163,24 @@ RECORDED = (
 
 
 def prepare(options: SampleOptions) -> SamplingJob:
-    """Resolve everything that can be wrong before anything is loaded or written.
+    """Resolve every option before anything is loaded or written.
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
     seeds = parse_seeds(options.seeds)
-    spec, asked = options.predictor_path, options.sampler
-    if spec is None and asked.sampler is None:
-        raise UserError("nothing says how to sample: give --predictor_path or --sampler")
+    spec = options.predictor_path
+    if spec is None and options.sampler.sampler is None:
+        raise UserError("there is no sampler: give --predictor_path or --sampler")
     if spec is None:
         source = options.model.named(DEFAULT_DATASET)
         card = source.card()
-        sampler = build(asked, card)
+        sampler = build(options.sampler, card)
     else:
         student = load_predictor(spec, "exps")
         source = options.model.named(student.settings.dataset_name)
         card = source.card()
         student.predictor.to(source.state_dtype)
-        sampler = build_learned(asked, student, card)
+        sampler = build_learned(options.sampler, student, card)
     rate = sampler.guidance_rate
     conditions = options.conditions.at(rate).resolve(card)
     conditions.check(card, seeds)

@@ -1,4 +1,4 @@
-"""The options of samplers, and which sampler takes which."""
+"""The options of samplers, and which sampler accepts which."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SAMPLERS = (*CLASSIC, "ddpm", "edm", "restart", "pds")
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """Options under the names of their flags; None means the default of the sampler.
+    """The options of samplers, named like their flags; None means the sampler's default.
 
-    A `Sampler` carries the same type with every option that it takes filled in.
+    In `Sampler.options` every option that the sampler accepts is filled in.
     """
 
     sampler: str | None = None
-    num_steps: int | None = None  #: nodes of the (main) grid, a final 0 not counted
-    nfe: int | None = None  #: a budget instead of ``num_steps``
+    num_steps: int | None = None  #: nodes of the (main) grid, not counting a final 0
+    nfe: int | None = None  #: number of network evaluations, instead of ``num_steps``
     afs: bool | None = None
     schedule_type: str | None = None
     schedule_rho: float | None = None
@@ -33,20 +33,20 @@ class SamplerOptions:
     predict_x0: bool | None = None
     lower_order_final: bool | None = None
     thresholding: bool | None = None
-    r: float | None = None  #: where DPM-Solver-2 inserts its node
-    eta: float | None = None  #: scales the noise of ddpm: 0 is DDIM
+    r: float | None = None  #: position of the node that DPM-Solver-2 inserts
+    eta: float | None = None  #: scale of the noise of ddpm; 0 is DDIM
     restart_info: str | None = None
     restart_config: str | None = None
     main_solver: str | None = None
     restart_solver: str | None = None
     restart_gamma: float | None = None
-    final_zero: bool | None = None  #: restart: the main walk ends at 0 and not at sigma_min
-    learned: str | None = None  #: of restart, what a predictor walks: see LEARNED
+    final_zero: bool | None = None  #: restart: end the main grid at 0 instead of sigma_min
+    learned: str | None = None  #: restart: which walks use the predictor, one of LEARNED
     S_churn: float | None = None
     S_min: float | None = None
     S_max: float | None = None
     S_noise: float | None = None
-    speed_up: int | None = None  #: divides the number of iterations of pds
+    speed_up: int | None = None  #: divisor of the number of iterations of pds
     freq_mask_path: str | None = None
     space_mask_path: str | None = None
     alpha: float | None = None
@@ -68,12 +68,12 @@ class SamplerOptions:
 
     @property
     def churn(self) -> Churn:
-        """EDM's noise settings; without any of them, none."""
-        asked = {name: getattr(self, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
-        return Churn(**{name: value for name, value in asked.items() if value is not None})
+        """EDM's noise settings; the default is no noise."""
+        values = {name: getattr(self, name) for name in ("S_churn", "S_min", "S_max", "S_noise")}
+        return Churn(**{name: value for name, value in values.items() if value is not None})
 
-    def on(self, grid: Grid, num_steps: int) -> SamplerOptions:
-        """The options with a resolved grid, and the number of its nodes, written into them."""
+    def with_grid(self, grid: Grid, num_steps: int) -> SamplerOptions:
+        """The options with the settings of a resolved grid and its number of nodes."""
         sigma_min, sigma_max = grid.ends
         return replace(
             self,
@@ -86,47 +86,50 @@ class SamplerOptions:
         )
 
     def given(self) -> dict[str, object]:
-        """The options that were set, the sampler's name aside."""
+        """The options that are not None, without the sampler's name."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sampler"}
         return {name: value for name, value in values.items() if value is not None}
 
 
+#: Options of every sampler.
 _ANY = frozenset({"num_steps", "nfe", "schedule_rho", "sigma_min", "sigma_max", "guidance_rate"})
 _NOISE = {"S_churn", "S_min", "S_max", "S_noise"}
 _RESTART = {"restart_info", "restart_config", "main_solver", "restart_solver", "restart_gamma"}
 _RESTART |= {"schedule_type", "afs", "final_zero"}
 _PDS = {"speed_up", "freq_mask_path", "space_mask_path", "alpha", "snr", "n_steps", "batch_coupled"}
 
-TAKES: dict[str, frozenset[str]] = {
+ACCEPTS: dict[str, frozenset[str]] = {
     **{name: _ANY | {"afs", "schedule_type"} | SOLVERS[name].options for name in CLASSIC},
     "ddpm": _ANY | {"schedule_type", "eta"},
     "edm": _ANY | _NOISE,
     "restart": _ANY | _NOISE | _RESTART,
     "pds": _ANY - {"schedule_rho"} | _PDS,
 }
-#: A published configuration fixes the main grid and the noise.
-CONFIG_TAKES = _ANY - {"num_steps", "nfe"} | {"restart_config", "main_solver", "restart_solver"}
-#: A predictor brings its solver, its grid and its budget.
-LEARNED_TAKES = frozenset({"guidance_rate"})
-#: What Restart still takes where a predictor walks the main grid, the descents, or both.
-LEARNED_RESTART_TAKES: dict[str, frozenset[str]] = {
+#: Options that are not fixed by a published configuration.
+CONFIG_ACCEPTS = _ANY - {"num_steps", "nfe"} | {"restart_config", "main_solver", "restart_solver"}
+#: Options that are not fixed by a predictor.
+LEARNED_ACCEPTS = frozenset({"guidance_rate"})
+#: Options of Restart that are not fixed by the predictor of its main walk, descents, or both.
+LEARNED_RESTART_ACCEPTS: dict[str, frozenset[str]] = {
     "main": frozenset({"learned", "guidance_rate", "restart_info", "restart_solver"})
     | {"restart_gamma", "S_min", "S_max", "S_noise"},
-    "restart": TAKES["restart"] - {"restart_solver"} | {"learned"},
+    "restart": ACCEPTS["restart"] - {"restart_solver"} | {"learned"},
 }
-LEARNED_RESTART_TAKES["both"] = LEARNED_RESTART_TAKES["main"] & LEARNED_RESTART_TAKES["restart"]
+LEARNED_RESTART_ACCEPTS["both"] = (
+    LEARNED_RESTART_ACCEPTS["main"] & LEARNED_RESTART_ACCEPTS["restart"]
+)
 
 
-def check_taken(
-    options: SamplerOptions, taken: frozenset[str], what: str, remedy: str | None = None
+def check_accepted(
+    options: SamplerOptions, accepted: frozenset[str], what: str, remedy: str | None = None
 ) -> None:
-    """UserError for an option that ``what`` would have to ignore, and for NaN."""
+    """Raise UserError for an option that ``what`` does not accept, and for NaN."""
     for name, value in options.given().items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"--{name} {value} is not a number: give one, or leave --{name} out")
-        if name in taken:
+        if name in accepted:
             continue
-        users = " or ".join(sampler for sampler in SAMPLERS if name in TAKES[sampler])
+        users = " or ".join(sampler for sampler in SAMPLERS if name in ACCEPTS[sampler])
         users = users or "restart and --predictor_path"
         raise UserError(
             f"--{name} {value} is not an option of {what}: leave it out, "
@@ -135,9 +138,9 @@ def check_taken(
 
 
 def check_length(options: SamplerOptions) -> None:
-    """UserError where the length of a walk is fixed twice."""
+    """Raise UserError if both the number of nodes and the NFE are given."""
     if options.num_steps is not None and options.nfe is not None:
         raise UserError(
-            f"--num_steps {options.num_steps} and --nfe {options.nfe} both fix the length of the "
-            "walk: give one of them"
+            f"--num_steps {options.num_steps} and --nfe {options.nfe} both set the number of "
+            "steps: give one of them"
         )

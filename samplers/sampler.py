@@ -11,28 +11,28 @@ from amed.experiments import TrainedStudent
 from plans.plan import AnyPlan, check_plan, plan_nfe, plan_times
 from runtime.errors import UserError
 from runtime.options import Json
-from samplers.options import TAKES, SamplerOptions
+from samplers.options import ACCEPTS, SamplerOptions
 
-#: Options that a record holds in another form, or that are resolved into others.
+#: Options that are recorded in another form, or that are resolved into others.
 _NOT_RECORDED = {"nfe", "guidance_rate", "freq_mask_path", "space_mask_path"}
 
 
 @dataclass(frozen=True, eq=False)  # plans compare by identity
 class Sampler:
-    """A plan that is ready to run, with what a record says about it."""
+    """A plan that is ready to run, with its description for records."""
 
-    label: str  #: names folders and rows of tables
+    label: str  #: the name in folders and tables
     plan: AnyPlan
-    options: SamplerOptions = field(default_factory=SamplerOptions)  #: all of them resolved
+    options: SamplerOptions = field(default_factory=SamplerOptions)  #: resolved
     cost: int = 1  #: evaluations per network call: 2 under classifier-free guidance
-    student: TrainedStudent | None = None  #: what drives the plan, or segments of it
-    extra: Mapping[str, Json] = field(default_factory=dict)  #: of the record
+    student: TrainedStudent | None = None  #: guides the plan, or segments of it
+    extra: Mapping[str, Json] = field(default_factory=dict)  #: more entries of the record
 
     def __post_init__(self) -> None:
         check_plan(self.plan)
         if self.nfe < 1:
             raise UserError(
-                f"sampler {self.label} never calls the network: give it more steps, or drop --afs"
+                f"sampler {self.label} never calls the network: give more steps, or drop --afs"
             )
 
     @property
@@ -55,7 +55,7 @@ class Sampler:
         return bool(self.options.batch_coupled)
 
     def describe(self) -> dict[str, Json]:
-        """For a record: the options, each segment of the plan in words, every time visited."""
+        """The entries of a record: options, descriptions of the segments, and all times."""
         return {
             "label": self.label,
             **self._options(),
@@ -63,18 +63,18 @@ class Sampler:
             **({} if self.student is None else self.student.describe(self.options.sampler)),
             "guidance_rate": self.guidance_rate,
             "parts": [str(segment) for segment in self.plan],
-            # rounded, so that machines whose powers differ in the last bit agree
+            # rounded, because powers may differ in the last bit between machines
             "times": [float(f"{t:.12g}") for t in plan_times(self.plan)],
             "nfe_planned": self.nfe,
         }
 
     def _options(self) -> dict[str, Json]:
-        """Every option of the sampler, resolved, as JSON has it: no upper limit is null."""
+        """Every resolved option of the sampler as JSON; infinity is null."""
         name = self.options.sampler
         if name is None:
             return {}
         values: dict[str, Json] = {"sampler": name}
-        for key in sorted(TAKES[name] - _NOT_RECORDED):
+        for key in sorted(ACCEPTS[name] - _NOT_RECORDED):
             value = getattr(self.options, key)
             values[key] = None if value == math.inf else value
         if self.options.restart_config is None:

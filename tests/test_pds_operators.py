@@ -87,7 +87,7 @@ def test_a_filter_is_1_where_the_mask_is_largest() -> None:
     mask = torch.tensor([4.0, 2.0, 0.0], dtype=torch.float64)
     assert gap(to_filter(mask, 5.0), torch.tensor([1, 5 / 4.5, 5 / 4], dtype=torch.float64)) < 1e-15
     for alpha in (1.0, 0.5, float("nan")):
-        with pytest.raises(UserError, match=f"--alpha {alpha:g} makes no filter: give a number"):
+        with pytest.raises(UserError, match=f"--alpha {alpha:g} "):
             to_filter(mask, alpha)
 
 

@@ -100,7 +100,7 @@ def test_every_setting_reaches_the_images(run: Script, tmp_path: Path) -> None:
         assert not same(plain, pixels(tmp_path / str(i))), flag
 
 
-def test_a_mask_of_ones_own(run: Script, tmp_path: Path) -> None:
+def test_a_custom_mask(run: Script, tmp_path: Path) -> None:
     bundled = SamplerOptions(sampler="pds", num_steps=10)
     rng = np.random.default_rng(0)
     np.save(tmp_path / "space.npy", rng.random((1, 3, 32, 32), np.float32))
@@ -109,7 +109,7 @@ def test_a_mask_of_ones_own(run: Script, tmp_path: Path) -> None:
     assert code == 0 and plan["label"] == "pds-space" and plan["space_mask"]["name"] == "space.npy"
     assert plan["freq_mask"] is None and build(bundled, TwoImageModel.card).label == "pds-freq"
     code, _, err = run("--freq_mask_path=space.npy", "--seeds=0")  # the wrong way round
-    assert code == 1 and "is not even" in err and "was it a space mask?" in err
+    assert code == 1 and "is not even" in err
     assert [path.name for path in tmp_path.iterdir()] == ["space.npy"]
 
 
@@ -118,12 +118,12 @@ def test_coupled_batches_are_refused_where_they_would_be_split(run: Script, tmp_
     code, _, err = run(*flags, "--seeds=0-4", "--batch=4")
     assert code == 1 and "give --batch 5 on one process" in err and not list(tmp_path.iterdir())
     options = SamplerOptions(sampler="pds", num_steps=10, batch_coupled=True)
-    with pytest.raises(UserError, match="--batch_coupled makes an image depend on its batch"):
+    with pytest.raises(UserError, match="--batch_coupled requires"):
         generate(
             build(options, TwoImageModel.card), TwoImageModel(), range(5), batch=4, device="cpu"
         )
     job = prepare(SampleOptions(sampler=options, seeds="0-3", outdir="y"))
-    with pytest.raises(UserError, match="--batch_coupled makes an image depend on its batch"):
+    with pytest.raises(UserError, match="--batch_coupled requires"):
         job.run(World(0, 2, torch.device("cpu")))
 
 

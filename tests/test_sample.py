@@ -126,7 +126,7 @@ def test_a_folder_of_other_settings_is_refused(run: Script, tmp_path: Path) -> N
     before = tree(tmp_path)
     for other in (("--num_steps=7",), ("--dtype=float64",), ("--subdirs",)):
         done = run("--sampler=euler", "--seeds=0-3", "--outdir=x", *other)
-        assert done.code == 1 and done.err.startswith("error: x holds images of other settings")
+        assert done.code == 1 and done.err.startswith("error: x holds images")
         assert done.err.count("\n") == 1 and "give another --outdir" in done.err
         assert tree(tmp_path) == before
     assert run("--sampler=euler", "--seeds=2-3", "--batch=1", "--outdir=x").code == 0
@@ -182,7 +182,7 @@ def test_class_is_taken_or_drawn_by_seed(
         assert abs(pixels(tmp_path / f"given1/{seed:06d}.png").mean() - (0.75 * 127.5 + 128)) < 8
     assert RunRecord.read(tmp_path / "given1/run.json").options["class"] == 3
     done = run(*common, "--class=4", "--outdir=no")
-    assert done.code == 1 and "--class 4 is not one of the 4 classes of 'tiny'" in done.err
+    assert done.code == 1 and "--class 4 " in done.err
     assert not (tmp_path / "no").exists()
 
 
@@ -200,15 +200,15 @@ def test_a_predictor_by_number_folder_and_file(run: Script, tmp_path: Path) -> N
     plan = RunRecord.read(here / "run.json").plan
     assert (plan["nfe_planned"], plan["nfe_metered"]) == (3, 3)
     assert plan["predictor"] == folder.name and plan["sampler_stu"] == "ipndm"
-    assert "note: ipndm-00003 was trained on weights" not in done.err
+    assert "note: ipndm-00003" not in done.err
     other = dataclasses.replace(record, model={**record.model, "sha256": "f" * 64})
     save_predictor(folder / "predictor.safetensors", predictor, other)
     done = run("--predictor_path=3", "--seeds=0", "--outdir=other")
-    assert done.code == 0 and "trained on weights with the SHA-256 ffffffffffff..." in done.err
+    assert done.code == 0 and "note: ipndm-00003" in done.err and "ffffffffffff" in done.err
     done = run("--predictor_path=3", "--dataset_name=cifar10")
-    assert done.code == 1 and "was trained for 'cifar10-small', not for 'cifar10'" in done.err
+    assert done.code == 1 and "for 'cifar10-small', not for 'cifar10'" in done.err
     done = run("--predictor_path=3", "--sampler=euler")
-    assert done.code == 1 and "are two samplers: give one" in done.err
+    assert done.code == 1 and "--sampler euler cannot" in done.err
 
 
 def test_a_dry_run_prints_the_record_and_touches_nothing(
@@ -237,25 +237,25 @@ def test_the_help_shows_examples_and_defaults(run: Script) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        ((), 1, "give --predictor_path or --sampler"),
-        (("--sampler=euler", "--seeds=9-3"), 1, "the range 9-3 falls, write 3-9"),
-        (("--sampler=euler", "--seeds=abc"), 1, "'abc' is neither a number nor a range"),
-        (("--sampler=magic",), 1, "unknown sampler 'magic'; choose one of euler, heun"),
-        (("--sampler=amed",), 1, "requires a trained predictor"),
-        (("--sampler=euler", "--num_steps=1"), 2, "1 is not in the range x>=2"),
-        (("--sampler=heun", "--nfe=5"), 1, "exactly 5 NFE: give 4 or 6"),
-        (("--sampler=euler", "--batch=0"), 2, "0 is not in the range x>=1"),
-        (("--sampler=euler", "--dataset_name=mnist"), 1, "unknown dataset 'mnist'; known: "),
-        (("--sampler=euler", "--class=0"), 1, "unconditional: leave --class 0 out"),
-        (("--sampler=euler", "--model_path=no.safetensors"), 1, "no weights at no.safetensors"),
-        (("--sampler=euler", "--device=tpu9"), 1, "device 'tpu9'"),
-        (("--sampler=edm", "--afs=True"), 1, "is not an option of sampler 'edm'"),
-        (("--sampler=restart", "--restart_info={"), 1, "is not valid JSON"),
+        ((), 1, "--predictor_path or --sampler"),
+        (("--sampler=euler", "--seeds=9-3"), 1, "write 3-9"),
+        (("--sampler=euler", "--seeds=abc"), 1, "'abc'"),
+        (("--sampler=magic",), 1, "'magic'"),
+        (("--sampler=amed",), 1, "a trained predictor"),
+        (("--sampler=euler", "--num_steps=1"), 2, "--num_steps"),
+        (("--sampler=heun", "--nfe=5"), 1, "give 4 or 6"),
+        (("--sampler=euler", "--batch=0"), 2, "--batch"),
+        (("--sampler=euler", "--dataset_name=mnist"), 1, "'mnist'"),
+        (("--sampler=euler", "--class=0"), 1, "--class 0"),
+        (("--sampler=euler", "--model_path=no.safetensors"), 1, "no.safetensors"),
+        (("--sampler=euler", "--device=tpu9"), 1, "'tpu9'"),
+        (("--sampler=edm", "--afs=True"), 1, "--afs True"),
+        (("--sampler=restart", "--restart_info={"), 1, "not valid JSON"),
         (("--predictor_path=7",), 1, "no run 7 in exps"),
-        (("--predictor_path=no/such.safetensors",), 1, "there is no predictor at no/such"),
+        (("--predictor_path=no/such.safetensors",), 1, "no predictor at no/such"),
     ],
 )
-def test_nonsense_is_one_sentence_and_writes_nothing(
+def test_invalid_options_end_in_one_sentence_and_write_nothing(
     run: Script, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
 ) -> None:
     for dry in ((), ("-n",)):

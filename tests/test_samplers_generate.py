@@ -1,4 +1,4 @@
-"""Images belong to their seeds: closed forms, batches, processes, budgets."""
+"""Sampling: closed forms, and images that depend on their seeds only."""
 
 import dataclasses
 import json
@@ -71,8 +71,8 @@ def images(
 ) -> tuple[Tensor, list[SampleBatch]]:
     settings: dict = {"dtype": torch.float64, "device": "cpu", **options}
     batches = list(generate(chosen, model, SEEDS, batch=batch, **settings))
-    assert [seed for found in batches for seed in found.seeds] == SEEDS
-    return torch.cat([found.x for found in batches]), batches
+    assert [seed for part in batches for seed in part.seeds] == SEEDS
+    return torch.cat([part.x for part in batches]), batches
 
 
 def slope(x: Tensor, t: float) -> Tensor:
@@ -101,20 +101,20 @@ def draw(*name: object) -> Tensor:
     return SeedNoise(SEEDS).normal(key, SHAPE, torch.float64)  # type: ignore[arg-type]
 
 
-def test_a_classic_walk_is_its_closed_form() -> None:
-    found, _ = images(sampler("euler", num_steps=5), GaussianModel(), 4)
-    wanted = euler(80 * draw("latent"), polynomial(5, 0.002, 80))
-    assert (found - wanted).abs().max() < 1e-10
+def test_a_classic_solver_equals_its_closed_form() -> None:
+    ours, _ = images(sampler("euler", num_steps=5), GaussianModel(), 4)
+    expected = euler(80 * draw("latent"), polynomial(5, 0.002, 80))
+    assert (ours - expected).abs().max() < 1e-10
 
 
 def test_restart_is_its_closed_form() -> None:
-    """DESIGN section 5: down to the node nearest t_min; K times up by named noise and down."""
+    """Down to the node nearest to t_min; K times up by named noise and down again."""
     info = json.dumps({"0": [3, 2, 0.4, 2.0]})
     chosen = sampler(
         "restart", num_steps=5, restart_info=info, main_solver="euler", restart_solver="euler",
         S_noise=0.9,
     )  # fmt: skip
-    found, _ = images(chosen, GaussianModel(), 4)
+    ours, _ = images(chosen, GaussianModel(), 4)
     grid = [*polynomial(5, 0.002, 80), 0.0]
     low = min(range(5), key=lambda i: abs(grid[i] - 0.4))
     x = euler(80 * draw("latent"), grid[: low + 1])
@@ -122,13 +122,13 @@ def test_restart_is_its_closed_form() -> None:
         x = x + 0.9 * math.sqrt(2.0**2 - grid[low] ** 2) * draw("restart", 0, k)
         x = euler(x, polynomial(3, grid[low], 2.0))
     x = euler(x, grid[low:])
-    assert (found - x).abs().max() < 1e-10
+    assert (ours - x).abs().max() < 1e-10
 
 
 def test_edm_is_its_algorithm() -> None:
     """Karras et al. 2022, algorithm 2, on Gaussian data."""
     chosen = sampler("edm", num_steps=4, S_churn=1.2, S_min=0.01, S_max=50.0, S_noise=1.1)
-    found, _ = images(chosen, GaussianModel(), 4)
+    ours, _ = images(chosen, GaussianModel(), 4)
     grid = [*polynomial(4, 0.002, 80), 0.0]
     x = 80 * draw("latent")
     for i in range(4):
@@ -137,28 +137,28 @@ def test_edm_is_its_algorithm() -> None:
             hat = t * (1 + 1.2 / 4)
             x, t = x + 1.1 * math.sqrt(hat**2 - t**2) * draw("churn", i), hat
         x = heun_to_zero(x, t, grid[i + 1])
-    assert (found - x).abs().max() < 1e-10
+    assert (ours - x).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", [*ALL, "amed"])
 def test_no_image_depends_on_its_batch(name: str) -> None:
     chosen, model = samplers()[name], MixtureModel()
     whole, (only,) = images(chosen, model, 10, keep_trajectory=True)
-    assert whole.std(dim=0).min() > 0.01  # the samples differ, or this would prove nothing
+    assert whole.std(dim=0).min() > 0.01  # the samples differ
     for batch in (1, 3):
-        found, parts = images(chosen, model, batch, keep_trajectory=True)
+        x, parts = images(chosen, model, batch, keep_trajectory=True)
         assert [len(part.seeds) for part in parts] == ([1] * 10 if batch == 1 else [3, 3, 3, 1])
-        assert (found - whole).abs().max() < 1e-10
+        assert (x - whole).abs().max() < 1e-10
         starts = torch.cat([part.trajectory.x[0] for part in parts if part.trajectory])
         assert only.trajectory is not None and torch.equal(starts, only.trajectory.x[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_latents_are_the_seeds_noise_whatever_the_dtype(dtype: torch.dtype) -> None:
-    _, (found,) = images(sampler("euler"), MixtureModel(), 10, keep_trajectory=True, dtype=dtype)
-    assert found.trajectory is not None and found.x.dtype == dtype
-    wanted = SeedNoise(SEEDS).normal("latent", SHAPE).to(dtype) * 80
-    assert torch.equal(found.trajectory.x[0], wanted)
+    _, (only,) = images(sampler("euler"), MixtureModel(), 10, keep_trajectory=True, dtype=dtype)
+    assert only.trajectory is not None and only.x.dtype == dtype
+    expected = SeedNoise(SEEDS).normal("latent", SHAPE).to(dtype) * 80
+    assert torch.equal(only.trajectory.x[0], expected)
 
 
 @pytest.mark.parametrize("name", [*ALL, "amed"])
@@ -166,26 +166,26 @@ def test_planned_metered_and_counted_evaluations_agree(name: str) -> None:
     chosen, model = samplers()[name], GaussianModel()
     _, batches = images(chosen, model, 10)
     assert sum(model.calls) == chosen.nfe == chosen.describe()["nfe_planned"]
-    assert {found.nfe for found in batches} == {chosen.nfe}
+    assert {part.nfe for part in batches} == {chosen.nfe}
 
 
 def test_guidance_is_counted_twice() -> None:
     model = GaussianModel()
     chosen = sampler("heun", num_steps=3, guidance_rate=2.0)
-    _, (found,) = images(chosen, model, 10)
-    assert sum(model.calls) == found.nfe == chosen.nfe == 8 and len(model.calls) == 4
+    _, (only,) = images(chosen, model, 10)
+    assert sum(model.calls) == only.nfe == chosen.nfe == 8 and len(model.calls) == 4
 
 
-def test_a_plan_that_miscounts_is_a_defect() -> None:
+def test_a_wrong_planned_nfe_raises() -> None:
     class Miscounted(Sampler):
         @property
         def nfe(self) -> int:
             return super().nfe + 1
 
     right = sampler("euler")
-    with pytest.raises(RuntimeError, match="spent 5 NFE where its plan says 6"):
+    with pytest.raises(RuntimeError, match="used 5 NFE instead of the planned 6"):
         images(Miscounted(right.label, right.plan), GaussianModel(), 10)
-    with pytest.raises(UserError, match="costs 1 evaluations but the plan counts 2"):
+    with pytest.raises(UserError, match="takes 1 evaluations but the plan has 2"):
         images(Sampler(right.label, right.plan, cost=2), GaussianModel(), 10)
 
 
@@ -201,7 +201,7 @@ def test_the_trajectory_ends_in_the_image_and_has_the_described_times(name: str)
     assert len(kept.trajectory.x) == len(described)
 
 
-def test_every_state_of_a_batch_is_told() -> None:
+def test_watch_is_called_at_every_state() -> None:
     chosen, seen = sampler("restart", num_steps=6), []
     images(chosen, MixtureModel(), 5, watch=lambda state, states: seen.append((state, states)))
     states = len(chosen.describe()["times"]) - 1
@@ -213,8 +213,8 @@ def test_classes_belong_to_seeds_or_are_given() -> None:
     drawn = SeedNoise(SEEDS).integers("class", 4)
     assert len(set(drawn.tolist())) > 1
     for batch in (3, 10):
-        found, _ = images(chosen, model, batch)
-        means = found.mean(dim=(1, 2, 3))
+        x, _ = images(chosen, model, batch)
+        means = x.mean(dim=(1, 2, 3))
         assert (means - drawn / 4).abs().max() < 0.01
     given, _ = images(chosen, model, 3, conditions=Conditions(label=2))
     assert (given - 0.5).abs().max() < 0.05
@@ -223,21 +223,13 @@ def test_classes_belong_to_seeds_or_are_given() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "sentence"),
     [
-        (
-            MixtureModel,
-            {"conditions": Conditions(0)},
-            "'tiny' has no classes: leave --class 0 out",
-        ),
-        (
-            ClassModel,
-            {"conditions": Conditions(4)},
-            "--class 4 is not one of the 4 classes of 'tiny': give 0 to 3",
-        ),
-        (ClassModel, {"conditions": Conditions(-1)}, "--class -1 is not one of the 4 classes"),
-        (MixtureModel, {"batch": 0}, "a batch of 0 images makes nothing"),
+        (MixtureModel, {"conditions": Conditions(0)}, "'tiny' has no classes"),
+        (ClassModel, {"conditions": Conditions(4)}, "--class 4 "),
+        (ClassModel, {"conditions": Conditions(-1)}, "--class -1 "),
+        (MixtureModel, {"batch": 0}, "--batch 0 "),
     ],
 )
-def test_nonsense_is_refused_before_any_work(
+def test_invalid_arguments_raise_before_sampling(
     model: Callable[[], Model], options: dict, sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -256,9 +248,9 @@ with world("cpu") as w:
     model = load_model("cifar10-small", device="cpu", dtype="float64")
     options = SamplerOptions(sampler="restart", num_steps=2, restart_info='{"0": [2, 1, 0.002, 1]}')
     mine = w.shard([5, 6, 7])
-    found = list(generate(build(options, model.card), model, mine, batch=4, device="cpu",
+    parts = list(generate(build(options, model.card), model, mine, batch=4, device="cpu",
         dtype=torch.float64, keep_trajectory=True))
-    torch.save({s: b.trajectory.x[:, i].clone() for b in found for i, s in enumerate(b.seeds)},
+    torch.save({s: b.trajectory.x[:, i].clone() for b in parts for i, s in enumerate(b.seeds)},
         f"{sys.argv[1]}/{w.rank}.pt")
 """
 
@@ -283,9 +275,9 @@ def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
     )  # fmt: skip
     assert whole.trajectory is not None
     for i, seed in enumerate(whole.seeds):
-        found = {**ranks[0], **ranks[1]}[seed]
-        assert torch.equal(found[0], whole.trajectory.x[0, i])
-        assert (found - whole.trajectory.x[:, i]).abs().max() < 1e-10
+        states = {**ranks[0], **ranks[1]}[seed]
+        assert torch.equal(states[0], whole.trajectory.x[0, i])
+        assert (states - whole.trajectory.x[:, i]).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -296,14 +288,14 @@ def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
     ],
 )
 def test_jumps_follow_the_model(name: str, options: dict, jumps: int) -> None:
-    """PFGM++ adds noise by its own kernels, at no evaluation."""
+    """The noise of PFGM++ needs no evaluations."""
     card = dataclasses.replace(make_card(), pfgmpp=128)
     plain, built = sampler(name, **options), build(SamplerOptions(name, **options), card)
     assert sum(isinstance(segment, Jump) for segment in built.plan) == jumps
     model = GaussianModel(card)
     whole, batches = images(built, model, 10)
     assert torch.equal(images(plain, model, 10)[0], whole)
-    assert {found.nfe for found in batches} == {plain.nfe} == {built.nfe}
+    assert {part.nfe for part in batches} == {plain.nfe} == {built.nfe}
     assert (images(built, model, 3)[0] - whole).abs().max() < 1e-10
     noise = SeedNoise(SEEDS)
     normal = lambda name: noise.normal(name, SHAPE, torch.float64)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Restart whose segments a predictor walks: its plan, its price, and an identity."""
+"""Restart with a predictor: plans, NFE, and an identity."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_the_predictor_walks_what_it_is_asked_to(which):
         for walk in segments:
             assert walk.guide is (predictor if by_student else None)
             assert walk.solver == (settings.solver() if by_student else TwoStage(FixedRatio(1.0)))
-    assert len(down) == 2 and not any(walk.afs for walk in down)  # whatever the student does
+    assert len(down) == 2 and not any(walk.afs for walk in down)
     nodes = torch.cat([main[0].ts, main[1].ts[1:]])
     if which == "restart":
         assert len(nodes) == 19 and nodes[-1] == 0 and not any(walk.afs for walk in main)
         assert sampler.nfe == 35 + 8
-    else:  # its own grid, its free first step, and no 0 that it was not trained to reach
+    else:  # the student's grid and analytic first step, without a final 0
         assert torch.equal(nodes, settings.grid.nodes())
         assert [walk.afs for walk in main] == [True, False]
         assert sampler.nfe == settings.nfe() + 8 == 13
@@ -151,10 +151,10 @@ def test_guidance_is_the_predictors_unless_given():
         ("main", {"S_churn": 1.0}, "--S_churn 1.0 is not an option of --learned main"),
         ("main", {"main_solver": "euler"}, "--main_solver euler is not an option of"),
         ("main", {"restart_config": "cifar10-vp-43"}, "use --learned restart"),
-        ("main", {"info": f"18 {INFO}"}, "states 18 main nodes, and amed-00007 walks its own 4"),
-        ("main", {"info": '{"0": [3, 1, 1, 90]}'}, "t_max = 90 is above its first node 80"),
+        ("main", {"info": f"18 {INFO}"}, "18 main nodes, but amed-00007 has 4"),
+        ("main", {"info": '{"0": [3, 1, 1, 90]}'}, "t_max = 90 is above"),
         ("restart", {"restart_solver": "heun"}, "--restart_solver heun is not an option"),
-        ("restart", {"num_steps": 9, "nfe": 9}, "both fix the length"),
+        ("restart", {"num_steps": 9, "nfe": 9}, "--num_steps 9 and --nfe 9"),
         ("restart", {"restart_config": "cifar10-vp-43", "num_steps": 9}, "which is complete"),
         ("both", {"restart_solver": "heun"}, "--restart_solver heun is not an option"),
         ("both", {"num_steps": 9}, "--num_steps 9 is not an option of --learned both"),
@@ -166,14 +166,14 @@ def test_contradictions_are_one_sentence(which, options, sentence):
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_walk_without_a_predictor_or_without_restart_is_refused():
+def test_learned_without_a_predictor_or_without_restart_raises():
     for options in (
         {"sampler": "restart", "learned": "main"},
         {"sampler": "euler", "learned": "main"},
     ):
-        with pytest.raises(UserError, match="or use --sampler restart and --predictor_path$"):
+        with pytest.raises(UserError, match="--sampler restart and --predictor_path$"):
             build(SamplerOptions(**options), make_card())
-    with pytest.raises(UserError, match="--learned main is not an option of a predictor, which"):
+    with pytest.raises(UserError, match="--learned main is not an option of a predictor"):
         build_learned(SamplerOptions(learned="main"), trained("tiny", "amed", 4, True), make_card())
     assert learned("main", info=f"4 {INFO}").nfe == 13  # its own number is no contradiction
 

@@ -1,1 +1,1 @@
-"""From options to samplers, one file for each kind."""
+"""Builders of samplers from options, one module per kind."""

@@ -1,4 +1,4 @@
-"""From options to a classic solver on a grid."""
+"""The builder of classic solvers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 from denoisers.cards import Card
 from plans.plan import Plan, Solve
 from runtime.errors import UserError
-from samplers.builders.common import find_length
-from samplers.options import TAKES, SamplerOptions
+from samplers.builders.common import resolve_length
+from samplers.options import ACCEPTS, SamplerOptions
 from samplers.sampler import Sampler
 from solvers.registry import SOLVERS
 
 
 def classic_sampler(options: SamplerOptions, card: Card) -> Sampler:
-    """The walk of a classic solver; UserError or ValueError for options that make none."""
+    """A classic solver on a grid; UserError or ValueError for invalid options."""
     name = str(options.sampler)
     solver = options.solver_options.make(name)
     afs = bool(options.afs)
@@ -28,11 +28,11 @@ def classic_sampler(options: SamplerOptions, card: Card) -> Sampler:
             )
         return (Solve(solver, grid.nodes(num_steps), None, afs),)
 
-    num_steps, plan = find_length(options, card, make)
-    own = {key: getattr(solver, key) for key in SOLVERS[name].options - {"r"}}
-    if "r" in TAKES[name]:
-        own["r"] = 0.5 if options.r is None else options.r
-    options = replace(options.on(grid, num_steps), afs=afs, **own)
-    order = str(solver.max_order) if "max_order" in TAKES[name] else ""
+    num_steps, plan = resolve_length(options, card, make)
+    resolved = {key: getattr(solver, key) for key in SOLVERS[name].options - {"r"}}
+    if "r" in ACCEPTS[name]:
+        resolved["r"] = 0.5 if options.r is None else options.r
+    options = replace(options.with_grid(grid, num_steps), afs=afs, **resolved)
+    order = str(solver.max_order) if "max_order" in ACCEPTS[name] else ""
     label = f"{name}{order}{'-afs' if afs else ''}"
     return Sampler(label, plan, options, card.cost(options.guidance_rate))

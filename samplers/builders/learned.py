@@ -1,4 +1,4 @@
-"""From a trained student to a sampler: its own walk, or segments of Restart."""
+"""The builder of samplers with a trained predictor: a student alone, or in Restart."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from restart.intervals import resolve_intervals
 from runtime.errors import UserError
 from samplers.builders.restart import restart_sampler
 from samplers.options import (
-    LEARNED_RESTART_TAKES,
-    LEARNED_TAKES,
+    LEARNED_ACCEPTS,
+    LEARNED_RESTART_ACCEPTS,
     SamplerOptions,
+    check_accepted,
     check_length,
-    check_taken,
 )
 from samplers.sampler import Sampler
 
@@ -24,14 +24,14 @@ from samplers.sampler import Sampler
 def build_learned(options: SamplerOptions, student: TrainedStudent, card: Card) -> Sampler:
     """The sampler of a trained student.
 
-    The predictor stays in its dtype and on its device, so move it first.  Raises UserError where
-    an option contradicts what the predictor brings along.
+    The predictor keeps its dtype and device, so move it first.  Raises UserError for an option
+    that contradicts the student's settings.
     """
     settings, name = student.settings, student.name
     if options.sampler not in (None, "restart"):
         raise UserError(
-            f"--sampler {options.sampler} and --predictor_path {name} are two samplers: give one, "
-            "or --sampler restart, whose segments a predictor may walk"
+            f"--sampler {options.sampler} cannot be combined with --predictor_path {name}: give "
+            "one of them, or --sampler restart"
         )
     if card.name != settings.dataset_name:
         raise UserError(
@@ -39,7 +39,8 @@ def build_learned(options: SamplerOptions, student: TrainedStudent, card: Card) 
             "leave --dataset_name out, or train one for it"
         )
     if options.sampler is None:
-        check_taken(options, LEARNED_TAKES, "a predictor, which brings its own solver and grid")
+        what = "a predictor, which has its own solver and grid"
+        check_accepted(options, LEARNED_ACCEPTS, what)
     rate = settings.guidance_rate if options.guidance_rate is None else options.guidance_rate
     options = replace(options, guidance_rate=rate)
     walk = WalkSpec(student.label, settings.solver(), student.predictor, settings.afs)
@@ -54,22 +55,21 @@ def _restart(
 ) -> Sampler:
     """Restart with the student on the main walk, in the descents, or both.
 
-    A main walk is the student's own: its nodes, its free first step, and no final 0, because it was
-    trained to end at sigma_min; intervals restart at the nearest of its nodes.  A descent has the
-    polynomial nodes of its interval, which the student was not trained on, and evaluates its first
-    slope: the analytic one holds at sigma_max alone.
+    On the main walk the student keeps its nodes and its analytic first step, without a final 0,
+    because it was trained to end at sigma_min.  A descent has the polynomial nodes of its interval,
+    which the student was not trained on, and no analytic step, which is valid only at sigma_max.
     """
     which = options.learned or "main"
-    what = f"--learned {which}, where the predictor brings its own"
-    check_taken(options, LEARNED_RESTART_TAKES[which], what, "use --learned restart")
+    what = f"--learned {which}, which uses the predictor's"
+    check_accepted(options, LEARNED_RESTART_ACCEPTS[which], what, "use --learned restart")
     check_length(options)
     options, descent = replace(options, learned=None), replace(walk, afs=False)
     if which == "restart":
         sampler = restart_sampler(options, card, descent=descent)
         label = f"restart-{walk.name}"
     else:
-        own = _on_students_grid(options, walk, student, card)
-        sampler = restart_sampler(own, card, walk, descent if which == "both" else None)
+        options = _on_students_grid(options, walk, student, card)
+        sampler = restart_sampler(options, card, walk, descent if which == "both" else None)
         label = f"{walk.name}-restart" + ("-own" if which == "both" else "")
     return replace(sampler, label=label, options=replace(sampler.options, learned=which))
 
@@ -81,8 +81,8 @@ def _on_students_grid(
     stated, _ = resolve_intervals(options.restart_info, card)
     if stated not in (None, settings.num_steps):
         raise UserError(
-            f"--restart_info states {stated} main nodes, and {walk.name} walks its own "
-            f"{settings.num_steps}: leave the number out, or use --learned restart"
+            f"--restart_info has {stated} main nodes, but {walk.name} has {settings.num_steps}: "
+            "leave the number out, or use --learned restart"
         )
     grid = settings.grid.resolve(card)
-    return replace(options.on(grid, settings.num_steps), afs=settings.afs, final_zero=False)
+    return replace(options.with_grid(grid, settings.num_steps), afs=settings.afs, final_zero=False)

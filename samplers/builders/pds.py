@@ -1,4 +1,4 @@
-"""From options to preconditioned predictor-corrector sampling."""
+"""The builder of preconditioned predictor-corrector sampling."""
 
 from __future__ import annotations
 
@@ -13,38 +13,36 @@ from runtime.options import Json
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
-#: Published for CIFAR-10 (arXiv:2011.13456, appendix G), for cards that say nothing of their own.
+#: Published for CIFAR-10 (arXiv:2011.13456, appendix G); the defaults of cards without their own.
 PUBLISHED = {"N": 1000, "n_steps": 1, "snr": 0.16}
 ALPHA = 5.0  #: published
 
 
 def pds_sampler(options: SamplerOptions, card: Card) -> Sampler:
-    """The predictor-corrector chain that ``options`` describe.
+    """The predictor-corrector chain of ``options``, by default with the bundled frequency mask.
 
-    Without any mask in the options it takes the bundled frequency mask.  Raises UserError or
-    ValueError, one sentence with the remedy.
+    Raises UserError or ValueError, one sentence with the remedy.
     """
     if card.pfgmpp is not None:
         raise UserError(
-            f"{card.name!r} adds noise by the kernels of PFGM++, and the chain of PDS is Gaussian: "
-            "take another --sampler"
+            f"{card.name!r} is a PFGM++ model, but pds supports only Gaussian noise: "
+            "use another --sampler"
         )
-    known = {**PUBLISHED, **card.langevin}
-    snr = known["snr"] if options.snr is None else options.snr
-    n_steps = int(known["n_steps"] if options.n_steps is None else options.n_steps)
+    defaults = {**PUBLISHED, **card.langevin}
+    snr = defaults["snr"] if options.snr is None else options.snr
+    n_steps = int(defaults["n_steps"] if options.n_steps is None else options.n_steps)
     cost = card.cost(options.guidance_rate)
-    num_steps, speed_up = _length(options, int(known["N"]), cost * (n_steps + 1))
+    num_steps, speed_up = _length(options, int(defaults["N"]), cost * (n_steps + 1))
     iterations = num_steps // speed_up
     sigma_min, sigma_max = options.grid.resolve(card).ends
-    levels, network_sigma = ve_levels(iterations, sigma_min, sigma_max)
+    levels = ve_levels(iterations, sigma_min, sigma_max)
     masks = _masks(options, card)
+    kinds = [kind for kind, mask in masks.items() if mask]
     alpha = ALPHA if options.alpha is None else options.alpha
     freq, space = (None if mask is None else mask.values for mask in masks.values())
-    operators = Preconditioner.of(freq, space, alpha)
-    coupled = bool(options.batch_coupled)
-    chain = Chain(levels, network_sigma, operators, snr, n_steps, coupled)
-    kinds = [kind for kind, mask in masks.items() if mask]
-    resolved = replace(
+    operators, coupled = Preconditioner.of(freq, space, alpha), bool(options.batch_coupled)
+    chain = Chain(*levels, operators, snr, n_steps, coupled)
+    options = replace(
         options,
         num_steps=num_steps,
         nfe=None,
@@ -58,8 +56,8 @@ def pds_sampler(options: SamplerOptions, card: Card) -> Sampler:
     )
     extra: dict[str, Json] = {"iterations": iterations}
     extra |= {f"{kind}_mask": mask.describe() if mask else None for kind, mask in masks.items()}
-    label = "-".join(["pds", *(kinds or ["plain"]), *(["coupled"] if coupled else [])])
-    return Sampler(label, (chain,), resolved, cost, extra=extra)
+    label = "-".join(["pds", *(kinds or ["plain"])]) + ("-coupled" if coupled else "")
+    return Sampler(label, (chain,), options, cost, extra=extra)
 
 
 def _masks(options: SamplerOptions, card: Card) -> dict[str, Mask | None]:
@@ -85,14 +83,14 @@ def _length(options: SamplerOptions, published: int, per_iteration: int) -> tupl
         return num_steps, speed_up
     if options.speed_up is not None:
         raise UserError(
-            f"--speed_up {speed_up} and --nfe {nfe} both fix the length of the chain: "
+            f"--speed_up {speed_up} and --nfe {nfe} both set the length of the chain: "
             "give one of them"
         )
     iterations, left = divmod(nfe, per_iteration)
     if left or iterations < 2:
         near = [n * per_iteration for n in (iterations, iterations + 1) if n >= 2]
         raise UserError(
-            f"no chain of pds spends exactly {nfe} NFE: "
+            f"pds cannot use exactly {nfe} NFE: "
             f"give {' or '.join(map(str, near or [2 * per_iteration]))}"
         )
     return iterations, 1

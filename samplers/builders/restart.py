@@ -1,4 +1,4 @@
-"""From options to Restart."""
+"""The builder of Restart."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from plans.plan import Plan
 from plans.walk import WalkSpec
 from restart.build import restart_plan
 from restart.intervals import interval_json, resolve_intervals
-from restart.tables import Configuration, configuration
+from restart.tables import configuration
 from runtime.errors import UserError
-from samplers.builders.common import find_length
-from samplers.options import CONFIG_TAKES, SamplerOptions, check_taken
+from samplers.builders.common import resolve_length
+from samplers.options import CONFIG_ACCEPTS, SamplerOptions, check_accepted
 from samplers.sampler import Sampler
 from solvers.grids import DEFAULT_RHO
 from solvers.registry import CLASSIC
@@ -24,17 +24,15 @@ def restart_sampler(
     main: WalkSpec | None = None,
     descent: WalkSpec | None = None,
 ) -> Sampler:
-    """Restart with the intervals that ``options`` give.
+    """Restart with the intervals of ``options``.
 
-    ``main`` and ``descent`` replace the options' solvers.  The main walk is down the schedule of
-    the options and then to 0, unless they say otherwise.  Descents are polynomial, with the
-    exponent of a polynomial main walk.  Raises UserError or ValueError, one sentence with the
-    remedy.
+    ``main`` and ``descent`` replace the solvers of the options.  The main grid ends with 0 by
+    default.  Descents have polynomial grids, with the exponent of a polynomial main grid.  Raises
+    UserError or ValueError, one sentence with the remedy.
     """
-    if options.restart_config is not None:
-        what = f"restart configuration {options.restart_config!r}, which is complete"
-        check_taken(options, CONFIG_TAKES, what, "use --restart_info instead")
-        options = _with_configuration(options, configuration(options.restart_config))
+    config = options.restart_config
+    if config is not None:
+        options = _with_configuration(options, config)
     afs, zero = bool(options.afs), options.final_zero is not False
     main = replace(main or _classic(options.main_solver), afs=afs)
     descent = descent or _classic(options.restart_solver)
@@ -44,14 +42,12 @@ def restart_sampler(
     stated, intervals = resolve_intervals(options.restart_info, card)
 
     def make(num_steps: int) -> Plan:
-        nodes = grid.closed(num_steps) if zero else grid.nodes(num_steps)
-        return restart_plan(
-            nodes, intervals, main, descent, churn=churn, restart_gamma=gamma, rho=rho
-        )
+        ts = grid.closed(num_steps) if zero else grid.nodes(num_steps)
+        return restart_plan(ts, intervals, main, descent, churn=churn, restart_gamma=gamma, rho=rho)
 
-    num_steps, plan = find_length(options, card, make, stated)
+    num_steps, plan = resolve_length(options, card, make, stated)
     options = replace(
-        options.on(grid, num_steps),
+        options.with_grid(grid, num_steps),
         afs=afs,
         final_zero=zero,
         main_solver=main.name,
@@ -60,28 +56,30 @@ def restart_sampler(
         restart_gamma=gamma,
         **asdict(churn),
     )
-    config = options.restart_config
     label = "restart" if config is None else f"restart-{config}"
     return Sampler(label, plan, options, card.cost(options.guidance_rate))
 
 
-def _with_configuration(options: SamplerOptions, known: Configuration) -> SamplerOptions:
-    """The published walk in full; other solvers may be asked for."""
+def _with_configuration(options: SamplerOptions, name: str) -> SamplerOptions:
+    """The options with those of a published configuration; only the solvers may differ from it."""
+    what = f"restart configuration {name!r}, which is complete"
+    check_accepted(options, CONFIG_ACCEPTS, what, "use --restart_info instead")
+    published = configuration(name)
     return replace(
         options,
-        num_steps=known.n_main,
-        restart_info=interval_json(known.intervals),
-        main_solver=options.main_solver or known.main_solver,
-        schedule_type=known.schedule_type,
-        restart_gamma=known.restart_gamma,
-        S_min=known.S_min,
-        S_max=known.S_max,
-        S_noise=known.S_noise,
+        num_steps=published.n_main,
+        restart_info=interval_json(published.intervals),
+        main_solver=options.main_solver or published.main_solver,
+        schedule_type=published.schedule_type,
+        restart_gamma=published.restart_gamma,
+        S_min=published.S_min,
+        S_max=published.S_max,
+        S_noise=published.S_noise,
     )
 
 
 def _classic(name: str | None) -> WalkSpec:
     name = name or "heun"
     if name not in CLASSIC:
-        raise UserError(f"no solver {name!r} walks a restart grid; choose {', '.join(CLASSIC)}")
+        raise UserError(f"solver {name!r} cannot be used in restart; choose {', '.join(CLASSIC)}")
     return WalkSpec.by(name)
