@@ -1,4 +1,4 @@
-"""The synthetic experiment: its distance, its data, its three errors, and a killed run."""
+"""The synthetic experiment: distances, data, errors, and interrupted runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tools import restart_toy as script
 from toy.data import Mixture, point_denoiser
 from toy.distances import Cloud, PathErrors, Process, wasserstein1
 from toy.experiment import Point, Results, Settings, run
-from toy.network import recipe, trained
+from toy.network import recipe, train_network
 from toy.processes import FAMILIES, Levels, candidates
 from toy.report import Mean, claims, frontier, rows, table, write_report
 
@@ -65,7 +65,7 @@ def test_no_matching_is_shorter() -> None:
     distance = torch.cdist(a, b)
     best = min(float(distance[range(6), p].mean()) for p in itertools.permutations(range(6)))
     assert wasserstein1(a, b) == pytest.approx(best, rel=1e-12)
-    with pytest.raises(ValueError, match="have no matching"):
+    with pytest.raises(ValueError, match="cannot be matched"):
         wasserstein1(a, b[:5])
 
 
@@ -96,7 +96,7 @@ def test_the_points_are_of_the_mixture() -> None:
     assert stats.kstest((within / 0.15) ** 2, stats.chi2(20).cdf).pvalue > 1e-3
     assert torch.equal(points[7:9], Mixture().sample([7, 8]).flatten(1))
     assert float(points.std()) == pytest.approx(0.5, abs=0.05)  # EDM's sigma_data
-    with pytest.raises(UserError, match="std of the mixture is -1; give a number above 0"):
+    with pytest.raises(UserError, match="std is -1"):
         Mixture(std=-1)
 
 
@@ -107,13 +107,13 @@ def test_the_exact_cloud_is_the_data_convolved_with_noise() -> None:
     for k in range(3):
         line = torch.nn.functional.normalize(normal(k, 5), dim=0)
         centres = (data.flatten(1).double() @ line).numpy()
-        found = (cloud.exact.flatten(1).double() @ line).numpy()
+        projected = (cloud.exact.flatten(1).double() @ line).numpy()
 
         def distribution(s: Any, centres: Any = centres) -> Any:
             return stats.norm.cdf((s[:, None] - centres) / LEVELS.t_max).mean(1)
 
-        assert stats.kstest(found, distribution).pvalue > 1e-3
-        assert stats.kstest(1.5 * found, distribution).pvalue < 1e-3  # the test can fail
+        assert stats.kstest(projected, distribution).pvalue > 1e-3
+        assert stats.kstest(1.5 * projected, distribution).pvalue < 1e-3  # the test can fail
 
 
 # The processes
@@ -132,15 +132,15 @@ def test_every_process_spends_its_budget(budget: int) -> None:
     data = SMALL.sample(range(3))
     denoiser = Counted(0.0, 0.25)
     cloud = Cloud.make(data, denoiser, 0, LEVELS.sigma_max, LEVELS.t_max)
-    found = candidates(LEVELS, budget)
-    assert {c.family for c in found} == set(FAMILIES)
-    assert len({c.label for c in found}) == len(found)
-    for candidate in found:
+    processes = candidates(LEVELS, budget)
+    assert {c.family for c in processes} == set(FAMILIES)
+    assert len({c.label for c in processes}) == len(processes)
+    for candidate in processes:
         calls = 0
         cloud.ends(candidate.process, denoiser)
         # the body is run once, on both clouds together
         assert calls == candidate.process.nfe == budget
-    with pytest.raises(UserError, match="a budget of 20 NFE has no process of the kind 'ode'"):
+    with pytest.raises(UserError, match="20 NFE has no 'ode' process"):
         candidates(LEVELS, 20)
 
 
@@ -156,15 +156,15 @@ def test_processes_stay_in_the_interval() -> None:
     assert all(low < j.t_from and j.t_to <= high for j in sde)
     wide = lifts(*LEVELS.sde(12, 0.3, wide=True))
     assert len(wide) == 12 and wide[0].t_to == pytest.approx(1.3 * high)
-    with pytest.raises(UserError, match="t_min 2, t_max 1, sigma_max 80 have to grow"):
+    with pytest.raises(UserError, match="t_min 2, t_max 1, sigma_max 80"):
         Levels(t_min=2)
 
 
 # The errors
 
 
-def test_the_difference_of_the_two_runs_knows_nothing_of_the_noise() -> None:
-    """For Gaussian data every process is linear: with shared draws p - q is a multiple."""
+def test_the_difference_of_the_two_runs_does_not_depend_on_the_noise() -> None:
+    """On Gaussian data every process is linear, so with shared draws p - q is a multiple."""
     data = 0.5 * normal(0, 40, 5, 1, 1).float()
     denoiser = GaussianDenoiser(0.0, 0.25)
     start = data + normal(1, 40, 5, 1, 1).float()
@@ -186,17 +186,17 @@ def test_with_the_exact_score_only_the_floor_of_sampling_is_left(family: str) ->
     ideal = point_denoiser(data)
     cloud = Cloud.make(data, ideal, 1, LEVELS.sigma_max, LEVELS.t_max)
     fine = {"ode": LEVELS.ode(12), "sde": LEVELS.sde(16, 0.3), "restart": LEVELS.restart(9, 2)}
-    found = cloud.errors(Process(LEVELS.head(40), fine[family]), ideal)
+    errors = cloud.errors(Process(LEVELS.head(40), fine[family]), ideal)
     generator = torch.Generator().manual_seed(0)
     draws = [
         wasserstein1(data[torch.randint(120, (120,), generator=generator)], data) for _ in range(30)
     ]
     floor = Mean.of(draws)
     deviation = floor.error * math.sqrt(len(draws))
-    assert abs(found.total - floor.value) < 4 * deviation
-    assert abs(found.additional - floor.value) < 4 * deviation
-    assert found.contracted < 0.1 * floor.value  # the same latents, the same noise
-    assert found.total <= found.contracted + found.additional + 1e-9
+    assert abs(errors.total - floor.value) < 4 * deviation
+    assert abs(errors.additional - floor.value) < 4 * deviation
+    assert errors.contracted < 0.1 * floor.value  # the same latents, the same noise
+    assert errors.total <= errors.contracted + errors.additional + 1e-9
     wrong = cloud.errors(Process(LEVELS.head(40), fine[family]), GaussianDenoiser(0.0, 0.25))
     assert min(wrong.total, wrong.additional) > floor.value + 8 * deviation  # the test can fail
 
@@ -207,8 +207,8 @@ def test_errors_are_named_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) 
     ends = (torch.full((4, 1), at["p"]), torch.full((4, 1), at["q"]))
     monkeypatch.setattr(Cloud, "ends", lambda *_: ends)
     process = Process(LEVELS.head(4), LEVELS.ode(1))
-    found = cloud.errors(process, GaussianDenoiser(0.0, 1.0))
-    assert found == PathErrors(total=3.0, contracted=2.0, additional=1.0)
+    errors = cloud.errors(process, GaussianDenoiser(0.0, 1.0))
+    assert errors == PathErrors(total=3.0, contracted=2.0, additional=1.0)
 
 
 # The network
@@ -217,21 +217,21 @@ def test_errors_are_named_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) 
 def test_the_network_learns_the_mixture(tmp_path: Path) -> None:
     """Closer to the ideal denoiser than the best linear one is, by a factor of two."""
     data = SMALL.sample(range(300))
-    denoiser = trained(tmp_path, data, 32, replace(recipe(30, 128, 0), lr=0.01))
+    denoiser = train_network(tmp_path, data, 32, replace(recipe(30, 128, 0), lr=0.01))
     level = torch.tensor(0.4)
     x = data + level * normal(0, *data.shape).float()
     ideal = SMALL.denoiser()(x, level).x0
     covariance = data.flatten(1).T.cov().double()
     linear = GaussianDenoiser.from_covariance(data.mean(0).double(), covariance)
     with torch.no_grad():
-        own = (denoiser(x, level).x0 - ideal).square().mean()
-    assert own < (linear(x.double(), level).x0 - ideal).square().mean() / 4
+        error = (denoiser(x, level).x0 - ideal).square().mean()
+    assert error < (linear(x.double(), level).x0 - ideal).square().mean() / 4
 
 
-def test_what_makes_no_network_is_refused(tmp_path: Path) -> None:
+def test_invalid_networks_raise(tmp_path: Path) -> None:
     points = SMALL.sample(range(20))
-    with pytest.raises(UserError, match="a batch of 32 has more points than the 20 there are"):
-        trained(tmp_path, points, 8, recipe(1, 32, 0))
+    with pytest.raises(UserError, match="--batch 20 or less"):
+        train_network(tmp_path, points, 8, recipe(1, 32, 0))
     vector = {"class_name": "EDMPrecond", "model_type": "MLP", "img_resolution": 1}
     for settings, reason in (
         ({"label_dim": 3}, "label_dim is 3, but an MLP takes no classes"),
@@ -250,43 +250,45 @@ TINY = Settings(
 )
 
 
-def noted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
-    def notes(*arguments: Any) -> Any:
+def recording(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def wrapper(*arguments: Any) -> Any:
         calls.append(arguments)
         return function(*arguments)
 
-    return notes
+    return wrapper
 
 
-def killed_after(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
+def interrupted_after(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
     left = itertools.count(calls, -1)
 
-    def dies(*arguments: Any) -> Any:
+    def wrapper(*arguments: Any) -> Any:
         if next(left) == 0:
             raise KeyboardInterrupt
         return function(*arguments)
 
-    return dies
+    return wrapper
 
 
-def test_a_killed_run_goes_on_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_continues_bit_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run(TINY, tmp_path / "whole")
     folder = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        patch.setattr(toy.network, "batch", killed_after(toy.network.batch, 5))
+        patch.setattr(toy.network, "batch", interrupted_after(toy.network.batch, 5))
         with pytest.raises(KeyboardInterrupt):
             run(TINY, folder)
     assert not (folder / "points").exists()
     with monkeypatch.context() as patch:
         steps: list[Any] = []
-        patch.setattr(toy.network, "batch", noted(toy.network.batch, steps))
-        patch.setattr(Cloud, "errors", killed_after(Cloud.errors, 6))
+        patch.setattr(toy.network, "batch", recording(toy.network.batch, steps))
+        patch.setattr(Cloud, "errors", interrupted_after(Cloud.errors, 6))
         with pytest.raises(KeyboardInterrupt):
             run(TINY, folder)
-    assert [step[2] for step in steps] == list(range(80, 160, 16))  # not begun anew
+    assert [step[2] for step in steps] == list(range(80, 160, 16))  # not from the beginning
     assert len(list((folder / "points").iterdir())) == 6
     measured: list[Any] = []
-    monkeypatch.setattr(Cloud, "errors", noted(Cloud.errors, measured))
+    monkeypatch.setattr(Cloud, "errors", recording(Cloud.errors, measured))
     again = run(TINY, folder)
     assert (again.swept, again.chosen, again.floor) == (whole.swept, whole.chosen, whole.floor)
     assert len(measured) == len(whole.swept) + len(whole.chosen) - 6
@@ -340,21 +342,21 @@ def test_claims_are_the_inequalities_of_the_paper() -> None:
     assert [row.family for row in rows(made_up(1).chosen)] == list(FAMILIES)
 
 
-def test_the_frontier_is_what_nothing_undercuts() -> None:
+def test_the_pareto_frontier() -> None:
     pairs = [(3.0, 1.0), (1.0, 3.0), (2.0, 3.5), (2.0, 2.0), (3.0, 2.0), (4.0, 1.0)]
     assert frontier(pairs) == [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
 
 
-def test_the_script_plans_and_refuses_in_words(tmp_path: Path, capsys: Any) -> None:
+def test_dry_runs_and_errors_of_the_script(tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "out"
     plan = ["--budgets=19,23", f"--outdir={folder}"]
     assert script.main([*plan, "--dry-run"], standalone_mode=False) == 0
     assert "restart 4 | 2 x 3 nodes" in capsys.readouterr().out and not folder.exists()
     for flag, reason in (
-        ("--budgets=a", "--budgets a: give numbers of evaluations such as 23,31"),
-        ("--budgets=20", "a budget of 20 NFE has no process of the kind"),
-        ("--budgets=23,23", "give one or more numbers, each once"),
-        ("--kimg=-1", "--kimg is -1.0; give a number above 0"),
+        ("--budgets=a", "--budgets a:"),
+        ("--budgets=20", "20 NFE has no"),
+        ("--budgets=23,23", "different numbers"),
+        ("--kimg=-1", "--kimg is -1.0"),
     ):
         with pytest.raises(UserError, match=reason):
             script.main([flag, f"--outdir={folder}"], standalone_mode=False)
@@ -362,7 +364,7 @@ def test_the_script_plans_and_refuses_in_words(tmp_path: Path, capsys: Any) -> N
 
 
 @pytest.mark.parametrize(("restart", "code"), [(1.0, 0), (3.5, 1)])
-def test_the_script_fails_with_the_statement(
+def test_the_script_fails_if_a_claim_does_not_hold(
     restart: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script, "run", lambda *_: made_up(restart))

@@ -1,1 +1,1 @@
-"""The Restart paper's synthetic experiment: where the error of a sampler comes from."""
+"""The synthetic experiment of the Restart paper on the errors of samplers."""

@@ -1,4 +1,4 @@
-"""The imperfect score: a small MLP, trained by the recipe of every other denoiser here."""
+"""The imperfect score: a small MLP, trained like the other denoisers of the toolkit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from runtime.noise import SeedNoise
 from solvers.types import Denoised
 
 STATE = "network.pt"
-SAVES = 10  #: times that a training is saved
+SAVES = 10  #: number of times that the training is saved
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True, eq=False)
 class VectorDenoiser:
-    """A trained network as a denoiser of whole clouds, one evaluation per call."""
+    """A trained network as a `Denoiser` of points, one evaluation per call."""
 
     net: EDMPrecond
     cost: int = 1
@@ -39,8 +39,8 @@ class VectorDenoiser:
 def recipe(kimg: float, batch: int, seed: int) -> Recipe:
     """EDM's recipe for ``kimg`` thousand points, with a deviation of ln sigma of 0.5, not 1.2.
 
-    So one level in 120 lies above 1: the score is good around the data and poor where sampling
-    begins.  A network that is good everywhere leaves next to nothing to contract.
+    Only one level in 120 is above 1, so the score is good near the data and poor where sampling
+    starts.  With a network that is good everywhere there would be almost no error to contract.
     """
     return Recipe(
         kimg=kimg,
@@ -55,15 +55,15 @@ def recipe(kimg: float, batch: int, seed: int) -> Recipe:
     )
 
 
-def trained(folder: Path, points: Tensor, width: int, plan: Recipe) -> VectorDenoiser:
-    """The MLP of ``width`` for ``points`` (N, dims, 1, 1), trained now or found in ``folder``.
+def train_network(folder: Path, points: Tensor, width: int, plan: Recipe) -> VectorDenoiser:
+    """Train an MLP of ``width`` on ``points`` (N, dims, 1, 1), or load it from ``folder``.
 
-    A training that was killed goes on from its last save and ends at the same weights.  Raises
-    UserError for a batch above N, or where ``folder`` has a network of other settings.
+    An interrupted training continues from its last save and gives the same weights.  Raises
+    UserError for a batch above N, or if ``folder`` has a network of other settings.
     """
     if plan.batch > len(points):
         raise UserError(
-            f"a batch of {plan.batch} has more points than the {len(points)} there are; "
+            f"--batch {plan.batch} is above the number of points; "
             f"give --batch {len(points)} or less"
         )
     config: dict[str, Any] = {
@@ -94,9 +94,9 @@ def trained(folder: Path, points: Tensor, width: int, plan: Recipe) -> VectorDen
 
 
 def batch(points: Tensor, plan: Recipe, seen: int) -> TrainingBatch:
-    """The points of the step after ``seen`` points, no two the same, and their chance.
+    """The batch after ``seen`` points: points without repetition, and their random numbers.
 
-    The trainer takes pixels from 0 to 255 for -1 to 1; points are scaled the same, unrounded.
+    The trainer maps pixels from [0, 255] to [-1, 1]; points are scaled accordingly.
     """
     noise = SeedNoise([seen])
     order = noise.normal(("order", plan.seed), (len(points),))[0].argsort(stable=True)
@@ -109,5 +109,5 @@ def batch(points: Tensor, plan: Recipe, seen: int) -> TrainingBatch:
 
 
 def _digest(points: Tensor) -> list[float]:
-    """Enough of the points to know them again."""
+    """A short fingerprint of the points."""
     return [len(points), *(round(float(value), 5) for value in points[[0, -1], :2].flatten())]

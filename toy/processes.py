@@ -1,7 +1,7 @@
-"""The processes that are compared: every way here to spend a number of evaluations.
+"""The processes that are compared at a number of evaluations.
 
-As in the paper, all of them walk by a first-order ODE above t_max, and they differ in
-[t_min, t_max] only, which none leaves; what follows t_min is one short Heun walk for all.
+As in the paper, all of them solve a first-order ODE above t_max, differ only in [t_min, t_max],
+and end with the same short solve by Heun's method from t_min.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from solvers.grids import get_grid
 from solvers.registry import make_solver
 from toy.distances import RHO, Process
 
-FAMILIES = ("ode", "sde", "restart", "sde-wide")  #: the last one is not part of the statement
-HEADS = (4, 8, 12, 24, 36)  #: first-order steps above t_max; the ODE may take any, others two
-GAMMAS = (0.1, 0.2, 0.3, math.sqrt(2) - 1)  #: of the SDE; EDM allows no more than the last
-MAIN_STEPS = 2  #: of Restart in the interval, before its first jump
+FAMILIES = ("ode", "sde", "restart", "sde-wide")  #: the paper makes no claim on the last one
+HEADS = (4, 8, 12, 24, 36)  #: first-order steps above t_max: any for the ODE, the first two else
+GAMMAS = (0.1, 0.2, 0.3, math.sqrt(2) - 1)  #: gammas of the SDE; the last is EDM's maximum
+MAIN_STEPS = 2  #: steps of Restart from t_max to t_min before its first jump
 DESCENTS = (3, 4, 5)  #: nodes of Restart's descents
-TAIL_NODES = 4  #: from t_min down to LOWEST; then the final 0
+TAIL_NODES = 4  #: nodes from t_min to LOWEST, before the final 0
 LOWEST = 0.02
 
 
 @dataclass(frozen=True)
 class Levels:
-    """The noise levels that all processes share."""
+    """The noise levels common to all processes."""
 
     sigma_max: float = 80.0
     t_max: float = 1.0
@@ -43,30 +43,30 @@ class Levels:
     def __post_init__(self) -> None:
         if not LOWEST < self.t_min < self.t_max < self.sigma_max < math.inf:
             raise UserError(
-                f"t_min {self.t_min:g}, t_max {self.t_max:g}, sigma_max {self.sigma_max:g} have to "
-                f"grow in this order from above {LOWEST:g}"
+                f"t_min {self.t_min:g}, t_max {self.t_max:g}, sigma_max {self.sigma_max:g} must "
+                f"increase in this order and be above {LOWEST:g}"
             )
 
     def head(self, steps: int) -> Solve:
-        """``steps`` of Euler from sigma_max to t_max."""
+        """``steps`` Euler steps from sigma_max to t_max."""
         grid = get_grid("polynomial", steps + 1, self.t_max, self.sigma_max, RHO)
         return Solve(make_solver("euler"), grid)
 
     def main(self, steps: int) -> Tensor:
-        """The grid from t_max to 0 with ``steps`` intervals down to t_min, which is a node."""
+        """The grid from t_max to 0, with ``steps`` intervals down to the node t_min."""
         upper = get_grid("polynomial", steps + 1, self.t_min, self.t_max, RHO)
         lower = get_grid("polynomial", TAIL_NODES, LOWEST, self.t_min, RHO)
         return torch.cat([upper[:-1], lower, lower.new_zeros(1)])
 
     def ode(self, steps: int) -> Plan:
-        """Heun's method down `main`."""
+        """Heun's method on the grid `main`."""
         return edm_plan(self.main(steps))
 
     def sde(self, steps: int, gamma: float, wide: bool = False) -> Plan:
-        """EDM's stochastic sampler down `main`: a level t is lifted to ``(1 + gamma) t`` first.
+        """EDM's stochastic sampler on `main`, which first raises a level t to ``(1 + gamma) t``.
 
-        The lift stays below t_max; ``wide`` allows it from t_max itself, up to
-        ``(1 + gamma) t_max``.  From t_min on nothing is lifted.
+        Raised levels stay below t_max; with ``wide`` t_max itself is raised, to
+        ``(1 + gamma) t_max``.  There is no noise from t_min on.
         """
         ts = self.main(steps)
         return edm_plan(
@@ -79,45 +79,45 @@ class Levels:
         )
 
     def restart(self, n_restart: int, k: int) -> Plan:
-        """Down to t_min, then K times up to t_max and down again by Heun; then to 0."""
+        """Heun to t_min, then K jumps to t_max with descents to t_min, then to 0."""
         interval = Interval(n_restart, k, self.t_min, self.t_max)
         return restart_plan(self.main(MAIN_STEPS), [interval], make_solver("heun"))
 
 
 @dataclass(frozen=True, eq=False)
 class SamplerSettings:
-    """A process of a family, with a label that says its settings."""
+    """A process of a family, with its settings as a label."""
 
     family: str
-    label: str  #: ``restart 4 | 3 x 5``: steps above t_max, then what is done below
+    label: str  #: ``restart 4 | 3 x 5 nodes``: steps above t_max, then the settings below
     process: Process
 
 
 def candidates(levels: Levels, budget: int) -> list[SamplerSettings]:
-    """Every process here that spends ``budget`` evaluations, in a fixed order.
+    """All processes with ``budget`` evaluations, in a fixed order.
 
-    Raises UserError where a family has none.
+    Raises UserError if a family has none.
     """
-    found: list[SamplerSettings] = []
+    processes: list[SamplerSettings] = []
     for steps in HEADS:
         head = levels.head(steps)
         for family, settings, body in _bodies(levels, budget - head.nfe()):
             if steps in HEADS[:2] or family == "ode":
                 label = f"{family} {steps} | {settings}"
-                found.append(SamplerSettings(family, label, Process(head, body)))
+                processes.append(SamplerSettings(family, label, Process(head, body)))
     for family in FAMILIES:
-        if not any(c.family == family for c in found):
+        if not any(c.family == family for c in processes):
             raise UserError(
-                f"a budget of {budget} NFE has no process of the kind '{family}'; give an odd one "
-                "of at least 19"
+                f"a budget of {budget} NFE has no '{family}' process; give an odd number of at "
+                "least 19"
             )
-    return found
+    return processes
 
 
 def _bodies(levels: Levels, nfe: int) -> Iterator[tuple[str, str, Plan]]:
-    """Family, settings and plan of everything that spends ``nfe`` below t_max."""
+    """Family, settings and plan of all processes with ``nfe`` evaluations below t_max."""
     one = plan_nfe(levels.ode(1))
-    steps = 1 + _share(nfe - one, plan_nfe(levels.ode(2)) - one)
+    steps = 1 + _quotient(nfe - one, plan_nfe(levels.ode(2)) - one)
     if steps > 1:
         yield "ode", f"{steps} steps", levels.ode(steps)
         for gamma in GAMMAS:
@@ -126,11 +126,11 @@ def _bodies(levels: Levels, nfe: int) -> Iterator[tuple[str, str, Plan]]:
         yield "sde-wide", f"{steps} steps, gamma {gamma:.2g}", levels.sde(steps, gamma, wide=True)
     main = plan_nfe(levels.ode(MAIN_STEPS))
     for n_restart in DESCENTS:
-        k = _share(nfe - main, plan_nfe(levels.restart(n_restart, 1)) - main)
+        k = _quotient(nfe - main, plan_nfe(levels.restart(n_restart, 1)) - main)
         if k:
             yield "restart", f"{k} x {n_restart} nodes", levels.restart(n_restart, k)
 
 
-def _share(nfe: int, price: int) -> int:
-    """How many at ``price`` make ``nfe`` exactly; 0 where none do."""
-    return nfe // price if nfe > 0 and nfe % price == 0 else 0
+def _quotient(nfe: int, cost: int) -> int:
+    """``nfe / cost`` if that is a positive integer, else 0."""
+    return nfe // cost if nfe > 0 and nfe % cost == 0 else 0

@@ -1,4 +1,4 @@
-"""What the experiment shows: the claims, checked, the figure of the paper, and all points."""
+"""The report: a table, a check of the paper's claims, and its figure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ERRORS = ("total", "contracted", "additional")
 
 @dataclass(frozen=True)
 class Mean:
-    """An error over the reported blocks, and the deviation of that mean."""
+    """The mean of an error over blocks, and its standard error."""
 
     value: float
     error: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Of two or more values."""
+        """The mean of two or more values."""
         return cls(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class ToyRow:
-    """A candidate over its blocks."""
+    """The mean errors of a candidate."""
 
     family: str
     label: str
@@ -49,7 +49,7 @@ class ToyRow:
 
 @dataclass(frozen=True)
 class Claim:
-    """``smaller < larger`` at a budget, and by how much on average over the blocks."""
+    """An inequality between errors, and the mean difference over the blocks."""
 
     text: str
     margin: Mean
@@ -60,31 +60,31 @@ class Claim:
 
 
 def rows(points: Sequence[Point]) -> list[ToyRow]:
-    """The mean of each candidate over its blocks, by budget and family."""
-    kept: dict[tuple[int, int, str], list[Point]] = {}
+    """The mean errors of each candidate over its blocks, by budget and family."""
+    groups: dict[tuple[int, int, str], list[Point]] = {}
     for point in points:
-        place = FAMILIES.index(point.family)
-        kept.setdefault((point.nfe, place, point.label), []).append(point)
+        family = FAMILIES.index(point.family)
+        groups.setdefault((point.nfe, family, point.label), []).append(point)
     return [
         ToyRow(
-            FAMILIES[place],
+            FAMILIES[family],
             label,
             nfe,
-            *(Mean.of([getattr(point, error) for point in mine]) for error in ERRORS),
+            *(Mean.of([getattr(point, error) for point in group]) for error in ERRORS),
         )
-        for (nfe, place, label), mine in sorted(kept.items())
+        for (nfe, family, label), group in sorted(groups.items())
     ]
 
 
 def claims(results: Results) -> list[Claim]:
-    """The paper's statement as inequalities, at every budget.
+    """The paper's claims as inequalities, at every budget.
 
     Restart's total error is below that of the ODE and of the SDE, and its contracted error below
-    the ODE's.  Margins are of the same blocks, so they share their latents.
+    the ODE's.  Differences are taken within a block, where both have the same latents.
     """
     at = {(p.nfe, p.family, p.block): p for p in results.chosen}
     blocks = sorted({p.block for p in results.chosen})
-    found = []
+    inequalities = []
     for nfe in sorted({p.nfe for p in results.chosen}):
         for error, family in (("total", "ode"), ("total", "sde"), ("contracted", "ode")):
             margins = [
@@ -92,12 +92,12 @@ def claims(results: Results) -> list[Claim]:
                 for b in blocks
             ]
             text = f"{nfe} NFE: {error} error of Restart < that of the {NAMES[family]}"
-            found.append(Claim(text, Mean.of(margins)))
-    return found
+            inequalities.append(Claim(text, Mean.of(margins)))
+    return inequalities
 
 
 def table(results: Results) -> str:
-    """The rows, the floor and the claims in Markdown."""
+    """The rows, the floor and the claims as Markdown."""
     lines = ["| NFE | | settings | " + " | ".join(ERRORS) + " |", "|---|---|---|---|---|---|"]
     for row in rows(results.chosen):
         errors = " | ".join(str(getattr(row, error)) for error in ERRORS)
@@ -110,7 +110,7 @@ def table(results: Results) -> str:
 
 
 def write_report(folder: Path, results: Results) -> list[Path]:
-    """``results.json``, ``table.md`` and ``errors.png``; returns their paths."""
+    """Write ``table.md``, ``results.json`` and ``errors.png``; returns their paths."""
     content: dict[str, Any] = {
         "record": json.loads(results.record.to_json()),
         "floor": results.floor,
@@ -127,36 +127,36 @@ def write_report(folder: Path, results: Results) -> list[Path]:
 
 
 def frontier(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The pairs that no other one undercuts in both numbers, by the first number."""
-    kept: list[tuple[float, float]] = []
+    """The Pareto frontier of the pairs (both numbers minimised), by the first number."""
+    best: list[tuple[float, float]] = []
     for pair in sorted(pairs):
-        if not kept or pair[1] < kept[-1][1]:
-            kept.append(pair)
-    return kept
+        if not best or pair[1] < best[-1][1]:
+            best.append(pair)
+    return best
 
 
 def _figure(path: Path, results: Results) -> None:
-    """The paper's figure 2: contracted and total error against additional; total against NFE."""
+    """Figure 2 of the paper: contracted and total error over additional error; total over NFE."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no global state, no display
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
-    reported, everyone = rows(results.chosen), rows(results.swept)
+    reported, everything = rows(results.chosen), rows(results.swept)
     for family in FAMILIES:
         color, marker = STYLES[family]
-        swept = [row for row in everyone if row.family == family]
+        swept = [row for row in everything if row.family == family]
         pairs = [(row.additional.value, row.contracted.value) for row in swept]
         left.plot(*zip(*pairs, strict=True), marker, color=color, ms=4, alpha=0.5)
         left.plot(*zip(*frontier(pairs), strict=True), "-", color=color, lw=1.5)
         totals = [(row.additional.value, row.total.value) for row in swept]
         middle.plot(*zip(*totals, strict=True), marker, color=color, ms=4, alpha=0.7)
-        mine = [row for row in reported if row.family == family]
+        chosen = [row for row in reported if row.family == family]
         right.errorbar(
-            [row.nfe for row in mine],
-            [row.total.value for row in mine],
-            [row.total.error for row in mine],
+            [row.nfe for row in chosen],
+            [row.total.value for row in chosen],
+            [row.total.error for row in chosen],
             fmt=marker + "-", color=color, capsize=3, lw=1.5, label=NAMES[family],
         )  # fmt: skip
     right.axhline(statistics.fmean(results.floor), color="black", ls=":", lw=1, label="fresh data")
