@@ -259,7 +259,7 @@ def test_unsupported_uses_raise(pipe, model, tmp_path: Path) -> None:
     scheduler.set_timesteps(6)
     with pytest.raises(UserError, match="does not scale"):
         scheduler.step(latents(), 0, latents())
-    with pytest.raises(UserError, match="from sigma 80 to 0.002, but this pipeline has 14"):
+    with pytest.raises(UserError, match="from sigma 80 to 0.002, but this pipeline"):
         ts = torch.tensor([80.0, 0.002], dtype=torch.float64)
         WalkScheduler.install(pipe, Solve(make_solver("euler"), ts))
     assert pipe.scheduler is scheduler

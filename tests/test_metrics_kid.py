@@ -140,5 +140,5 @@ def test_fewer_modes_lower_recall_and_coverage_alone() -> None:
 
 def test_too_few_images_for_a_ball() -> None:
     for metric in (precision_recall, density_coverage):
-        with pytest.raises(ValueError, match="need more than 3 images of each set, got 9 and 3"):
+        with pytest.raises(ValueError, match="need more than 3 images of each set, got 9"):
             metric(points(9), points(3), 3)

@@ -143,9 +143,9 @@ def test_what_a_reference_lacks_is_said_before_a_pass(tmp_path: Path) -> None:
     assert require(bare, needs_of(["fid"])) is bare
     assert require(bare, reference_needs(["fid_inf"])) is bare  # only the images' are cut up
     assert reference_needs(["fid_inf", "pr"]).features and reference_needs(["sfid"]).spatial
-    with pytest.raises(ValueError, match="pixels offers no spatial features: use --detector"):
+    with pytest.raises(ValueError, match="pixels offers no spatial features: use"):
         Collector(load_detector("pixels", device="cpu"), needs_of(["sfid"]), 9)
-    with pytest.raises(ValueError, match="'is' is no metric, choose from fid, fid_inf, kid, pr"):
+    with pytest.raises(ValueError, match="'is' is no metric, choose from fid, fid_inf"):
         parse_metrics("fid,is")
     with pytest.raises(ValueError, match="no metric"):
         parse_metrics(" ")
