@@ -1,1 +1,1 @@
-"""Image quality: detectors, streaming statistics and distances between them."""
+"""Image quality metrics: detectors, streaming statistics and distances."""

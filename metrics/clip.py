@@ -1,12 +1,12 @@
-"""CLIP score and aesthetic score: a figure for each image by itself, without a reference.
+"""CLIP score and aesthetic score: scores of single images, without a reference.
 
 The CLIP score (Hessel et al., 2021, arXiv 2104.08718) is the cosine between the embeddings of an
-image and of its prompt.  Two scales are in use, so both are given: the mean cosine, and the mean
-of 100 max(cosine, 0).
+image and of its prompt.  Two scales are in use and reported: the mean cosine, and the mean of
+100 max(cosine, 0).
 
-The aesthetic score is the rating from 1 to 10 that people would give, as predicted from the CLIP
-embedding of length one: by a linear map (LAION's first predictor), or by five linear layers
-without anything but dropout between them (the improved one).
+The aesthetic score predicts a human rating from 1 to 10 from the normalised CLIP embedding: by a
+linear map (LAION's first predictor), or by five linear layers with only dropout between them (the
+improved predictor).
 """
 
 from __future__ import annotations
@@ -35,54 +35,54 @@ from metrics.vision import (
 )
 
 RESIZE = "the shorter side to the model's size, bicubic with smoothing, then the middle square"
-#: Widths of the improved predictor's layers, and what is dropped out after each in its training.
+#: Widths of the improved predictor's layers, and the dropout rates after them.
 HEAD = ((1024, 0.2), (128, 0.2), (64, 0.1), (16, 0.0), (1, 0.0))
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A figure for each image: ``score(uint8 (B, 3, H, W), prompts) -> (B,) float64``."""
+    """A score per image: ``score(uint8 (B, 3, H, W), prompts) -> (B,) float64``."""
 
     name: str
-    model: str  #: by whose weights, in words
-    sha256: str  #: of those
+    model: str  #: name of the model
+    sha256: str  #: hash of its weights
     score: Callable[[Tensor, Sequence[str]], Tensor]
 
     def describe(self) -> dict[str, str]:
-        """What two figures must share to be compared."""
+        """The properties that two scores must share to be comparable."""
         return {"name": self.name, "model": self.model, "sha256": self.sha256, "resize": RESIZE}
 
 
 def load_clip_score(folder: Path, device: torch.device, model: str) -> Scorer:
-    """Cosines of images and prompts by the whole CLIP in ``folder``, which is called ``model``.
+    """Cosines of images and prompts by the CLIP in ``folder``; ``model`` is its name in records.
 
     Raises:
         ValueError, FileNotFoundError: no such model there, no tokenizer, or no ``transformers``.
     """
     clip = open_model(folder, "CLIPModel", device)
-    embed, read = _image_tower(clip, folder, device), _text_tower(clip, folder, device)
+    image, text = _image_encoder(clip, folder, device), _text_encoder(clip, folder, device)
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return F.cosine_similarity(embed(images).double(), read(prompts).double()).cpu()
+        return F.cosine_similarity(image(images).double(), text(prompts).double()).cpu()
 
-    return Scorer("clip", model, embed.sha256, score)
+    return Scorer("clip", model, image.sha256, score)
 
 
 def load_aesthetic(folder: Path, head: Path, device: torch.device, model: str) -> Scorer:
-    """Ratings by the predictor in ``head``, on the image tower of the CLIP in ``folder``.
+    """Ratings by the predictor in ``head``, with the image encoder of the CLIP in ``folder``.
 
     Raises:
-        ValueError, FileNotFoundError: files of another kind, or a predictor for another CLIP.
+        ValueError, FileNotFoundError: other files, or a predictor for another CLIP.
     """
-    rate = load_head(head).to(device)
+    predictor = load_head(head).to(device)
     vision = open_model(folder, "CLIPVisionModelWithProjection", device)
-    width, dim = next(rate.parameters()).shape[1], vision.visual_projection.out_features
+    width, dim = next(predictor.parameters()).shape[1], vision.visual_projection.out_features
     if width != dim:
         raise ValueError(
-            f"{head} rates embeddings of {width} numbers, but the CLIP in {folder} makes "
-            f"{dim}: give the one that it was trained on."
+            f"{head} needs embeddings of dimension {width}, but the CLIP in {folder} has {dim}: "
+            "give the CLIP that it was trained on."
         )
-    ratings = _image_tower(vision, folder, device, rate)
+    ratings = _image_encoder(vision, folder, device, predictor)
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return ratings(images)[:, 0].double().cpu()
@@ -92,17 +92,17 @@ def load_aesthetic(folder: Path, head: Path, device: torch.device, model: str) -
 
 
 def load_head(path: Path) -> nn.Module:
-    """An aesthetic predictor from a state dict: the linear or the improved one.
+    """Load an aesthetic predictor, linear or improved, from a state dict.
 
     Raises:
-        ValueError: neither of them (nothing in the file is executed). FileNotFoundError: no file.
+        ValueError: another file (nothing in it is executed). FileNotFoundError: no file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the file of an aesthetic predictor.")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {name: tuple(weight.shape) for name, weight in content.items()}
-    except Exception as err:  # torch raises what it likes for files of other kinds
+    except Exception as err:  # torch may raise any error for other files
         raise ValueError(
             f"{path} is not a state dict of tensors ({type(err).__name__}): give the file "
             "published as sac+logos+ava1-l14-linearMSE.pth or sa_0_4_vit_l_14_linear.pth."
@@ -115,8 +115,8 @@ def load_head(path: Path) -> nn.Module:
             head.load_state_dict(content, assign=True)
             return head.float().eval().requires_grad_(False)
     raise ValueError(
-        f"{path} holds another network ({', '.join(map(str, list(shapes)[:2])) or 'nothing'}, ...):"
-        " give an aesthetic predictor of LAION or the improved one."
+        f"{path} is another network ({', '.join(map(str, list(shapes)[:2])) or 'nothing'}, ...):"
+        " give LAION's linear aesthetic predictor or the improved one."
     )
 
 
@@ -126,25 +126,25 @@ class _Improved(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for out, dropped in HEAD:
+        for out, dropout in HEAD:
             layers.append(nn.Linear(width, out))
-            layers += [nn.Dropout(dropped)] if dropped else []
+            layers += [nn.Dropout(dropout)] if dropout else []
             width = out
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width) -> (B, 1)."""
-        rated: Tensor = self.layers(x)
-        return rated
+        rating: Tensor = self.layers(x)
+        return rating
 
 
-def _image_tower(
+def _image_encoder(
     model: Any, folder: Path, device: torch.device, head: nn.Module | None = None
 ) -> Detector:
-    """Embeddings of images; with a ``head``, its output for embeddings of length one.
+    """Embeddings of images, or the output of ``head`` for their normalised embeddings.
 
-    The head is part of the detector, so that it sees ``CHUNK`` images at once as well: the last
-    bit of a matrix product depends on its shape.
+    The head is part of the detector, so that it also runs on ``CHUNK`` images at a time: the
+    rounding of a matrix product depends on its shape.
     """
     size = model.vision_model.config.image_size
 
@@ -160,10 +160,10 @@ def _image_tower(
     return Detector(id, features, device, resize=RESIZE)
 
 
-def _text_tower(
+def _text_encoder(
     model: Any, folder: Path, device: torch.device
 ) -> Callable[[Sequence[str]], Tensor]:
-    """Embeddings (B, dim) of prompts; what does not fit into the model's context is cut off."""
+    """Embeddings (B, dim) of prompts, truncated to the model's context length."""
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise ValueError(f"{folder} has no tokenizer: add its vocab.json and merges.txt.")
     tokenizer = transformers_library().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -171,26 +171,25 @@ def _text_tower(
 
     @torch.no_grad()
     def embed(prompts: Sequence[str]) -> Tensor:
-        """Always ``CHUNK`` at once, as images: no prompt depends on its neighbours."""
-        made = []
+        """Embed ``CHUNK`` prompts at a time, so that a prompt does not depend on the others."""
+        chunks = []
         for begin in range(0, len(prompts), CHUNK):
             part = list(prompts[begin : begin + CHUNK])
             tokens = tokenizer(
                 part + [""] * (CHUNK - len(part)),
                 padding="max_length", truncation=True, max_length=length, return_tensors="pt",
             ).to(device)  # fmt: skip
-            made.append(
-                model.text_projection(model.text_model(**tokens).pooler_output)[: len(part)]
-            )
-        return torch.cat(made)
+            embeddings = model.text_projection(model.text_model(**tokens).pooler_output)
+            chunks.append(embeddings[: len(part)])
+        return torch.cat(chunks)
 
     return embed
 
 
 class ScoreCollector:
-    """Gathers the figures of numbered images; neither batches nor ranks leave a trace.
+    """Collects the scores of numbered images; the result does not depend on batches or ranks.
 
-    Its interface is that of ``summary.Collector``.
+    Its interface is that of `metrics.summary.Collector`.
     """
 
     def __init__(self, scorers: Sequence[Scorer], prompts: Sequence[str]) -> None:
@@ -198,26 +197,26 @@ class ScoreCollector:
         self._scores = torch.zeros(len(scorers), len(prompts), dtype=torch.float64)
 
     def update(self, images: Tensor, positions: Sequence[int]) -> None:
-        """Score uint8 (B, 3, H, W) images, which have these numbers among all."""
+        """Score uint8 (B, 3, H, W) images with these numbers."""
         prompts = [self.prompts[i] for i in positions]
         for scores, scorer in zip(self._scores, self.scorers, strict=True):
             scores[list(positions)] = scorer.score(images, prompts)
 
     def state(self) -> dict[str, np.ndarray]:
-        """What all ranks have so far; call it on every rank."""
+        """The scores of all ranks so far; call it on every rank."""
         return {"scores": self.finish().numpy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from ``state``; on one rank only."""
+        """Continue from ``state``; call it on one rank only."""
         self._scores = torch.from_numpy(state["scores"])
 
     def finish(self) -> Tensor:
-        """(scorers, images), of all ranks."""
-        return sum_over_ranks(self._scores.clone())  # each is zero on all ranks but one
+        """The scores of all ranks, (scorers, images)."""
+        return sum_over_ranks(self._scores.clone())  # each is zero on all ranks except one
 
 
 def summarise(scorer: Scorer, scores: Tensor) -> dict[str, float]:
-    """Means over the images (N,) with their standard errors."""
+    """Means of the scores (N,) with their standard errors."""
     if scorer.name != "clip":
         return _mean(scorer.name, scores)
     return _mean("clip_score", 100 * scores.clamp(min=0)) | _mean("cosine", scores)

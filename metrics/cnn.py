@@ -1,8 +1,7 @@
-"""The network of the bundled CIFAR-10 detector, and its file.
+"""The network of the bundled CIFAR-10 detector, and its file format.
 
-A small convolutional classifier whose globally pooled last activations serve as features.
-The stem is a fixed whitening of 2x2 patches (Coates & Ng, 2011), which replaces what the first
-layers of a longer training would learn.
+A small convolutional classifier, whose globally pooled last activations are the features. The stem
+is a fixed whitening of 2x2 patches (Coates & Ng, 2011), which shortens the training.
 """
 
 from __future__ import annotations
@@ -63,13 +62,13 @@ class SmallCNN(nn.Module):
         widths = (_STEM, *config.channels)
         self.stages = nn.Sequential(*map(_Stage, widths[:-1], widths[1:]))
         for module in self.stages.modules():
-            if isinstance(module, nn.Conv2d):  # starts as a pass-through: learns in fewer epochs
+            if isinstance(module, nn.Conv2d):  # starts as the identity: needs fewer epochs
                 nn.init.dirac_(module.weight[: module.in_channels])
         self.head = nn.Linear(widths[-1], config.classes)
         self.trainable_()
 
     def trainable_(self) -> SmallCNN:
-        """Everything but the kernels of the stem, which stay as the data made them."""
+        """Make all parameters trainable except the kernels of the stem, see `whiten_`."""
         self.requires_grad_(True)
         self.stem.weight.requires_grad_(False)
         return self
@@ -93,7 +92,7 @@ class SmallCNN(nn.Module):
             self.stem.bias.zero_()
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 of zero mean and unit spread per channel."""
+        """uint8 (B, 3, H, W) -> float32 with zero mean and unit standard deviation per channel."""
         return (images.float() / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
 
     def forward(self, images: Tensor) -> ClassPrediction:
@@ -105,7 +104,7 @@ class SmallCNN(nn.Module):
 
 
 def save_cnn(model: SmallCNN, path: Path, record: dict[str, object]) -> None:
-    """Write weights and a JSON record; matrices and kernels are stored in float16."""
+    """Write weights and a JSON record; matrices and kernels are in float16."""
     tensors = {
         k: (v.half() if v.is_floating_point() and v.ndim > 1 else v).contiguous().cpu()
         for k, v in model.state_dict().items()
@@ -116,11 +115,11 @@ def save_cnn(model: SmallCNN, path: Path, record: dict[str, object]) -> None:
 
 
 def load_cnn(path: Path) -> tuple[SmallCNN, dict[str, object]]:
-    """Read a file of ``save_cnn`` -> (network in float32 and evaluation mode, its record).
+    """Read a file written by ``save_cnn``: the network (float32, evaluation mode) and its record.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a detector of this kind or is of a newer schema.
+        ValueError: the file is not such a detector or has a newer schema.
     """
     if not path.is_file():
         raise FileNotFoundError(f"detector file {path} does not exist: check the path.")
@@ -139,12 +138,12 @@ def load_cnn(path: Path) -> tuple[SmallCNN, dict[str, object]]:
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as err:
         raise ValueError(
             f"{path} is not a detector file of tools.train_detector ({err}): "
-            "pass a file that it wrote."
+            "pass a file written by it."
         ) from err
-    lost = [k for k in missing if not k.endswith("num_batches_tracked")] + unexpected
-    if lost:
+    differing = [k for k in missing if not k.endswith("num_batches_tracked")] + unexpected
+    if differing:
         raise ValueError(
-            f"detector file {path} does not fit its own record (tensor {lost[0]}): train it anew "
-            "with tools.train_detector."
+            f"detector file {path} does not fit its own record (tensor {differing[0]}): train it "
+            "again with tools.train_detector."
         )
     return model.eval().requires_grad_(False), record

@@ -1,4 +1,4 @@
-"""Which images of a set are used: a draw without replacement, fixed by a seed."""
+"""Draws of images without replacement by a seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def choose(count: int, num: int | None, seed: int) -> np.ndarray:
-    """Sorted indices of ``num`` of ``count`` images, drawn by ``seed``; all of them for None.
+    """Sorted indices of ``num`` of ``count`` images, drawn by ``seed``; None means all.
 
     Raises ValueError if there are fewer than ``num``.
     """

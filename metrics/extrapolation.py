@@ -1,8 +1,8 @@
-"""FID freed of the bias of small N: FID-infinity (Chong & Forsyth, 2020, arXiv 1911.07023).
+"""FID without the bias of small N: FID-infinity (Chong & Forsyth, 2020, arXiv 1911.07023).
 
-FID is biased upwards by about c / N, c depending on the images; so FIDs of subsets lie on a line
-over 1 / N, whose value at 0 is that of infinitely many images. The bias that the reference's own N
-makes stays.
+FID has a bias of about c / N, where c depends on the images, so FIDs of subsets lie on a line over
+1 / N whose value at 0 is that of infinitely many images. The bias due to the N of the reference
+remains.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from metrics.statistics import Statistics
 
-MOST = 5  #: sizes of subsets: 15 Frechet distances, as many as published
-LEAST = 2  #: images per feature in the smallest subsets; below that the line bends
+MAX_SIZES = 5  #: sizes of subsets: 15 Frechet distances, as many as published
+MIN_PER_FEATURE = 2  #: images per feature in the smallest subsets; with fewer it is not a line
 
 
 class Infinity(NamedTuple):
-    """The line: its value at 1 / N = 0, its slope, and the sizes it was fitted to."""
+    """The fitted line: its value at 1 / N = 0, its slope, and the sizes and FIDs of the fit."""
 
     fid: float
     slope: float
@@ -28,30 +28,31 @@ class Infinity(NamedTuple):
 
 
 def fid_infinity(features: Tensor, reference: Statistics, seed: int = 0) -> Infinity:
-    """Fit a line to the FID of K features (K, d) cut into 1, 2, ... disjoint subsets, over 1 / N.
+    """Fit a line over 1 / N to the FIDs of K features (K, d) split into 1, 2, ... subsets.
 
-    Each size counts with the mean over its subsets, which hold all images between them, so that
-    less is left to chance than with one subset of each size, as published. Subsets are drawn by
-    ``seed``. There are as many sizes as leave `LEAST` images per feature, at most `MOST`.
+    The FID of a size is the mean over its disjoint subsets, which together contain all images.
+    This has less variance than the published single subset per size. Subsets are drawn by
+    ``seed``. Sizes leave at least `MIN_PER_FEATURE` images per feature; there are at most
+    `MAX_SIZES`.
 
     Raises:
         ValueError: too few images for two sizes.
     """
     images, dim = features.shape
-    most = min(MOST, images // (LEAST * dim))
-    if most < 2:
+    needed = 2 * MIN_PER_FEATURE * dim
+    if images < needed:
         raise ValueError(
-            f"FID-infinity in {dim} features takes {2 * LEAST * dim} images or more, got "
-            f"{images}: give more images, or --features {2 * LEAST * dim}."
+            f"FID-infinity in {dim} features needs {needed} images or more, got {images}: give "
+            f"more images, or --features {needed}."
         )
     shuffled = features[np.random.RandomState(seed % (1 << 31)).permutation(images)]
-    cuts = range(1, most + 1)
+    counts = range(1, min(MAX_SIZES, images // (MIN_PER_FEATURE * dim)) + 1)
     fids = [
         float(np.mean([_fid(part, reference) for part in shuffled.tensor_split(count)]))
-        for count in cuts
+        for count in counts
     ]
-    slope, fid = np.polyfit([count / images for count in cuts], fids, 1)
-    sizes = tuple(images // count for count in cuts)
+    slope, fid = np.polyfit([count / images for count in counts], fids, 1)
+    sizes = tuple(images // count for count in counts)
     return Infinity(float(fid), float(slope), sizes, tuple(fids))
 
 

@@ -1,4 +1,4 @@
-"""From images to a Frechet distance, in one call each."""
+"""FID of batches of images, and of blocks of statistics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from metrics.statistics import Statistics
 
 
 class BlockFid(NamedTuple):
-    """FID over all images, and over disjoint blocks of them (its spread is that of the blocks).
+    """FID over all images and over disjoint blocks of them.
 
-    The FID of a block is larger than that of the whole: the bias grows as 1 / (images in it).
+    The FID of a block is larger than that of all images: its bias is about 1 / (images in it).
     """
 
     fid: float
@@ -28,12 +28,12 @@ class BlockFid(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Sample standard deviation over the blocks; 0 for a single one."""
+        """Sample standard deviation over the blocks; 0 for a single block."""
         return float(np.std(self.blocks, ddof=1)) if len(self.blocks) > 1 else 0.0
 
 
 def gather(batches: Iterable[Tensor], detector: Detector, source: str = "") -> Statistics:
-    """Statistics of uint8 (B, 3, H, W) batches on this rank; ``reduce()`` them over the ranks."""
+    """Statistics of uint8 (B, 3, H, W) batches on this rank; ``reduce()`` sums over the ranks."""
     stats = Statistics(detector.id, source)
     for images in batches:
         stats.update(detector(images))
@@ -41,10 +41,10 @@ def gather(batches: Iterable[Tensor], detector: Detector, source: str = "") -> S
 
 
 def block_fid(blocks: Sequence[Statistics], reference: Statistics) -> BlockFid:
-    """FID of all blocks together and of each, against one reference.
+    """FID of all blocks together and of each block, against one reference.
 
     Raises:
-        ValueError: no block, a block of fewer than two images, or another detector's statistics.
+        ValueError: no block, a block of fewer than two images, or another detector.
     """
     if not blocks:
         raise ValueError("no statistics were given: pass at least one block.")

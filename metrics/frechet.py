@@ -7,15 +7,15 @@ import contextlib
 import numpy as np
 from scipy import linalg
 
-NEGATIVE = 1e-4  #: of the largest eigenvalue: less is rounding of single precision
+NEGATIVE = 1e-4  #: tolerance for negative eigenvalues relative to the largest, for float32 files
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(S1 + S2) - 2 tr sqrt(S1 S2), in float64.
 
-    S1 S2 is not symmetric, but it has the eigenvalues of A S2 A with A = S1^(1/2), which is; the
-    trace of its root is the sum of their roots. Covariances may be singular. Equal arguments give
-    exactly 0.
+    S1 S2 is not symmetric, but it has the eigenvalues of the symmetric A S2 A with A = S1^(1/2);
+    the trace of its root is the sum of their roots. Covariances may be singular. Equal arguments
+    give exactly 0.
 
     Args:
         mu1, mu2: means (d,). cov1, cov2: symmetric positive semi-definite covariances (d, d).
@@ -43,8 +43,8 @@ def _eigenvalues_of_product(cov1: np.ndarray, cov2: np.ndarray) -> np.ndarray:
     values = linalg.eigvalsh(root.T @ cov2 @ root, driver="evd", check_finite=False)
     _no_negative(values)
     if values.min(initial=np.inf) < rounding(values):
-        # A zero eigenvalue comes out as rounding, whose root is not small. If S2 is the singular
-        # one, its root has fewer columns and the zeros do not come up.
+        # Zero eigenvalues are computed as rounding errors, whose roots are not small. If S2 is the
+        # singular covariance, its factor has fewer columns, without these eigenvalues.
         other = factor(cov2)
         if other.shape[1] < root.shape[1]:
             return linalg.eigvalsh(other.T @ cov1 @ other, driver="evd", check_finite=False)
@@ -52,11 +52,11 @@ def _eigenvalues_of_product(cov1: np.ndarray, cov2: np.ndarray) -> np.ndarray:
 
 
 def factor(cov: np.ndarray) -> np.ndarray:
-    """Columns R (d, r) with R R' = cov, without directions whose variance is rounding.
+    """A matrix R (d, r) with R R' = cov, without directions whose variance is a rounding error.
 
-    R' S R has the eigenvalues of A S A, A = cov^(1/2), but for zeros, since R = A U with U' U = 1.
-    A Cholesky factor is such an R at a tenth of the price of ``eigh``. It is no use for a
-    singular covariance: the root of a zero variance comes out as the root of rounding.
+    R' S R has the non-zero eigenvalues of A S A, A = cov^(1/2), since R = A U with U' U = 1. A
+    Cholesky factor is such an R at a tenth of the cost of ``eigh``. It cannot be used for a
+    singular covariance, because the root of a zero variance would be that of a rounding error.
     """
     with contextlib.suppress(linalg.LinAlgError):
         lower = linalg.cholesky(cov, lower=True, check_finite=False)
@@ -70,16 +70,16 @@ def factor(cov: np.ndarray) -> np.ndarray:
 
 
 def _no_negative(values: np.ndarray) -> None:
-    """ValueError for eigenvalues that no covariance has; those of float32 files pass."""
+    """Raise ValueError for negative eigenvalues beyond the rounding errors of float32 files."""
     if values.min(initial=0) < -NEGATIVE * np.abs(values).max(initial=0):
         raise ValueError(
-            f"a covariance has a negative variance in some direction ({values.min():.3g} beside "
-            f"{values.max():.3g}), as no images have: make the statistics again."
+            f"a covariance has a negative eigenvalue ({values.min():.3g}, the largest is "
+            f"{values.max():.3g}): make the statistics again."
         )
 
 
 def rounding(values: np.ndarray) -> float:
-    """Eigenvalues below this cannot be told from zero in float64."""
+    """Eigenvalues below this cannot be distinguished from zero in float64."""
     return len(values) * np.finfo(np.float64).eps * values.max(initial=0)
 
 

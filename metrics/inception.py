@@ -1,8 +1,8 @@
 """The Inception-v3 of FID, for the weights published as ``pt_inception-2015-12-05-6726825d.pth``.
 
-The network of Szegedy et al., 2015 (arXiv 1512.00567) as the graph of 2015-12-05 has it, by which
-FID is defined. It departs from the paper's in two ways: mean pools inside the blocks count no
-padding, and the last block pools by the maximum. Module names are those of the state dict.
+The network of Szegedy et al., 2015 (arXiv 1512.00567) in the version of 2015-12-05, by which FID
+is defined. It differs from the paper in two ways: average pooling in the blocks excludes the
+padding, and the last block uses max pooling. Module names are those of the state dict.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 RESOLUTION = 299
 WIDTH = 2048
-SPATIAL_CHANNELS = 7  #: Nash et al., 2021 (arXiv 2103.03841): of mixed_6, about as many as WIDTH
+#: Channels of mixed_6 for sFID (Nash et al., 2021, arXiv 2103.03841): about WIDTH features in all.
+SPATIAL_CHANNELS = 7
 SPATIAL_SIDE = 17
 _CLASSES = 1008
 
@@ -32,7 +33,7 @@ def _max3(x: Tensor) -> Tensor:
 
 
 class Conv(nn.Module):
-    """Convolution, batch normalisation, ReLU; padded to keep the size where ``same``."""
+    """Convolution, batch normalisation, ReLU; with ``same``, padding keeps the size."""
 
     def __init__(
         self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1,
@@ -80,7 +81,7 @@ class MixedB(nn.Module):
 
 
 class MixedC(nn.Module):
-    """17x17: 7x7 kernels as pairs of 1x7 and 7x1, ``c`` channels wide inside."""
+    """17x17: 7x7 kernels as pairs of 1x7 and 7x1, with ``c`` inner channels."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class MixedD(nn.Module):
 
 
 class MixedE(nn.Module):
-    """8x8: the last two blocks, which differ in their pool."""
+    """8x8: the last two blocks, which differ in their pooling."""
 
     def __init__(self, c_in: int, by_maximum: bool) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class MixedE(nn.Module):
 
 
 class FidInception(nn.Module):
-    """Inception-v3 as FID knows it; ``fc`` is part of the published file and of no feature."""
+    """The Inception-v3 of FID; ``fc`` is in the published file but not used for features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,8 +161,8 @@ class FidInception(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 or [0, 255] images (B, 3, H, W) -> pooled (B, 2048), spatial (B, 7 * 17 * 17).
 
-        The images become 299x299 (bilinear, corners not aligned, no smoothing) in [-1, 1]. The
-        seventh of the mixed blocks of 17x17 and before, ``mixed_6`` of the graph, is Mixed_6d.
+        Images are resized to 299x299 (bilinear, align_corners=False, no antialiasing) and scaled to
+        [-1, 1]. The spatial features are those of ``mixed_6`` in the original graph, here Mixed_6d.
         """
         size = (RESOLUTION, RESOLUTION)
         x = F.interpolate(images.float(), size, mode="bilinear", align_corners=False) / 127.5 - 1
@@ -178,35 +179,35 @@ def load_inception(path: Path) -> FidInception:
     """The network with the weights of the published state dict, in evaluation mode.
 
     Raises:
-        ValueError: not a state dict of tensors (nothing in it is executed), or another network's.
+        ValueError: not a state dict of tensors (nothing in it is executed), or of another network.
     """
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # torch raises what it likes for files of other kinds
+    except Exception as err:  # torch may raise any error for other files
         raise ValueError(
             f"{path} is not a state dict of tensors ({type(err).__name__}): pass the file "
             "published as pt_inception-2015-12-05-6726825d.pth."
         ) from err
     with torch.device("meta"):
         model = FidInception()
-    wanted = {k: v.shape for k, v in model.state_dict().items() if not _is_counter(k)}
-    found = content if isinstance(content, dict) else {}
-    found = {k: v for k, v in found.items() if isinstance(v, Tensor) and not _is_counter(str(k))}
+    expected = {k: v.shape for k, v in model.state_dict().items() if not _is_counter(k)}
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {k: v for k, v in items if isinstance(v, Tensor) and not _is_counter(str(k))}
     differing = [
-        k for k in sorted({*wanted, *found}, key=str)
-        if k not in wanted or k not in found or found[k].shape != wanted[k]
+        k for k in sorted({*expected, *tensors}, key=str)
+        if k not in expected or k not in tensors or tensors[k].shape != expected[k]
     ]  # fmt: skip
     if differing:
         raise ValueError(
-            f"{path} holds another network (tensor {differing[0]} is missing, additional or of "
+            f"{path} is another network (tensor {differing[0]} is missing, additional or of "
             "another shape): pass the file published as pt_inception-2015-12-05-6726825d.pth."
         )
     counters = {k: torch.zeros((), dtype=torch.int64) for k in model.state_dict() if _is_counter(k)}
-    weights = {k: v.float() for k, v in found.items()}
+    weights = {k: v.float() for k, v in tensors.items()}
     model.load_state_dict({**weights, **counters}, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def _is_counter(key: str) -> bool:
-    """Batches seen in training: in files of newer versions of torch only, and of no use here."""
+    """Whether a tensor is a batch counter, which only newer files have and which is not used."""
     return key.endswith("num_batches_tracked")

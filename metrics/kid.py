@@ -12,7 +12,7 @@ SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 class Kid(NamedTuple):
-    """Mean over the subsets, and their standard deviation (0 for a single one)."""
+    """Mean and standard deviation over the subsets (0 for a single one)."""
 
     mean: float
     spread: float
@@ -23,9 +23,9 @@ class Kid(NamedTuple):
 def mmd2(x: Tensor, y: Tensor) -> float:
     """Unbiased squared maximum mean discrepancy under ``k(a, b) = (a.b / d + 1)^3``, in float64.
 
-    The means over pairs within a set leave an image with itself out (Gretton et al., 2012, eq. 3),
-    so two samples of one distribution give 0 on average, and a little less than 0 half the time;
-    a set and itself give a little less than 0.
+    The means over pairs within a set exclude pairs of an image with itself (Gretton et al., 2012,
+    eq. 3). Two samples of one distribution therefore give 0 on average, and may give a value
+    below 0; identical sets do.
 
     Args:
         x, y: features (m, d) and (n, d), m, n >= 2.
@@ -37,8 +37,8 @@ def mmd2(x: Tensor, y: Tensor) -> float:
         return (a @ b.T / d + 1) ** 3
 
     def within(a: Tensor) -> Tensor:
-        own = ((a * a).sum(1) / d + 1) ** 3
-        return (kernel(a, a).sum() - own.sum()) / (len(a) * (len(a) - 1))
+        diagonal = ((a * a).sum(1) / d + 1) ** 3
+        return (kernel(a, a).sum() - diagonal.sum()) / (len(a) * (len(a) - 1))
 
     return float(within(x) + within(y) - 2 * kernel(x, y).sum() / (m * n))
 
@@ -46,17 +46,17 @@ def mmd2(x: Tensor, y: Tensor) -> float:
 def kid(
     x: Tensor, y: Tensor, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
 ) -> Kid:
-    """``mmd2`` of subsets drawn from each set without replacement, as published.
+    """The mean of ``mmd2`` over subsets drawn from each set without replacement, as published.
 
-    A subset has ``size`` images, or as many as the smaller set has. Where both sets are no larger
-    than that, there is one subset.
+    A subset has ``size`` images, or as many as the smaller set. If both sets have no more than
+    that, there is one subset.
 
     Raises:
         ValueError: a set of fewer than two features.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(
-            f"KID needs 2 images of each set or more, got {len(x)} and {len(y)}: add images."
+            f"KID needs 2 or more images of each set, got {len(x)} and {len(y)}: add images."
         )
     size = min(size, len(x), len(y))
     subsets = 1 if len(x) == len(y) == size else subsets

@@ -1,8 +1,8 @@
-"""Fidelity and diversity apart: what lies within the k-nearest-neighbour balls of a set.
+"""Fidelity and diversity from the k-nearest-neighbour balls of a set.
 
 Precision and recall: Kynkaanniemi et al., 2019 (arXiv 1904.06991). Density and coverage: Naeem et
-al., 2020 (arXiv 2002.09797). Distances are Euclidean, in float64, in blocks of rows: memory grows
-as the number of features kept, not as its square.
+al., 2020 (arXiv 2002.09797). Distances are Euclidean, in float64, computed in blocks of rows, so
+memory grows linearly with the number of features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 1024  #: of a block of distances
+ROWS = 1024  #: rows of a block of distances
 PR_NEIGHBOURS, DC_NEIGHBOURS = 3, 5
 
 
@@ -28,20 +28,21 @@ class DensityCoverage(NamedTuple):
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = PR_NEIGHBOURS) -> PrecisionRecall:
-    """Share of ``fake`` (n, d) within a ball of ``real`` (m, d), and the other way round.
+    """The fraction of ``fake`` (n, d) within a ball of ``real`` (m, d), and vice versa.
 
-    A ball reaches from a point to its k-th nearest neighbour in its own set, border included
-    (eq. 1 and 2), so a set and itself give 1 and 1.
+    The radius of a ball is the distance to the k-th nearest neighbour in the same set; the border
+    is included (eq. 1 and 2). Identical sets give 1 and 1.
     """
     real, fake = _checked(real, fake, k)
     return PrecisionRecall(_share_within(fake, real, k), _share_within(real, fake, k))
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = DC_NEIGHBOURS) -> DensityCoverage:
-    """Balls of ``real`` a ``fake`` point lies in, over k; share of balls that hold one (eq. 4, 5).
+    """Density and coverage of ``fake`` (n, d) by the balls of ``real`` (m, d) (eq. 4, 5).
 
-    Borders are excluded, as in the authors' code: a set of distinct points and itself give exactly
-    1 and 1. Density may exceed 1.
+    Density is the mean number of balls that contain a ``fake`` point, divided by k, and may exceed
+    1. Coverage is the fraction of balls that contain one. Borders are excluded, as in the authors'
+    code, so identical sets of distinct points give exactly 1 and 1.
     """
     real, fake = _checked(real, fake, k)
     inside, covered = 0, 0
@@ -66,7 +67,7 @@ def _radii(x: Tensor, k: int) -> Tensor:
 def _blocks(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Squared distances of ``ROWS`` points of ``a`` at a time to all of ``b``, (rows, len(b)).
 
-    Differences of squares leave rounding where points coincide; it is set to zero.
+    Rounding errors at points that coincide are set to zero.
     """
     squares = (b * b).sum(1)
     for rows in a.split(ROWS):
@@ -82,5 +83,5 @@ def _checked(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:
             f"{len(fake)}: add images."
         )
     real, fake = real.double(), fake.double()
-    centre = real.mean(0)  # smaller numbers, smaller rounding
+    centre = real.mean(0)  # for smaller rounding errors
     return real - centre, fake - centre

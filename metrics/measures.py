@@ -1,4 +1,4 @@
-"""The metrics by name, each from the summaries of two sets of images."""
+"""The registry of metrics, each computed from the summaries of two sets of images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from metrics.manifolds import density_coverage, precision_recall
 from metrics.statistics import Statistics
 from metrics.summary import FeatureSummary, Requirements
 
-KEPT = 10_000  #: images whose features are kept, unless a person says otherwise
+KEPT = 10_000  #: default number of images whose features are kept
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure or two: ``compute(images, reference, seed)`` -> by key, ``text`` to print them."""
+    """A metric: ``compute(images, reference, seed)`` returns its values by key."""
 
     compute: Callable[[FeatureSummary, FeatureSummary, int], dict[str, float]]
-    text: str
-    features: bool = False  #: of the images
-    reference_features: bool = False
-    spatial: bool = False
+    text: str  #: format string for printing the values
+    features: bool = False  #: whether it needs features of the images
+    reference_features: bool = False  #: whether it needs features of the reference
+    spatial: bool = False  #: whether it needs spatial moments
 
 
 def _fid(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
@@ -33,10 +33,10 @@ def _fid(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[s
 
 
 def _fid_inf(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
-    found = fid_infinity(_features(images), reference.moments, seed)
+    line = fid_infinity(_features(images), reference.moments, seed)
     return {
-        "fid_inf": found.fid, "fid_inf_bias": found.fids[0] - found.fid,
-        "fid_inf_most": found.sizes[0], "fid_inf_least": found.sizes[-1],
+        "fid_inf": line.fid, "fid_inf_bias": line.fids[0] - line.fid,
+        "fid_inf_most": line.sizes[0], "fid_inf_least": line.sizes[-1],
     }  # fmt: skip
 
 
@@ -45,10 +45,10 @@ def _sfid(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[
 
 
 def _kid(images: FeatureSummary, reference: FeatureSummary, seed: int) -> dict[str, float]:
-    found = kid(_features(images), _features(reference), seed=seed)
+    value = kid(_features(images), _features(reference), seed=seed)
     return {
-        "kid": found.mean, "kid_spread": found.spread,
-        "kid_subsets": found.subsets, "kid_subset_size": found.size,
+        "kid": value.mean, "kid_spread": value.spread,
+        "kid_subsets": value.subsets, "kid_subset_size": value.size,
     }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ METRICS = {
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """``"fid,kid"`` -> names, each once, in the order given.
+    """``"fid,kid"`` -> the names in this order, without repetitions.
 
     Raises:
         ValueError: an unknown metric, or none.
@@ -94,28 +94,26 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
-        raise ValueError(
-            f"--metrics '{text}': '{''.join(unknown[:1])}' is no metric, choose from "
-            f"{', '.join(METRICS)}."
-        )
+        problem = f"unknown metric '{unknown[0]}'" if unknown else "no metric is given"
+        raise ValueError(f"--metrics '{text}': {problem}, choose from {', '.join(METRICS)}.")
     return names
 
 
 def needs_of(names: Sequence[str], kept: int | None = None, always: bool = False) -> Requirements:
-    """What the metrics ask of a pass: features of ``kept`` images, if any or ``always``."""
-    wanted = always or any(METRICS[name].features for name in names)
-    count = (KEPT if kept is None else kept) if wanted else 0
+    """The requirements of the metrics: features of ``kept`` images, if needed or ``always``."""
+    needed = always or any(METRICS[name].features for name in names)
+    count = (KEPT if kept is None else kept) if needed else 0
     return Requirements(count, any(METRICS[name].spatial for name in names))
 
 
 def reference_needs(names: Sequence[str]) -> Requirements:
-    """What the metrics ask of a reference."""
+    """The requirements of the metrics for a reference."""
     features = any(METRICS[name].reference_features for name in names)
     return Requirements(KEPT if features else 0, needs_of(names).spatial)
 
 
 def require(summary: FeatureSummary, needs: Requirements) -> FeatureSummary:
-    """The summary itself, if it holds what the metrics need: asked before a pass, not after it."""
+    """The summary itself if it meets the requirements, else ValueError; check before a pass."""
     if needs.features:
         _features(summary)
     if needs.spatial:
@@ -126,28 +124,28 @@ def require(summary: FeatureSummary, needs: Requirements) -> FeatureSummary:
 def figures(
     names: Sequence[str], images: FeatureSummary, reference: FeatureSummary, seed: int = 0
 ) -> dict[str, float]:
-    """All figures of the metrics ``names`` by key, such as {"fid": ..., "precision": ...}."""
-    found: dict[str, float] = {}
+    """The values of the metrics ``names`` by key, such as {"fid": ..., "precision": ...}."""
+    values: dict[str, float] = {}
     for name in names:
-        found |= METRICS[name].compute(images, reference, seed)
-    return found
+        values |= METRICS[name].compute(images, reference, seed)
+    return values
 
 
 def lines(
-    names: Sequence[str], found: dict[str, float], detector: Detector, images: FeatureSummary,
+    names: Sequence[str], values: dict[str, float], detector: Detector, images: FeatureSummary,
     reference: FeatureSummary,
 ) -> list[str]:  # fmt: skip
-    """A line a metric, with the detector and the honest number of images."""
-    made = []
+    """A line of text per metric, with the detector and the number of images used."""
+    texts = []
     for name in names:
         count = f"{images.moments.n}"
         if METRICS[name].features:
             count = f"{images.kept} of {images.moments.n}"
         if METRICS[name].reference_features:
             count += f" against {reference.kept} of {reference.moments.n}"
-        text = METRICS[name].text.format(**found)
-        made.append(f"{text}  (detector {detector.name}, N = {count})")
-    return made
+        text = METRICS[name].text.format(**values)
+        texts.append(f"{text}  (detector {detector.name}, N = {count})")
+    return texts
 
 
 def _features(summary: FeatureSummary) -> Tensor:
@@ -162,7 +160,7 @@ def _features(summary: FeatureSummary) -> Tensor:
 def _spatial(summary: FeatureSummary) -> Statistics:
     if summary.spatial is None:
         raise ValueError(
-            f"statistics '{summary.moments.source}' hold no spatial moments, which sfid compares: "
+            f"statistics '{summary.moments.source}' hold no spatial moments, which sfid needs: "
             "make them again with fid.py ref --metrics fid,sfid --detector inception-pt."
         )
     return summary.spatial

@@ -1,4 +1,4 @@
-"""Mean and covariance of features, gathered batch by batch and rank by rank in float64."""
+"""Mean and covariance of features, accumulated over batches and ranks in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEYS = ("mu", "sigma", "detector", "detector_sha256", "n", "source")
 
 @dataclass(frozen=True)
 class DetectorId:
-    """Which detector made the features; figures of two detectors cannot be compared."""
+    """The detector of features; metrics of different detectors are not comparable."""
 
     name: str
     sha256: str
@@ -31,21 +31,21 @@ class DetectorId:
 
 
 class Statistics:
-    """Sums and outer products of features; sums of parts equal the sums of the whole.
+    """Sums and outer products of features, from which mean and covariance are computed.
 
-    They are held in float64, so memory does not grow with the number of images: on the CUDA
-    device that made the features, lest it wait for the CPU, else on the CPU (MPS has no float64).
+    They are in float64: on the CUDA device of the features, to avoid transfers, else on the CPU
+    (MPS has no float64). Memory does not grow with the number of images.
     """
 
     def __init__(self, detector: DetectorId, source: str = "") -> None:
         self.detector = detector
         self.source = source
-        self.source_sha256 = ""  #: of the images, where whoever gathered them knows it
+        self.source_sha256 = ""  #: hash of the images, if known
         self.n = 0
         self._sum = torch.zeros(detector.dim, dtype=torch.float64)
         self._outer = torch.zeros(detector.dim, detector.dim, dtype=torch.float64)
-        #: Mean and covariance as a file gave them: not rounded once more by way of the sums.
-        self._given: tuple[np.ndarray, np.ndarray] | None = None
+        #: Mean and covariance from a file, used as they are to avoid the rounding of the sums.
+        self._moments: tuple[np.ndarray, np.ndarray] | None = None
 
     def update(self, features: Tensor) -> None:
         """Add a batch of features (B, dim) of any floating type on any device."""
@@ -53,20 +53,20 @@ class Statistics:
         x = (x if x.device.type == "cuda" else x.cpu()).double()
         if x.ndim != 2 or x.shape[1] != self.detector.dim:
             raise ValueError(
-                f"features of shape {tuple(x.shape)} do not come from detector {self.detector}: "
+                f"features of shape {tuple(x.shape)} are not from detector {self.detector}: "
                 f"expected (B, {self.detector.dim})."
             )
         if not torch.isfinite(x).all():
             raise ValueError(
                 "the detector returned NaN or infinite features: check the images and the device."
             )
-        self._given, self.source_sha256 = None, ""
+        self._moments, self.source_sha256 = None, ""
         self.n += len(x)
         self._sum = self._sum.to(x.device).add_(x.sum(0))
         self._outer = self._outer.to(x.device).addmm_(x.T, x)
 
     def merge(self, *others: Statistics) -> Statistics:
-        """New statistics of these images and of the others' together."""
+        """New statistics of all images of these and the ``others``."""
         merged = Statistics(self.detector, self.source)
         for part in (self, *others):
             self.require(part.detector)
@@ -76,24 +76,24 @@ class Statistics:
         return merged
 
     def reduce(self) -> Statistics:
-        """Sum over all ranks, in place, where a process group is up; returns itself.
+        """Sum over all ranks in place, if there is a process group; returns itself.
 
         Call it once, on every rank, after the last ``update``.
         """
-        self._given = None
+        self._moments = None
         self.restore(self.state())
         return self
 
     def state(self) -> Tensor:
-        """What all ranks hold so far, packed: (1 + dim + dim^2,) float64; call it on every rank."""
+        """The sums over all ranks, packed: (1 + dim + dim^2,) float64; call it on every rank."""
         count = torch.tensor([self.n], dtype=torch.float64)
         return sum_over_ranks(torch.cat([count, self._sum.cpu(), self._outer.cpu().flatten()]))
 
     def restore(self, state: Tensor) -> None:
-        """Hold exactly what ``state`` gave."""
+        """Set the sums to those of ``state``."""
         dim = self.detector.dim
         self.n = int(state[0])
-        # copies, since the rounding of a BLAS depends on where in memory a matrix begins
+        # copies, because the rounding of a BLAS depends on the memory alignment of a matrix
         self._sum = state[1 : dim + 1].clone()
         self._outer = state[dim + 1 :].view(dim, dim).clone()
 
@@ -101,31 +101,28 @@ class Statistics:
     def mean(self) -> np.ndarray:
         """Mean of the features (dim,)."""
         self._require_two()
-        if self._given is not None:
-            return self._given[0]
+        if self._moments is not None:
+            return self._moments[0]
         return (self._sum.cpu() / self.n).numpy()
 
     @property
     def cov(self) -> np.ndarray:
         """Unbiased covariance of the features (dim, dim)."""
         self._require_two()
-        if self._given is not None:
-            return self._given[1]
+        if self._moments is not None:
+            return self._moments[1]
         total, outer = self._sum.cpu(), self._outer.cpu()
         return ((outer - torch.outer(total, total) / self.n) / (self.n - 1)).numpy()
 
     def fid(self, reference: Statistics) -> float:
-        """Frechet distance to a reference made with the same detector.
-
-        Exactly 0 for the same images, in whatever batches the sums were rounded.
-        """
+        """Frechet distance to a reference with the same detector; exactly 0 for the same images."""
         reference.require(self.detector)
         if self.source_sha256 and self.source_sha256 == reference.source_sha256:
             return 0.0
         return frechet_distance(self.mean, self.cov, reference.mean, reference.cov)
 
     def require(self, detector: DetectorId) -> None:
-        """Raise ValueError unless these statistics were made with ``detector``."""
+        """Raise ValueError if these statistics are from another detector."""
         if detector != self.detector:
             raise ValueError(
                 f"statistics '{self.source}' were made with detector {self.detector}, not with "
@@ -133,12 +130,12 @@ class Statistics:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz that ``load`` reads (the name is kept as it is)."""
+        """Write an .npz for ``load``; nothing is appended to the name."""
         with open(path, "wb") as file:
             np.savez_compressed(file, **self.arrays())
 
     def arrays(self) -> dict[str, Any]:
-        """What ``save`` writes, by key."""
+        """The content of a file of ``save``, by key."""
         return {
             "mu": self.mean,
             "sigma": self.cov,
@@ -151,17 +148,17 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read statistics that ``save`` wrote; nothing in the file is executed.
+        """Read a file of ``save``; nothing in it is executed.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not an .npz, keys are missing, or the values make no sense.
+            ValueError: not an .npz, missing keys, or invalid values.
         """
         return cls.of_arrays(path, read_arrays(Path(path)))
 
     @classmethod
     def of_arrays(cls, path: str | Path, content: dict[str, np.ndarray]) -> Statistics:
-        """Statistics of what ``arrays`` gave; ``path`` names them in errors, as in ``load``."""
+        """The inverse of ``arrays``; ``path`` is for errors, which are those of ``load``."""
         missing = [key for key in _KEYS if key not in content]
         if missing:
             raise ValueError(
@@ -169,25 +166,23 @@ class Statistics:
                 "also takes an .npz of mu and sigma together with --detector and --num."
             )
         name, sha = str(content["detector"]), str(content["detector_sha256"])
-        made = cls._of_moments(path, content, name, sha, content["n"], str(content["source"]))
-        made.source_sha256 = str(content.get("source_sha256", ""))  # older files have none
-        return made
+        stats = cls._of_moments(path, content, name, sha, content["n"], str(content["source"]))
+        stats.source_sha256 = str(content.get("source_sha256", ""))  # not in older files
+        return stats
 
     @classmethod
     def adopt(cls, path: str | Path, detector: DetectorId, n: int) -> Statistics:
-        """Statistics published as mu and sigma alone, declared as ``detector``'s of ``n`` images.
+        """Statistics of ``n`` images published as mu and sigma only, taken to be ``detector``'s.
 
         Raises:
-            ValueError: as ``load``; also where the file already names its detector.
+            ValueError: as ``load``; also if the file already has a detector.
         """
         content = read_arrays(Path(path))
         if "detector" in content:
-            raise ValueError(
-                f"statistics {path} already name their detector: use them as they are."
-            )
+            raise ValueError(f"statistics {path} already have a detector: use them as they are.")
         missing = [key for key in ("mu", "sigma") if key not in content]
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}: it holds no statistics.")
+            raise ValueError(f"{path} lacks {', '.join(missing)}: give an .npz of mu and sigma.")
         adopted = cls._of_moments(path, content, detector.name, detector.sha256, np.array(n),
                                   Path(path).name)  # fmt: skip
         adopted.require(detector)
@@ -208,11 +203,11 @@ class Statistics:
             ) from err
         sizes = f"mu of shape {mu.shape}, sigma of shape {cov.shape}, n = {count}"
         if mu.ndim != 1 or cov.shape != (len(mu), len(mu)) or count < 2:
-            raise ValueError(f"statistics {path} make no sense ({sizes}): make them again.")
+            raise ValueError(f"statistics {path} are invalid ({sizes}): make them again.")
         if not (np.isfinite(mu).all() and np.isfinite(cov).all()):
             raise ValueError(f"statistics {path} hold NaN or infinite values: make them again.")
         stats = cls(DetectorId(name, sha, len(mu)), source)
-        stats.n, stats._given = count, (mu, cov)
+        stats.n, stats._moments = count, (mu, cov)
         stats._sum = torch.from_numpy(mu * count)
         stats._outer = torch.from_numpy(cov * (count - 1) + np.outer(mu, mu) * count)
         return stats
@@ -223,17 +218,17 @@ class Statistics:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of a CPU tensor over all ranks, which may take its place; itself without a group."""
+    """The sum of a CPU tensor over all ranks, possibly in place; itself without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
-    # gloo sums on the CPU; a group of NCCL alone needs the tensor on its GPU
+    # gloo sums on the CPU; NCCL needs the tensor on the GPU
     shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor
     dist.all_reduce(shared)
     return shared.cpu()
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz; pickled objects are refused."""
+    """All arrays of an .npz; pickled objects are not loaded."""
     if not path.is_file():
         raise FileNotFoundError(f"statistics {path} do not exist: make them with fid.py ref.")
     try:

@@ -1,7 +1,7 @@
-"""What the metrics need of a set of images, gathered in one pass and kept in one file.
+"""Summaries of a set of images for the metrics, collected in one pass and stored in one file.
 
-Moments always; features of some of the images, and moments of the spatial features, where a metric
-asks for them. Memory does not grow with the number of images.
+A summary has the moments and, if a metric needs them, features of some images and the moments of
+spatial features. Memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metrics.detectors import REFERENCES, Detector
+from metrics.detectors import Detector, reference_file
 from metrics.draws import choose
 from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
 
@@ -27,10 +27,10 @@ T_co = TypeVar("T_co", covariant=True)
 
 @dataclass(frozen=True)
 class Requirements:
-    """What is kept beside the moments."""
+    """What metrics require besides the moments."""
 
-    features: int = 0  #: of at most so many images, drawn from all
-    spatial: bool = False
+    features: int = 0  #: features of at most this many images, drawn from all
+    spatial: bool = False  #: moments of spatial features
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class FeatureSummary:
 
     @property
     def kept(self) -> int:
-        """How many images' features are at hand."""
+        """The number of images with features."""
         return 0 if self.features is None else len(self.features)
 
     def save(self, path: str | Path) -> None:
-        """Write an .npz: that of the moments, which ``Statistics.load`` reads, and the rest."""
+        """Write an .npz, of which ``Statistics.load`` reads the moments."""
         arrays = self.moments.arrays()
         if self.spatial is not None:
             arrays |= {"spatial_mu": self.spatial.mean, "spatial_sigma": self.spatial.cov}
@@ -58,25 +58,20 @@ class FeatureSummary:
 
     @classmethod
     def load(cls, path: str | Path, detector: Detector) -> FeatureSummary:
-        """Read what ``save`` or ``Statistics.save`` wrote, by path or by a bundled name.
+        """Read a file of ``save`` or ``Statistics.save``, by path or by a bundled name.
 
         Raises:
-            ValueError: unreadable, makes no sense, or made with another detector.
+            ValueError: unreadable, invalid, or made with another detector.
             FileNotFoundError: neither a bundled name nor a file.
         """
-        file = REFERENCES.get(str(path), Path(path))
-        if not file.is_file() and file.suffix != ".npz":
-            raise FileNotFoundError(
-                f"reference '{path}' is neither one of {', '.join(REFERENCES)} nor an .npz: "
-                "make it with fid.py ref."
-            )
+        file = reference_file(path)
         content = read_arrays(file)
         moments = Statistics.of_arrays(file, content)
         moments.require(detector.id)
         features = content.get("features")
-        if features is not None and not _sensible(features, moments):
+        if features is not None and not _are_valid(features, moments):
             raise ValueError(
-                f"the features in {file} make no sense (shape {features.shape} for {moments.n} "
+                f"the features in {file} are invalid (shape {features.shape} for {moments.n} "
                 f"images of {detector.dim} features, or not finite): make them again."
             )
         return cls(
@@ -86,15 +81,15 @@ class FeatureSummary:
 
 
 def joined(parts: Sequence[FeatureSummary]) -> FeatureSummary:
-    """Of all images of the parts, whose features follow on each other; without spatial moments."""
+    """The summary of all images of the parts, in order, without spatial moments."""
     moments = parts[0].moments.merge(*(part.moments for part in parts[1:]))
     features = [part.features for part in parts if part.features is not None]
     return FeatureSummary(moments, None, torch.cat(features) if features else None)
 
 
-def _sensible(features: np.ndarray, moments: Statistics) -> bool:
-    number = np.issubdtype(features.dtype, np.floating) and features.ndim == 2
-    fits = number and features.shape[1] == moments.detector.dim and len(features) <= moments.n
+def _are_valid(features: np.ndarray, moments: Statistics) -> bool:
+    is_matrix = np.issubdtype(features.dtype, np.floating) and features.ndim == 2
+    fits = is_matrix and features.shape[1] == moments.detector.dim and len(features) <= moments.n
     return bool(fits and np.isfinite(features).all())
 
 
@@ -112,7 +107,7 @@ def _spatial(
 
 
 class Gathers(Protocol[T_co]):
-    """Makes something of numbered images, in any batches and on any ranks; see `Collector`."""
+    """Collects a result from numbered images, in any batches and on any ranks; see `Collector`."""
 
     def update(self, images: Tensor, positions: Sequence[int]) -> None: ...
 
@@ -124,16 +119,16 @@ class Gathers(Protocol[T_co]):
 
 
 class Collector:
-    """Fills a summary image by image; neither batches nor ranks leave a trace in it.
+    """Collects a summary; the result does not depend on batches or ranks.
 
-    The source bears a SHA-256: that of the SHA-256 of each image's pixels, in order. It takes 32
-    bytes an image.
+    The source's SHA-256 is that of the SHA-256 of the pixels of all images, in order, for which it
+    keeps 32 bytes per image.
 
     Args:
         total: images over all ranks, of which ``needs.features`` are drawn by ``seed``.
 
     Raises:
-        ValueError: spatial features of a detector that offers none.
+        ValueError: spatial features with a detector that has none.
     """
 
     def __init__(
@@ -141,7 +136,7 @@ class Collector:
     ) -> None:
         if needs.spatial and detector.spatial_id is None:
             raise ValueError(
-                f"detector {detector.name} offers no spatial features: use --detector inception-pt "
+                f"detector {detector.name} has no spatial features: use --detector inception-pt "
                 "for sfid."
             )
         self.detector = detector
@@ -154,22 +149,22 @@ class Collector:
         self._digests = torch.zeros(total, 32, dtype=torch.uint8)
 
     def update(self, images: Tensor, positions: Sequence[int]) -> None:
-        """Add uint8 (B, 3, H, W) images, which have these numbers among all."""
-        with ThreadPoolExecutor(1) as aside:  # hashing large images would hold a GPU up
-            digests = aside.submit(_digests, images)
+        """Add uint8 (B, 3, H, W) images with these numbers."""
+        with ThreadPoolExecutor(1) as pool:  # hashing large images would delay the GPU
+            digests = pool.submit(_digests, images)
             features, spatial = self.detector.both(images)
             self._moments.update(features)
             self._digests[list(positions)] = digests.result()
         if self._spatial is not None and spatial is not None:
             self._spatial.update(spatial)
         if len(self._chosen):
-            _, mine, rows = np.intersect1d(
+            _, kept, rows = np.intersect1d(
                 np.asarray(positions), self._chosen, assume_unique=True, return_indices=True
             )
-            self._rows[rows] = features.cpu()[torch.from_numpy(mine)].float()
+            self._rows[rows] = features.cpu()[torch.from_numpy(kept)].float()
 
     def state(self) -> dict[str, np.ndarray]:
-        """What all ranks have gathered so far, for ``restore``; call it on every rank."""
+        """The state of all ranks, for ``restore``; call it on every rank."""
         parts = {
             "moments": self._moments.state(),
             "rows": sum_over_ranks(self._rows.clone()),
@@ -180,7 +175,7 @@ class Collector:
         return {name: part.numpy() for name, part in parts.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from ``state``, bit by bit; call it before the first image, on one rank only."""
+        """Continue from ``state``, bit-equal; call it before the first image, on one rank only."""
         self._moments.restore(torch.from_numpy(state["moments"]))
         self._rows = torch.from_numpy(state["rows"])
         self._digests = torch.from_numpy(state["digests"])
@@ -189,7 +184,7 @@ class Collector:
 
     def finish(self) -> FeatureSummary:
         """The summary over all ranks; call it once, on every rank."""
-        # each row, and each digest, is zero on all ranks but one
+        # every row and every digest is zero on all ranks except one
         features = sum_over_ranks(self._rows) if len(self._chosen) else None
         sha = hashlib.sha256(sum_over_ranks(self._digests).numpy().tobytes()).hexdigest()
         moments = self._moments.reduce()
@@ -201,20 +196,20 @@ class Collector:
 
 
 def _digests(images: Tensor) -> Tensor:
-    """SHA-256 of the pixels of each image (3, H, W) and of their shape, (B, 32) uint8."""
+    """SHA-256 of the shape and the pixels of each image (3, H, W), (B, 32) uint8."""
     shape = str(tuple(images.shape[1:])).encode()
-    made = [hashlib.sha256(shape + image.tobytes()).digest() for image in images.cpu().numpy()]
-    return torch.from_numpy(np.frombuffer(b"".join(made), np.uint8).reshape(-1, 32).copy())
+    digests = [hashlib.sha256(shape + image.tobytes()).digest() for image in images.cpu().numpy()]
+    return torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32).copy())
 
 
 def collect(
     batches: Iterable[Tensor], collectors: Sequence[Gathers[T]], shard: tuple[int, int] = (0, 1),
     start: int = 0,
 ) -> list[T]:  # fmt: skip
-    """One pass over the batches of rank ``shard[0]`` of ``shard[1]``, through all detectors.
+    """One pass over the batches of rank ``shard[0]`` of ``shard[1]``, with all collectors.
 
-    The images of a rank have the numbers start + rank, start + rank + size, ... among all, as in
-    ``sources.image_batches``.
+    The images of a rank have the numbers start + rank, start + rank + size, ..., as in
+    ``image_data.sources.image_batches``.
     """
     rank, size = shard
     seen = 0

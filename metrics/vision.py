@@ -1,7 +1,7 @@
-"""DINOv2 and CLIP as detectors, from folders as ``transformers`` saves them.
+"""DINOv2 and CLIP as detectors, from folders saved by ``transformers``.
 
-Both see the whole image, made square: bicubic with the smoothing that a smaller size needs
-(the rule of PIL), rounded to whole grey levels, then normalised by the constants of their training.
+Both get the whole image, resized to a square (bicubic with antialiasing, as in PIL), rounded to
+integers and normalised by the constants of their training.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 DINOV2_RESOLUTION = 224  #: Stein et al., 2023 (arXiv 2306.04675)
-SAFE, OLDER = "model*.safetensors", "pytorch_model*.bin"  #: weights, whole or in parts
+SAFE, OLDER = "model*.safetensors", "pytorch_model*.bin"  #: weights, in one or several files
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 class Vision(NamedTuple):
-    """A network as a detector wants it."""
+    """A feature network, with its dimension and the hash of its weights."""
 
     features: Callable[[Tensor], Tensor]
     dim: int
@@ -31,25 +31,24 @@ class Vision(NamedTuple):
 
 
 def resize(images: Tensor, height: int, width: int | None = None) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, height, width) of whole numbers in [0, 255].
+    """uint8 (B, 3, H, W) -> float32 (B, 3, height, width) of integers in [0, 255].
 
-    Without a width it is a square, whatever the images were.
-
-    Columns first, then rows, each rounded to grey levels: as PIL does it, to one level.
+    ``width`` is that of ``height`` by default.  Columns are resized first, then rows, each rounded
+    to integers, which agrees with PIL to one level.
     """
     x = images.float()
     width = width or height
     for shape in ((images.shape[2], width), (height, width)):
         if x.shape[2:] != shape:
-            made = F.interpolate(x, shape, mode="bicubic", antialias=True)
-            x = made.round().clamp(0, 255)
+            resized = F.interpolate(x, shape, mode="bicubic", antialias=True)
+            x = resized.round().clamp(0, 255)
     return x
 
 
 def centre(images: Tensor, size: int) -> Tensor:
-    """As `resize`, but keeps the proportions and the middle square: what CLIP was trained with.
+    """Resize the shorter side to ``size`` and crop the central square, as in CLIP's training.
 
-    The shorter side becomes ``size``; halves of a pixel go where torchvision's rule puts them.
+    Half pixels are rounded as in torchvision.
     """
     height, width = images.shape[2:]
     short = min(height, width)
@@ -64,7 +63,7 @@ def normalise(images: Tensor, constants: tuple[tuple[float, ...], ...]) -> Tenso
 
 
 def load_dinov2(folder: Path, device: torch.device) -> Vision:
-    """The class token of DINOv2 (Oquab et al., 2023), after the last normalisation."""
+    """The class token of DINOv2 (Oquab et al., 2023), after the final layer norm."""
     model = open_model(folder, "Dinov2Model", device)
 
     def features(images: Tensor) -> Tensor:
@@ -88,9 +87,9 @@ def load_clip(folder: Path, device: torch.device) -> Vision:
 
 
 def open_model(folder: Path, kind: str, device: torch.device) -> Any:
-    """The model of class ``kind`` in float32; every weight has to be in the folder.
+    """The model of class ``kind`` in float32, with all weights from the folder.
 
-    Of two formats safetensors are preferred; the older one is read as weights only.
+    Safetensors files are preferred; files in the older format are read as weights only.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -98,7 +97,7 @@ def open_model(folder: Path, kind: str, device: torch.device) -> Any:
         )
     library = transformers_library()
     verbosity = library.logging.get_verbosity()
-    library.logging.set_verbosity_error()  # a table of the text tower's weights, which nobody needs
+    library.logging.set_verbosity_error()  # it would list the unused weights of the text encoder
     try:
         model, info = getattr(library, kind).from_pretrained(
             folder,
@@ -113,7 +112,7 @@ def open_model(folder: Path, kind: str, device: torch.device) -> Any:
             f"({' '.join(str(err).split())[:200]}): pass a folder with its config.json and "
             "model.safetensors or pytorch_model.bin."
         ) from err
-    except Exception as err:  # of whatever kind torch finds in an older file: it is not run
+    except Exception as err:  # torch may raise any error for objects in an older file
         raise ValueError(
             f"{folder} holds more than weights ({type(err).__name__}): pass a folder with its "
             "config.json and model.safetensors."
@@ -140,13 +139,13 @@ def transformers_library() -> ModuleType:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash of the configuration and of the weights; other files do not change the features."""
+    """SHA-256 of the configuration and the weights; other files do not affect the features."""
     weights = sorted(folder.glob(SAFE)) or sorted(folder.glob(OLDER))
     return files_sha256(folder / "config.json", *weights)
 
 
 def files_sha256(*files: Path) -> str:
-    """The SHA-256 of files one after the other."""
+    """SHA-256 of the concatenated files."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as opened:

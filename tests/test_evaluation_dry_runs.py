@@ -119,7 +119,7 @@ def test_models_on_the_hub(name: str, script: Script, nothing: Path) -> None:
         ("calc", ["--detector-path=x.pt"], "--detector-path x.pt is for one detector"),
         ("calc", ["--ref=a.npz"], "--ref a.npz names 1 for 2 detectors"),
         ("calc", ["--images=x.npz", "--num=5"], "--num 5 draws images, but x.npz holds statistics"),
-        ("calc", ["--metrics=is"], "'is' is no metric"),
+        ("calc", ["--metrics=is"], "unknown metric 'is'"),
         ("ref", ["--data=x.npz"], "x.npz does not say how many images it is of: add --num"),
         ("ref", ["--dest=own.npz,other.npz"], "--dest own.npz,other.npz names 2 for 1 detectors"),
         ("gen", ["--ref=a.npz,b.npz"], "--ref a.npz,b.npz names 2 for 1 detectors"),

@@ -213,7 +213,7 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(
         ((*IPNDM, "--ref=none", "--dest=x.npz", "--json=x.json"), "--ref none measures nothing"),
         ((*IPNDM, "--dest=x"), "--dest x has to end in .npz"),
         ((*IPNDM, "--subdirs"), "--subdirs requires images on disk: add --outdir"),
-        ((*IPNDM, "--metrics=is"), "'is' is no metric"),
+        ((*IPNDM, "--metrics=is"), "unknown metric 'is'"),
         ((*IPNDM, "--detector=pixels"), "compute both with one detector"),
         ((*IPNDM, *PIXELS, "--metrics=sfid", "--outdir=x"), "hold no spatial moments"),
         (("--sampler=heun", "--nfe=5"), "exactly 5 NFE: give 4 or 6"),

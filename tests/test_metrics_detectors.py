@@ -113,7 +113,7 @@ def test_a_written_network_comes_back(tmp_path: Path) -> None:
 
 
 def test_wrong_images_are_refused(small: Detector) -> None:
-    with pytest.raises(ValueError, match="takes 32x32 images, got 64x64: use"):
+    with pytest.raises(ValueError, match="takes 32x32 images, got 64x64"):
         small(images(2, 64))
     with pytest.raises(ValueError, match="takes uint8 images"):
         small(images(2).float())
@@ -137,27 +137,27 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     for name in ("other.pt", "text.pt"):
         with pytest.raises(ValueError, match="is not a TorchScript detector"):
             load_detector("inception", path=tmp_path / name, device="cpu")
-        with pytest.raises(ValueError, match="is not a detector file of"):
+        with pytest.raises(ValueError, match="is not a detector file of tools.train_detector"):
             load_detector("cifar10-small", path=tmp_path / name, device="cpu")
     for name in DETECTORS.keys() - {"pixels"}:
         with pytest.raises(FileNotFoundError, match=r"none.pt does not exist"):
             load_detector(name, path=tmp_path / "none.pt", device="cpu")
-    with pytest.raises(ValueError, match="detector pixels has no weights: leave"):
+    with pytest.raises(ValueError, match="pixels has no weights"):
         load_detector("pixels", path=tmp_path / "none.pt", device="cpu")
-    with pytest.raises(ValueError, match="unknown detector 'vgg': choose one of"):
+    with pytest.raises(ValueError, match="unknown detector 'vgg'"):
         load_detector("vgg", device="cpu")
-    with pytest.raises(ValueError, match="inception is not bundled: pass"):
+    with pytest.raises(ValueError, match="inception is not bundled"):
         load_detector("inception", device="cpu")
 
 
 def test_a_newer_or_damaged_network_file_is_refused(tmp_path: Path) -> None:
     model = SmallCNN(CNNConfig((4, 4, 4)))
     save_cnn(model, tmp_path / "newer.safetensors", {"schema": 99})
-    with pytest.raises(ValueError, match="schema 99, this version reads up to 1"):
+    with pytest.raises(ValueError, match="schema 99"):
         load_cnn(tmp_path / "newer.safetensors")
     del model.stages[2]
     save_cnn(model, tmp_path / "less.safetensors", {})
-    with pytest.raises(ValueError, match=r"does not fit its own record \(tensor"):
+    with pytest.raises(ValueError, match="tensor stages.2"):
         load_cnn(tmp_path / "less.safetensors")
 
 
@@ -165,7 +165,7 @@ def test_references_of_another_detector_are_refused(small: Detector, tmp_path: P
     other = load_detector("inception", path=scripted(tmp_path / "i.pt"), device="cpu")
     gather([images(5)], other, "toy").save(tmp_path / "toy.npz")
     assert load_reference(tmp_path / "toy.npz", other).n == 5
-    with pytest.raises(ValueError, match="'toy' were made with detector inception .*"):
+    with pytest.raises(ValueError, match="detector inception .*, not with"):
         load_reference(tmp_path / "toy.npz", small)
     with pytest.raises(ValueError, match="compute both with one detector"):
         load_reference("cifar10-small", other)
@@ -177,6 +177,6 @@ def test_references_of_another_detector_are_refused(small: Detector, tmp_path: P
         load_reference(tmp_path / "forged.npz", small)
     with pytest.raises(
         FileNotFoundError,
-        match="'imagenet' is neither one of cifar10-small, ",
+        match="'imagenet' is neither",
     ):
         load_reference("imagenet", small)

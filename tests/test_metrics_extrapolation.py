@@ -63,5 +63,5 @@ def test_the_line_goes_through_the_means_over_disjoint_subsets() -> None:
 
 
 def test_too_few_images() -> None:
-    with pytest.raises(ValueError, match="FID-infinity in 16 features takes 64 images"):
+    with pytest.raises(ValueError, match="16 features needs 64 images"):
         fid_infinity(images(63, 0, 0, 1), reference())

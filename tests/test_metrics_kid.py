@@ -85,7 +85,7 @@ def test_kid_over_subsets() -> None:
     assert abs(parts.mean - mmd2(x, y)) < 4 * error  # subsets are unbiased for the whole
     assert kid(x, y, size=50, seed=3) == kid(x, y, size=50, seed=3) != kid(x, y, size=50, seed=4)
     assert mmd2(x, x) < 0  # unbiased: a set and itself give a little less than 0
-    with pytest.raises(ValueError, match="2 images of each set or more, got 1 and 200"):
+    with pytest.raises(ValueError, match="got 1 and 200"):
         kid(x[:1], y)
 
 
@@ -140,5 +140,5 @@ def test_fewer_modes_lower_recall_and_coverage_alone() -> None:
 
 def test_too_few_images_for_a_ball() -> None:
     for metric in (precision_recall, density_coverage):
-        with pytest.raises(ValueError, match="need more than 3 images of each set, got 9"):
+        with pytest.raises(ValueError, match="got 9 and 3"):
             metric(points(9), points(3), 3)

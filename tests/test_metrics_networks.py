@@ -171,11 +171,11 @@ def test_other_state_dicts_are_refused(published: Path, tmp_path: Path) -> None:
     without = {k: v for k, v in state.items() if k != "Mixed_6b.branch1x1.bn.bias"}
     wrong = state | {"fc.weight": torch.zeros(1000, 2048)}
     for content, message in (
-        (without, r"another network \(tensor Mixed_6b.branch1x1.bn.bias"),
-        (wrong, r"another network \(tensor fc.weight"),
-        (state | {"AuxLogits.fc.bias": torch.zeros(3)}, r"\(tensor AuxLogits.fc.bias"),
+        (without, "tensor Mixed_6b.branch1x1.bn.bias"),
+        (wrong, "tensor fc.weight"),
+        (state | {"AuxLogits.fc.bias": torch.zeros(3)}, "tensor AuxLogits.fc.bias"),
         ([1, 2], "another network"),
-        (nn.Linear(2, 2), "is not a state dict of tensors"),  # a pickled class is not run
+        (nn.Linear(2, 2), "not a state dict"),  # a pickled class is not run
     ):
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(ValueError, match=message):
@@ -277,7 +277,7 @@ def test_a_file_of_ones_own_is_known_by_its_name(own: Path, tmp_path: Path) -> N
     corner = x[:, :, :3, :3].float().sum((1, 2, 3)) + x.float().mean((1, 2, 3))
     torch.testing.assert_close(detector(x), corner[:, None].expand(2, 5))
     torch.jit.script(nn.Identity()).save(str(tmp_path / "same.pt"))
-    with pytest.raises(ValueError, match=r"it returns \(2, 3, 64, 64\) for two images"):
+    with pytest.raises(ValueError, match=r"returns \(2, 3, 64, 64\)"):
         load_detector(str(tmp_path / "same.pt"), device="cpu")
     with pytest.raises(FileNotFoundError, match="none.pt does not exist"):
         load_detector(str(tmp_path / "none.pt"), device="cpu")
@@ -320,7 +320,7 @@ def test_lists_of_detectors() -> None:
         ("my/own.pt", None),
     ]
     for text in ("", "pixels,pixels"):
-        with pytest.raises(ValueError, match="no list of different detectors"):
+        with pytest.raises(ValueError, match="empty or repeats"):
             parse_detectors(text)
     with pytest.raises(ValueError, match="unknown detector 'vgg'"):
         parse_detectors("pixels,vgg")

@@ -143,11 +143,11 @@ def test_corrected_ps_by_hand() -> None:
 def test_too_few_or_too_equal_images_are_refused() -> None:
     x = pair(2 * DIM - 1, 8, (0, 1), (0, 1))[0]
     assert not enough(len(x), DIM) and enough(len(x) + 1, DIM)
-    with pytest.raises(ValueError, match="15 images say nothing about differences in 8"):
+    with pytest.raises(ValueError, match="15 images are too few .* 8 features"):
         influences(x, statistics(x), REFERENCE)
     flat = pair(99, 8, (0, 1), (0, 1))[0]
     flat[:, 1] = flat[:, 0]
-    with pytest.raises(ValueError, match="'toy' is singular, so the influence"):
+    with pytest.raises(ValueError, match="'toy' is singular"):
         influences(flat, statistics(flat), REFERENCE)
     strange = Statistics(DetectorId("other", "cd" * 32, DIM))
     strange.update(flat)

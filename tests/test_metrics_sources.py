@@ -102,24 +102,18 @@ OK = {"0.png": encoded(0)[1], "1.png": encoded(1)[1]}
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"readme.txt": b""}, "holds no image: expected files ending in"),
-        ({"0.png": encoded(0)[1]}, "gives 1 image, statistics need at least 2"),
-        (OK | {"2.png": encoded(2, (9, 6))[1]}, "image 2.png in .* is 9x6, the first is 8x6"),
-        (OK | {"2.png": encoded(2)[1][:90]}, "image 2.png in .* cannot be read"),
-        (OK | {"2.jpg": encoded(2, kind="JPEG")[1][:300]}, "image 2.jpg in .* cannot be read"),
-        (OK | {"2.png": b""}, "image 2.png in .* cannot be read"),
-        (OK | {"2.png": encoded(2, mode="L")[1]}, "image 2.png in .* is grayscale, expected"),
-        (OK | {"2.png": encoded(2, mode="RGBA")[1]}, "image 2.png in .* is of mode RGBA"),
-        (OK | {"2.png": encoded(2, mode="P")[1]}, "image 2.png in .* is of mode P"),
-        (OK | {"2.png": encoded(2, mode="I;16")[1]}, "image 2.png in .* is of more than 8 bits"),
-        (
-            OK | {"2.png": png16(3, 2, 8)},
-            "is of more than 8 bits per channel",
-        ),
-        (
-            {f"{i}.png": png16(3, 2) for i in range(2)},
-            "image 0.png in .* is of more than 8",
-        ),
+        ({"readme.txt": b""}, "no image"),
+        ({"0.png": encoded(0)[1]}, "1 image"),
+        (OK | {"2.png": encoded(2, (9, 6))[1]}, "2.png .* 9x6, the first is 8x6"),
+        (OK | {"2.png": encoded(2)[1][:90]}, "2.png .* cannot be read"),
+        (OK | {"2.jpg": encoded(2, kind="JPEG")[1][:300]}, "2.jpg .* cannot be read"),
+        (OK | {"2.png": b""}, "2.png .* cannot be read"),
+        (OK | {"2.png": encoded(2, mode="L")[1]}, "2.png .* grayscale"),
+        (OK | {"2.png": encoded(2, mode="RGBA")[1]}, "2.png .* mode RGBA"),
+        (OK | {"2.png": encoded(2, mode="P")[1]}, "2.png .* mode P"),
+        (OK | {"2.png": encoded(2, mode="I;16")[1]}, "2.png .* more than 8 bits"),
+        (OK | {"2.png": png16(3, 2, 8)}, "more than 8 bits"),
+        ({f"{i}.png": png16(3, 2) for i in range(2)}, "0.png .* more than 8"),
     ],
 )
 def test_bad_images(target: Path, files: dict[str, bytes], message: str) -> None:
@@ -128,7 +122,7 @@ def test_bad_images(target: Path, files: dict[str, bytes], message: str) -> None
 
 
 def test_bad_places(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist: pass a folder or a zip"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         ImageSource(tmp_path / "none")
     (tmp_path / "torn.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="is not a readable zip"):
@@ -137,9 +131,9 @@ def test_bad_places(tmp_path: Path) -> None:
     content = bytearray(rotten.read_bytes())
     content[content.index(b"IDAT") + 20] ^= 1
     rotten.write_bytes(content)
-    with pytest.raises(ValueError, match="image 0.png in .* cannot be read .Bad CRC-32"):
+    with pytest.raises(ValueError, match="0.png in .*Bad CRC-32"):
         list(image_batches(rotten, 2))
-    with pytest.raises(ValueError, match="3 images were asked for, found 2: lower the"):
+    with pytest.raises(ValueError, match="3 images were asked for, found 2"):
         list(image_batches(fill(tmp_path / "two", OK), 2, num=3))
 
 

@@ -154,10 +154,10 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n": None, "detector": None}, "lack detector, n: make them with fid.py ref"),
-        ({"mu": np.zeros(4)}, r"make no sense \(mu of shape \(4,\), sigma of shape \(5, 5\)"),
+        ({"n": None, "detector": None}, "lack detector, n"),
+        ({"mu": np.zeros(4)}, r"mu of shape \(4,\), sigma of shape \(5, 5\)"),
         ({"n": 1}, "n = 1"),
-        ({"sigma": np.full((5, 5), np.inf)}, "hold NaN or infinite values"),
+        ({"sigma": np.full((5, 5), np.inf)}, "NaN or infinite"),
         ({"mu": np.array(["a"] * 5)}, "are not numbers"),
         ({"mu": np.array([{}] * 5, dtype=object)}, "not an .npz of plain arrays"),
     ],
@@ -199,5 +199,5 @@ def test_published_moments_are_adopted_once_declared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not with"):
         Statistics.adopt(path, DetectorId("wide", "ab", 7), 50_000)
     stats.save(path)
-    with pytest.raises(ValueError, match="already name their detector"):
+    with pytest.raises(ValueError, match="already have a detector"):
         Statistics.adopt(path, ID, 50_000)

@@ -143,9 +143,9 @@ def test_what_a_reference_lacks_is_said_before_a_pass(tmp_path: Path) -> None:
     assert require(bare, needs_of(["fid"])) is bare
     assert require(bare, reference_needs(["fid_inf"])) is bare  # only the images' are cut up
     assert reference_needs(["fid_inf", "pr"]).features and reference_needs(["sfid"]).spatial
-    with pytest.raises(ValueError, match="pixels offers no spatial features: use"):
+    with pytest.raises(ValueError, match="pixels has no spatial features"):
         Collector(load_detector("pixels", device="cpu"), needs_of(["sfid"]), 9)
-    with pytest.raises(ValueError, match="'is' is no metric, choose from fid, fid_inf"):
+    with pytest.raises(ValueError, match="unknown metric 'is'"):
         parse_metrics("fid,is")
     with pytest.raises(ValueError, match="no metric"):
         parse_metrics(" ")
@@ -166,7 +166,7 @@ def test_damaged_files_are_refused(tmp_path: Path, change: dict) -> None:
     summary(images(9), Requirements(5, spatial=True)).save(tmp_path / "s.npz")
     with np.load(tmp_path / "s.npz") as content:
         np.savez(tmp_path / "bad.npz", **{**content, **change})
-    with pytest.raises(ValueError, match="make no sense|hold NaN|not with"):
+    with pytest.raises(ValueError, match="invalid|NaN|not with"):
         FeatureSummary.load(tmp_path / "bad.npz", toy())
     with pytest.raises(ValueError, match="made with detector toy .*not with other"):
         FeatureSummary.load(tmp_path / "s.npz", toy("other"))
@@ -259,8 +259,8 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run(capsys, "ref", "--data", x, "--detector", "pixels", "--dest", tmp_path / "s.npz")
     ref = ["--ref", tmp_path / "s.npz", "--detector", "pixels"]
     for arguments, message in [
-        (["--metrics", "fid,is"], "'is' is no metric, choose from fid, fid_inf"),
-        ([*ref, "--metrics", "kid"], "hold no features, which fid_inf, kid, pr and dc need"),
+        (["--metrics", "fid,is"], "unknown metric 'is'"),
+        ([*ref, "--metrics", "kid"], "no features"),
         (["--detector", "pixels,cifar10-small"], "names 1 for 2 detectors: give one for each"),
         ([*ref, "--detector-path", x], "detector pixels has no weights"),
         (["--detector", "pixels,dinov2", "--detector-path", x], "write --detector name="),
@@ -269,4 +269,4 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert (code, out) == (1, "") and message in err and "Traceback" not in err, err
     code, _, err = run(capsys, "ref", "--data", x, "--dest", tmp_path / "t.npz", *ref[2:],
                        "--metrics", "sfid")  # fmt: skip
-    assert code == 1 and "offers no spatial features" in err and not (tmp_path / "t.npz").exists()
+    assert code == 1 and "no spatial features" in err and not (tmp_path / "t.npz").exists()
