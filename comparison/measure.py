@@ -13,10 +13,9 @@ from comparison.results import MeasuredRow, RowIdentity
 from comparison.rows import Row
 from evaluation.harness import Harness, Measured
 from metrics.summary import FeatureSummary
-from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.images import image_grid, save_png
-from runtime.typed import read_result, write_result
+from runtime.typed import read_earlier, write_result
 
 ROWS = "rows"  #: folder of the measured rows
 
@@ -31,7 +30,7 @@ def measure(row: Row, harness: Harness, folder: Path, tick: Callable[[int], obje
     file = folder / ROWS / f"{row.key}.json"
     described = json.loads(json.dumps(row.sampler.describe()))  # equal to its copy on disk
     identity = RowIdentity(described, harness.identity)
-    earlier = _read_earlier(file)
+    earlier = read_earlier(MeasuredRow, file)
     if earlier is not None and earlier.identity != identity:
         earlier = _with_new_reference(earlier, identity, harness, folder)
         if earlier is not None and harness.here.is_main:
@@ -49,14 +48,6 @@ def measure(row: Row, harness: Harness, folder: Path, tick: Callable[[int], obje
             measured.summary.save(temporary)
         write_result(file, result)
     return result
-
-
-def _read_earlier(file: Path) -> MeasuredRow | None:
-    """An earlier result; one that cannot be read is measured again."""
-    try:
-        return read_result(MeasuredRow, file)
-    except UserError:
-        return None
 
 
 def _result(row: Row, measured: Measured, identity: RowIdentity, seconds: float) -> MeasuredRow:

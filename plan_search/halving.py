@@ -16,9 +16,8 @@ from typing import Any
 
 from restart.candidates import Candidate
 from runtime.dist import World
-from runtime.errors import UserError
 from runtime.options import Json
-from runtime.typed import read_result, to_plain, write_result
+from runtime.typed import read_earlier, to_plain, write_result
 
 KEEP = 0.25  #: fraction of the candidates that each round keeps for the next
 
@@ -99,10 +98,7 @@ def search_images(candidates: int, rounds: Sequence[int]) -> int:
 
 def _read(file: Path, identity: Mapping[str, Json]) -> list[list[Trial]] | None:
     """The trials of an earlier search of the same identity; None without a readable one."""
-    try:
-        trace = read_result(SearchTrace, file)
-    except UserError:  # a trace that cannot be read is no reason not to search
-        return None
+    trace = read_earlier(SearchTrace, file)
     if trace is None or trace.identity != to_plain(identity):
         return None
     return trace.rounds

@@ -89,6 +89,14 @@ def read_result(kind: type[T], path: str | Path) -> T | None:
     return from_plain(kind, content, str(path))
 
 
+def read_earlier(kind: type[T], path: str | Path) -> T | None:
+    """As `read_result`, but None for a file that cannot be read: its content is made again."""
+    try:
+        return read_result(kind, path)
+    except UserError:
+        return None
+
+
 def write_result(path: str | Path, value: object) -> None:
     """Write ``value`` as JSON, whole or not at all."""
     write_text(path, to_json(value))

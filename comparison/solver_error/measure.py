@@ -26,8 +26,7 @@ from comparison.solver_error.results import (
 from comparison.solver_error.walks import WalkErrors, level, measure_errors, times, walk, walks
 from denoisers.protocol import Model
 from metrics.statistics import Statistics
-from runtime.errors import UserError
-from runtime.typed import read_result, write_result
+from runtime.typed import read_earlier, write_result
 from solvers.grids import get_grid
 
 CURVE = 33  #: points of a trajectory that its plane is fitted to, on the usual polynomial grid
@@ -107,7 +106,7 @@ def measure_row(
     """The errors of one row; read back if the same row was measured before."""
     file = folder / ROWS / f"{row.key}.json"
     identity = _identity(row, exact, harness)
-    earlier = _read_earlier(file)
+    earlier = read_earlier(SolverErrorRow, file)
     if earlier is not None and earlier.identity == identity:
         tick(len(harness.seeds))
         return earlier
@@ -138,14 +137,6 @@ def measure_row(
     if harness.here.is_main:
         write_result(file, result)
     return result
-
-
-def _read_earlier(file: Path) -> SolverErrorRow | None:
-    """An earlier result; one that cannot be read is measured again."""
-    try:
-        return read_result(SolverErrorRow, file)
-    except UserError:
-        return None
 
 
 def _distances(
