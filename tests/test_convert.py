@@ -248,7 +248,7 @@ def test_rows_of_one_storage(tmp_path: Path) -> None:
 def test_other_values_become_plain_ones(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     content = {
-        "devices": [torch.device("cpu"), torch.device("cuda", 0)],
+        "devices": [torch.device("cpu"), torch.device("mps", 1)],
         "counts": Counter("aab"),
         "factory": defaultdict(list, a=1),
         "frozen": frozenset({1, "a"}),
@@ -257,7 +257,7 @@ def test_other_values_become_plain_ones(tmp_path: Path) -> None:
         "keys": {("a", "b"): 1, 2**40: 2, 0.5: 3, None: 4, b"": 5},
         "scalars": [np.int64(2**40), np.float32(0.5), np.bool_(True)],
     }
-    expected: dict[str, Any] = content | {"devices": ["cpu", "cuda:0"]}
+    expected: dict[str, Any] = content | {"devices": ["cpu", "mps:1"]}
     for protocol in range(2, 6):
         path.write_bytes(pickled(content, protocol))
         found = read(path)
