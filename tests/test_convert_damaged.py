@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import pickletools
 import random
+import time
 import zipfile
 from pathlib import Path
 
@@ -79,6 +81,43 @@ def test_flipped_bytes(form: str, tmp_path: Path) -> None:
             with contextlib.suppress(UserError):
                 find(content, str(path))
     assert whole < FLIPS / 2
+
+
+OPCODES = [code.code.encode("latin1") for code in pickletools.opcodes]
+
+
+@pytest.mark.parametrize("form", forms())
+def test_changed_instructions(form: str, tmp_path: Path) -> None:
+    """Replaced, left out, repeated, put elsewhere, in an archive whose check sums are right."""
+    path, draw, whole = tmp_path / "x.pkl", random.Random(2), 0
+    path.write_bytes(forms()[form])
+    members = {"data.pkl": path.read_bytes()}
+    if form == "zip":
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    changing = next(name for name in members if name.endswith("data.pkl"))
+    starts = [place or 0 for _, _, place in pickletools.genops(members[changing])]
+    for _ in range(FLIPS):
+        data = members[changing]
+        for _ in range(draw.choice([1, 1, 2, 4])):
+            first, second, third = sorted(draw.sample(starts, 3))
+            one, two = data[first:second], data[second:third]
+            new = draw.choice([b"", draw.choice(OPCODES), two + one, one + one, one + two + one])
+            data = data[:first] + new + data[third:]
+        path.write_bytes(data)
+        if form == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, content in members.items():
+                    archive.writestr(name, data if name == changing else content)
+        began = time.process_time()
+        with contextlib.suppress(UserError):
+            content = read(path)
+            whole += 1
+            for find in FINDERS:
+                with contextlib.suppress(UserError):
+                    find(content, str(path))
+        assert time.process_time() - began < 2
+    assert whole < FLIPS
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,8 @@ def test_what_is_no_json_and_what_is_newer_is_refused(tmp_path: Path) -> None:
         file.write_bytes(damage)
         with pytest.raises(UserError, match=f"points.json {sentence}.*: delete it and run"):
             read_result(Points, file)
-<<<<<<< ours
-    with pytest.raises(UserError, match="here has schema 2, but .* up to 1: update"):
-=======
         assert read_earlier(Points, file) is None
     with pytest.raises(UserError, match="here has schema 2, but .* up to 1: update the toolkit"):
->>>>>>> theirs
         from_plain(Points, plain(schema=SCHEMA + 1), "here")
 
 

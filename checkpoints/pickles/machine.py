@@ -102,6 +102,8 @@ class Machine:
         if gives in LITERALS:
             if type(arg) is int and arg.bit_length() > MOST_BITS:
                 raise Refusal(f"holds a whole number of {arg.bit_length()} bits")
+            if type(arg) is str:  # halves of UTF-16 characters can be neither printed nor saved
+                arg = arg.encode(errors="replace").decode()
             self.stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(name, arg))
         elif gives in MAKE:
             values = self.popped(takes, marked)
