@@ -35,12 +35,12 @@ def report(dest: Path, source: RawDataset, written: WrittenImages) -> None:
     size = f"{written.side}x{written.side}"
     click.echo(f"wrote {dest}: {len(written.labels)} images of {size}, {source.classes}")
     if written.skipped:
-        click.echo(f"skipped, as they cannot be read: {written.skipped}")
+        click.echo(f"skipped because they cannot be read: {written.skipped}")
     if written.enlarged:
         click.echo(f"enlarged to {size}: {written.enlarged}, first {written.first_enlarged}")
     if source.left_out:
         endings = ", ".join(sorted(CONVERTIBLE))
-        click.echo(f"left out, as they do not end in {endings}: {source.left_out}")
+        click.echo(f"left out because they do not end in {endings}: {source.left_out}")
 
 
 def parse_resolution(_context: object, _option: object, text: str | None) -> int | None:
@@ -49,7 +49,7 @@ def parse_resolution(_context: object, _option: object, text: str | None) -> int
         return None
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x\1)?", text)
     if not match:
-        raise click.BadParameter(f"'{text}' is no square size: give it as 64 or 64x64")
+        raise click.BadParameter(f"'{text}' is not a square size: give it as 64 or 64x64")
     return int(match[1])
 
 

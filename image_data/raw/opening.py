@@ -22,7 +22,7 @@ def open_raw(path: Path, split: str | None = None) -> AbstractContextManager[Raw
     if kind == "cifar":
         return open_cifar(path, split or "train")
     if split is not None:
-        raise UserError(f"{path} has no splits, only the CIFAR-10 tarball has: leave out --split")
+        raise UserError(f"{path} has no splits, only the CIFAR-10 tarball has them: omit --split")
     return open_idx(path) if kind == "idx" else open_files(path)
 
 
@@ -41,7 +41,7 @@ def _kind_of(path: Path) -> str:
     with damage_of(path):
         if tarfile.is_tarfile(path):
             return "cifar"
-    what = "the labels of an idx data set" if head == IDX_LABELS else "none of these"
+    what = "the labels of an idx data set" if head == IDX_LABELS else "not a supported source"
     raise UserError(
         f"{path} is {what}: --source takes a folder, a zip, cifar-10-python.tar.gz, or the images "
         "of an idx data set (such as train-images-idx3-ubyte.gz)"
