@@ -128,7 +128,7 @@ def write_dataset(
                 if not skip_broken:
                     raise UserError(
                         f"{name} cannot be read ({error}): replace it, or "
-                        "pass --skip-broken to leave out such images"
+                        "pass --skip-broken to omit such images"
                     ) from error
                 say(f"skipped {name}: {error}")
                 written.skipped += 1
