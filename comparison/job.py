@@ -155,21 +155,7 @@ def prepare(options: CompareOptions) -> ComparisonJob:
     ceilings = ceiling_rows(card, rate) if options.ceilings else []
     if not budgets and not extra and not ceilings:
         raise UserError("--budgets none leaves no row: give budgets, or --with pds")
-    learned = learned_rows(students, card, rate)
-    unused = [row for row in learned if row.budget not in budgets]
-    if unused and "learned-restart" not in options.extra:
-        name = students[learned.index(unused[0])].name
-        raise UserError(
-            f"predictor {name} spends {unused[0].budget} NFE, which is not among --budgets "
-            f"{asked}: add it, or leave the predictor out"
-        )
-    rows = {
-        budget: [
-            *classic_rows(budget, card, rate, options.schedule_type),
-            *(row for row in learned if row.budget == budget),
-        ]
-        for budget in budgets
-    }
+    rows = _rows_by_budget(options, budgets, students, card, rate)
     facts: dict[str, Json] = {
         "budgets": list(budgets),
         "predictors": [student.name for student in students],
@@ -181,6 +167,30 @@ def prepare(options: CompareOptions) -> ComparisonJob:
         "compare", options, harness, card, seeds, options.blocks, options.outdir,
         rows, extra, ceilings, rounds, images, facts,
     )  # fmt: skip
+
+
+def _rows_by_budget(
+    options: CompareOptions,
+    budgets: Sequence[int],
+    students: Sequence[TrainedStudent],
+    card: Card,
+    guidance_rate: float | None,
+) -> dict[int, list[Row]]:
+    """Classic and learned rows; UserError for a student that spends none of the budgets."""
+    learned = learned_rows(students, card, guidance_rate)
+    for student, row in zip(students, learned, strict=True):
+        if row.budget not in budgets and "learned-restart" not in options.extra:
+            raise UserError(
+                f"predictor {student.name} spends {row.budget} NFE, which is not among --budgets "
+                f"{options.budgets}: add it, or leave the predictor out"
+            )
+    return {
+        budget: [
+            *classic_rows(budget, card, guidance_rate, options.schedule_type),
+            *(row for row in learned if row.budget == budget),
+        ]
+        for budget in budgets
+    }
 
 
 def row_seeds(num: int, blocks: int) -> range:

@@ -200,5 +200,5 @@ def test_outputs_have_the_dtype_of_the_state(state, own):
 
 @pytest.mark.parametrize("scales", [(-0.1, 0.0), (1.0, 0.0), (0.0, 1.5), (math.nan, 0.0)])
 def test_scales_out_of_range_raise(scales):
-    with pytest.raises(ValueError, match=f"scale_dir = {scales[0]:g} .* = {scales[1]:g} "):
+    with pytest.raises(ValueError, match=f"scale_dir = {scales[0]:g} .* = {scales[1]:g}"):
         AMEDPredictor(*scales)

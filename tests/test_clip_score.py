@@ -187,7 +187,7 @@ def test_older_weights_are_read_as_data(
     assert torch.equal(older.score(x, PROMPTS[:2]), clip.score(x, PROMPTS[:2]))
     assert older.sha256 != clip.sha256
     torch.save(library, tmp_path / "pytorch_model.bin")  # classes, which would have to be run
-    with pytest.raises(ValueError, match="holds more than weights .*: pass a folder with its conf"):
+    with pytest.raises(ValueError, match="holds more than weights .*: pass a folder"):
         load_clip_score(tmp_path, CPU, "tiny")
 
 
@@ -196,11 +196,11 @@ def test_what_is_missing_is_said(
 ) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: give one with config"):
         load_clip_score(tmp_path / "nowhere", CPU, "tiny")
-    with pytest.raises(ValueError, match="cannot be read as a CLIPModel of transformers"):
+    with pytest.raises(ValueError, match="cannot be read as a CLIPModel of"):
         load_clip_score(tmp_path, CPU, "tiny")
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
-    with pytest.raises(ValueError, match="has no tokenizer: add its vocab.json and merges.txt"):
+    with pytest.raises(ValueError, match="has no tokenizer: add its vocab.json and"):
         load_clip_score(tmp_path, CPU, "tiny")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'amed-toolkit\[diffusion\]'"):
@@ -242,21 +242,19 @@ def test_images_of_sample_have_the_prompts_of_their_seeds(tmp_path: Path) -> Non
     assert paired(path) == expected == paired(path, prompt_path=file)
     assert paired(path, num=2, seed=3).items() < expected.items()
     file.rename(tmp_path / "moved.txt")
-    with pytest.raises(UserError, match="all.txt, which the prompts of .* does not exist: give"):
+    with pytest.raises(UserError, match="all.txt, which the prompts of .* does not"):
         paired(path)
     assert paired(path, prompt_path=tmp_path / "moved.txt") == expected
     for others in (MANY[:8], (*MANY[:8], "another")):
-        with pytest.raises(
-            UserError, match="made from other prompts than .*others.txt: give those"
-        ):
+        with pytest.raises(UserError, match="made from other prompts than .*others.txt"):
             paired(path, prompt_path=captions(tmp_path / "others.txt", others))
     one = Conditions(prompts=("a cat",)).describe()
     single = folder_of(tmp_path / "b", ["000003.png"] * 2, prompt="a cat", prompts=one)
     assert paired(single) == {"000003.png": "a cat"}
     plain = folder_of(tmp_path / "c", ["000001.png", "000009.png"], prompts=None)
-    with pytest.raises(UserError, match="seed 9 in .* has no prompt: there are 9, and that"):
+    with pytest.raises(UserError, match="seed 9 in .* has no prompt: there are 9, and"):
         paired(plain, prompt_path=tmp_path / "moved.txt")
-    with pytest.raises(UserError, match="nothing says what the images in .* show: give --prompt"):
+    with pytest.raises(UserError, match="nothing says what the images in .* show"):
         paired(plain)
     folder_of(tmp_path / "c", ["grid.png"])
     with pytest.raises(UserError, match="grid.png in .* is not an image of sample.py"):
@@ -270,13 +268,13 @@ def test_other_images_have_prompts_in_their_order(tmp_path: Path) -> None:
     assert paired(path, prompt_path=file) == expected
     assert set(paired(path, prompt="all the same").values()) == {"all the same"}
     for count in (2, 4):
-        with pytest.raises(UserError, match=f"holds 3 images, but there are {count} prompts: "):
+        with pytest.raises(UserError, match=f"holds 3 images, but there are {count}"):
             paired(path, prompt_path=captions(file, MANY[:count]))
     twice = PromptSource("a", str(file))
     with pytest.raises(UserError, match="both say what the images show: give one"):
         prepare(ScoreOptions(path, twice))
     for text in ("", "clip,fid"):
-        with pytest.raises(UserError, match="is not a list of clip and aesthetic: give one or"):
+        with pytest.raises(UserError, match="is not a list of clip and aesthetic: give"):
             prepare(ScoreOptions(path, scorers=ScorerOptions(text)))
     prepare(ScoreOptions(path, twice, ScorerOptions("aesthetic")))  # which needs no prompts
 

@@ -186,7 +186,7 @@ def test_conversion_under_a_published_name(tmp_path: Path) -> None:
     assert entry["config"] == {"class_name": "EDMPrecond", **settings}
     assert (entry["file"], entry["url"]) == (target.name, None)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"\(3, 64, 64\) with 0 classes where 'cifar10' has"):
+    with pytest.raises(UserError, match=r"\(3, 64, 64\) with 0 classes where 'cifar10'"):
         convert(read(source), source, tmp_path / "z.safetensors", "cifar10")
     with pytest.raises(UserError, match="give it the suffix .safetensors"):
         convert(read(source), source, tmp_path / "z.pt")
@@ -328,7 +328,7 @@ def test_lightning_checkpoints_hold_records(tmp_path: Path) -> None:
     assert found["hyper_parameters"] == {"lr": 1e-4}
     optimizer = {"state": {0: {"step": 1}}, "betas": (0.9, 0.999), "seen": {3}}
     assert found["optimizer_states"] == [optimizer]
-    with pytest.raises(UserError, match="not one other.ckpt but 0 among lsun/config.yaml, l"):
+    with pytest.raises(UserError, match="not one other.ckpt but 0 among"):
         read(path, "other.ckpt")
     with zipfile.ZipFile(path, "a") as made:
         made.writestr("first.ckpt", saved({"x": torch.ones(1)}))
@@ -357,6 +357,6 @@ def test_score_sde_averages_find_their_names(golden_json: Any, tmp_path: Path) -
         assert torch.equal(found[name], shadows[i]), name
     ema["shadow_params"] = [*shadows, torch.ones(77)]
     path.write_bytes(saved(content))
-    with pytest.raises(UserError, match="has 1 averaged weights that match no parameter"):
+    with pytest.raises(UserError, match="has 1 averaged weights that match no"):
         read_weights(path)[0]
     assert read(path)["ema"]["num_updates"] == 10

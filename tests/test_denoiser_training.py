@@ -190,17 +190,13 @@ def test_gradients_are_means_over_processes() -> None:
 
 
 def test_a_batch_has_to_be_dealt_out_evenly() -> None:
-    with pytest.raises(
-        UserError, match="^--batch 9 cannot be dealt out to 2 processes; give a mult"
-    ):
+    with pytest.raises(UserError, match="^--batch 9 cannot be dealt out to 2"):
         Trainer(network(SONG), Recipe(kimg=1, batch=9), World(0, 2, CPU))
 
 
 def test_augmentation_needs_a_network_that_is_told() -> None:
     for settings in ({}, {"augment_dim": 6}):
-        with pytest.raises(
-            UserError, match=r"^--augment 0.1 needs a network with augment_dim 9, not"
-        ):
+        with pytest.raises(UserError, match=r"^--augment 0.1 needs a network with"):
             Trainer(network(SONG, **settings), Recipe(kimg=1, augment=0.1), ALONE)
 
 

@@ -238,7 +238,7 @@ def test_conditions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for wrong in (-1, 5):
         with pytest.raises(UserError, match=rf"class {wrong} is not one of the 5 classes"):
             model.bind(torch.tensor([0, wrong]))
-    with pytest.raises(UserError, match="trained with classes: give every sample one of 0 to 4"):
+    with pytest.raises(UserError, match="trained with classes: give every sample one"):
         model.bind(None)
     with pytest.raises(UserError, match="'tiny' takes no text"):
         model.bind(LABELS, None, ["a bedroom"] * 2)
@@ -248,7 +248,7 @@ def test_conditions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="net.pt is no classifier of guided diffusion"):
         load_small(Files(files.main, files.main)).bind(LABELS, 1.0)
     torch.save(Classifier(**{**SMALL, "out_channels": 7}).state_dict(), tmp_path / "seven.pt")
-    with pytest.raises(UserError, match="seven.pt tells 7 classes of 3-channel images apart where"):
+    with pytest.raises(UserError, match="seven.pt tells 7 classes of 3-channel images"):
         load_small(Files(files.main, tmp_path / "seven.pt")).bind(LABELS, 1.0)
 
 
@@ -316,16 +316,16 @@ def test_metadata_that_is_no_dict_is_refused(config: str, tmp_path: Path) -> Non
 
 def test_files_of_other_models_are_refused(tmp_path: Path) -> None:
     files = saved(tmp_path)
-    with pytest.raises(UserError, match=r"samples \(3, 8, 8\) with 5 classes where 'tiny' has "):
+    with pytest.raises(UserError, match=r"samples \(3, 8, 8\) with 5 classes where"):
         load_small(files, label_dim=10)
-    with pytest.raises(UserError, match="predicts 6 channels where 'tiny' needs 3; it holds"):
+    with pytest.raises(UserError, match="predicts 6 channels where 'tiny' needs 3; it"):
         load_cm(replace(CM, resolution=8, label_dim=5), files, CPU, torch.float32)
     saved(tmp_path, out_channels=4)
-    with pytest.raises(UserError, match="predicts 4 channels where 'tiny' needs 3, or twice"):
+    with pytest.raises(UserError, match="predicts 4 channels where 'tiny' needs 3, or"):
         load_small(files)
-    with pytest.raises(UserError, match="'tiny' is None; a model of this family has one of kind"):
+    with pytest.raises(UserError, match="'tiny' is None; a model of this family has"):
         load_small(saved(tmp_path), noise_schedule=None)
     tensors = torch.load(files.main, weights_only=True)
     torch.save({k: v for k, v in tensors.items() if k != "out.0.bias"}, files.main)
-    with pytest.raises(UserError, match=r"net\.pt lacks 'out\.0\.bias'; it holds the weights of"):
+    with pytest.raises(UserError, match=r"net\.pt lacks 'out\.0\.bias'; it holds the"):
         load_small(files)

@@ -129,7 +129,7 @@ def test_a_file_without_settings_takes_those_of_its_card(tmp_path: Path) -> None
     save_file(weights(config), bare)
     assert load_edm(card, Files(bare), CPU, torch.float32).card == card
     assert not is_edm(bare)
-    with pytest.raises(UserError, match="bare.safetensors does not hold the settings of its netw"):
+    with pytest.raises(UserError, match="bare.safetensors does not hold the settings"):
         describe_edm("mine", bare)
 
 
@@ -168,7 +168,7 @@ def test_wrong_contents_are_refused(suffix: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             attempt({**good, **change})
-    with pytest.raises(UserError, match=f"lacks '{name}'; it holds the weights of another"):
+    with pytest.raises(UserError, match=f"lacks '{name}'; it holds the weights of"):
         attempt({k: v for k, v in good.items() if k != name})
     for wrong, message in (
         ({"class_name": "XPrecond"}, "'XPrecond' is not one of EDMPrecond, VPPrecond, VEPrecond, "),
@@ -184,7 +184,7 @@ def test_wrong_contents_are_refused(suffix: str, tmp_path: Path) -> None:
         path = write(tmp_path / f"w{suffix}", {**config, **wrong}, good)
         with pytest.raises(UserError, match=f"w{suffix} has settings that make no net.*{message}"):
             describe_edm("mine", path)
-    with pytest.raises(UserError, match=f"w{suffix} has settings that make no network: "):
+    with pytest.raises(UserError, match=f"w{suffix} has settings that make no network"):
         load_edm(card, Files(path), CPU, torch.float32)
 
 
@@ -213,5 +213,5 @@ def test_other_files_are_not_of_this_family(tmp_path: Path) -> None:
     config = config_of("EDMPrecond")
     whole = write(tmp_path / "whole.pkl", config, weights(config)).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut.pkl is damaged, cut short or no checkpoint"):
+    with pytest.raises(UserError, match="cut.pkl is damaged, cut short or no"):
         is_edm(path)

@@ -342,9 +342,7 @@ def test_what_the_card_does_not_say_is_refused(tiny: Files) -> None:
     assert load(tiny, dataclasses.replace(CARD, image_resolution=None)).card.image_resolution == 16
     model = load(tiny)
     assert model.bind(guidance_rate=1.0).cost == model.card.cost(1.0) == 1
-    with pytest.raises(
-        UserError, match="'tiny' has no guidance, but the rate is 7.5; leave it out"
-    ):
+    with pytest.raises(UserError, match="'tiny' has no guidance, but the rate is 7.5"):
         model.bind(guidance_rate=7.5)
     with pytest.raises(UserError, match="'tiny' has no classes: leave --class 1 out"):
         model.bind(torch.tensor([1]))

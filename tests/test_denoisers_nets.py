@@ -153,13 +153,11 @@ def test_gradients_in_x_and_sigma(family: str) -> None:
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="encoder_type is 'magic'; known: standard, skip, residual"
-    ):
+    with pytest.raises(ValueError, match="encoder_type is 'magic'; known: standard"):
         EDMPrecond(8, 1, model_type="SongUNet", encoder_type="magic", **TINY)
-    with pytest.raises(ValueError, match="model_type is 'VGG'; known: SongUNet, DhariwalUNet"):
+    with pytest.raises(ValueError, match="model_type is 'VGG'; known: SongUNet"):
         EDMPrecond(8, 1, model_type="VGG", **TINY)
-    with pytest.raises(ValueError, match="bottleneck is '9x9_block0'; known: 8x8_conv, "):
+    with pytest.raises(ValueError, match="bottleneck is '9x9_block0'; known: 8x8_conv"):
         EDMPrecond(8, 1, model_type="DhariwalUNet", bottleneck="9x9_block0", **TINY)
 
 

@@ -250,7 +250,7 @@ def test_labels_are_dropped_in_training_only(model_type: str) -> None:
 
 
 def test_settings_that_make_no_network_are_refused() -> None:
-    with pytest.raises(ValueError, match="'XPrecond' is not one of EDMPrecond, VPPrecond, VEPrec"):
+    with pytest.raises(ValueError, match="'XPrecond' is not one of EDMPrecond"):
         build({"class_name": "XPrecond", **TINY})
     for wrong in (0, 2.5):
         with pytest.raises(ValueError, match=f"D is {wrong}, but PFGM.. adds a whole number"):

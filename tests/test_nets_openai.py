@@ -164,11 +164,11 @@ def test_weights_of_other_networks_are_refused() -> None:
         settings_from({k: v for k, v in good.items() if "input_blocks.5." not in k}, TINY)
     with pytest.raises(UserError, match="'learn_sigma' is no setting of the U-Net"):
         settings_from(good, {**TINY, "learn_sigma": True})
-    with pytest.raises(UserError, match="heads of 48 channels cannot share attention over 64 chan"):
+    with pytest.raises(UserError, match="heads of 48 channels cannot share attention"):
         UNet(**{**TINY, "out_channels": 3, "num_head_channels": 48})
-    with pytest.raises(UserError, match="5 heads cannot share attention over 64 channels"):
+    with pytest.raises(UserError, match="5 heads cannot share attention over 64"):
         UNet(**{**TINY, "out_channels": 3, "num_head_channels": None, "num_heads": 5})
-    with pytest.raises(ValueError, match="attention is 'old'; known: legacy, new, flash"):
+    with pytest.raises(ValueError, match="attention is 'old'; known: legacy, new"):
         UNet(**{**TINY, "out_channels": 3, "attention": "old"})
 
 

@@ -50,7 +50,7 @@ def test_what_a_restart_is_asked_for_by(tmp_path):
     assert all(options.restart_info == line for line, options in lines.items())
     assert [build.nfe for build in _samplers(f"{file}:3")] == [19]
     assert [build.nfe for build in _samplers(f"5 {INFO}")] == [17]
-    with pytest.raises(UserError, match="'cifar10-vp-44' is neither a file nor a published"):
+    with pytest.raises(UserError, match="'cifar10-vp-44' is neither a file nor a"):
         configurations_of("cifar10-vp-44", PLAIN)
     with pytest.raises(UserError, match="not valid JSON"):
         _samplers("18 {0: 1}")

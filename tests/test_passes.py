@@ -126,9 +126,7 @@ def test_another_pass_does_not_take_it_up(tmp_path: Path) -> None:
         assert summary(source, tmp_path, needs, seed).moments.n == 50 and source.read == 50
     (kept,) = files(tmp_path)
     kept.write_bytes(kept.read_bytes()[:100])
-    with pytest.raises(
-        ValueError, match=r"the state of an interrupted pass, cannot be read .*: del"
-    ):
+    with pytest.raises(ValueError, match=r"the state of an interrupted pass, cannot be"):
         summary(Source(), tmp_path)
 
 

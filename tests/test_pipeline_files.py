@@ -86,7 +86,7 @@ def test_a_single_file_is_the_folder_in_one(folder: Path) -> None:
         with pytest.raises(UserError, match=sentence):
             load(main)
     (folder / "model_index.json").unlink()
-    with pytest.raises(UserError, match="holds weights without settings: put model_index.json"):
+    with pytest.raises(UserError, match="holds weights without settings: put"):
         load(main)
 
 
@@ -134,7 +134,7 @@ def test_broken_settings_are_named(folder: Path, tmp_path: Path) -> None:
     assert is_diffusers(folder) and not is_diffusers(tmp_path)
     with pytest.raises(UserError, match="has no model_index.json"):
         describe_diffusers("mine", tmp_path)
-    with pytest.raises(UserError, match="is no pipeline of diffusers; give a folder, or a .saf"):
+    with pytest.raises(UserError, match="is no pipeline of diffusers; give a folder"):
         describe_diffusers("mine", tmp_path / "absent")
     index = folder / "model_index.json"
     for text, sentence in (("{", "is no JSON file"), ("[]", "holds no settings")):
@@ -146,7 +146,7 @@ def test_broken_settings_are_named(folder: Path, tmp_path: Path) -> None:
         describe_diffusers("mine", folder)
     (folder / "unet/config.json").unlink()
     index.write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
-    with pytest.raises(UserError, match="unet/config.json is missing, so the pipeline is not comp"):
+    with pytest.raises(UserError, match="unet/config.json is missing, so the pipeline"):
         describe_diffusers("mine", folder)
 
 
@@ -177,13 +177,13 @@ def test_weights_must_all_be_there_and_fit(folder: Path) -> None:
     with pytest.raises(UserError, match="does not load as a pipeline"):
         load(folder)
     (folder / UNET).unlink()
-    with pytest.raises(UserError, match="unet has no weights, so the pipeline is not complete"):
+    with pytest.raises(UserError, match="unet has no weights, so the pipeline is not"):
         load(folder)
 
 
 def test_another_models_pipeline_does_not_pass_for_a_known_one(folder: Path) -> None:
     for other in ({"resolution": 64}, {"text": False}, {"sigma_max": 80.0}):
-        with pytest.raises(UserError, match="where 'mine' has .*choose the dataset it belongs to"):
+        with pytest.raises(UserError, match="where 'mine' has .*choose the dataset it"):
             load(folder, **other)
 
 
@@ -191,7 +191,7 @@ def test_conditions_that_a_pipeline_does_not_take(folder: Path, tmp_path: Path) 
     model = load(folder)
     with pytest.raises(UserError, match="'mine' has no classes"):
         model.bind(torch.tensor([1]), prompts=["a"])
-    with pytest.raises(UserError, match="'mine' is conditioned on text; give --prompt or --pro"):
+    with pytest.raises(UserError, match="'mine' is conditioned on text; give --prompt"):
         model.bind()
     plain = load(tiny_pipeline.unconditional(tmp_path / "ddpm"))
     with pytest.raises(UserError, match="takes no text"):
@@ -278,7 +278,7 @@ def test_the_hub_is_asked_once(original: Path, tmp_path: Path, monkeypatch) -> N
     assert load(main).sha256 == sha256_pipeline(original)
     weights = load_file(main / UNET)
     save_file({**weights, "conv_in.bias": weights["conv_in.bias"] + 1}, main / UNET)
-    with pytest.raises(UserError, match="are not those that were fetched .*delete the folder"):
+    with pytest.raises(UserError, match="are not those that were fetched .*delete the"):
         load(main)
 
 
@@ -302,9 +302,7 @@ def test_without_a_connection_the_way_out_is_named(tmp_path: Path, monkeypatch) 
 def test_without_the_extra_its_name_is_said(folder: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert describe_diffusers("mine", folder).text  # settings need no library
-    with pytest.raises(
-        UserError, match="need diffusers: pip install 'amed-toolkit\\[diffusion\\]'"
-    ):
+    with pytest.raises(UserError, match="need diffusers: pip install"):
         load(folder)
 
 

@@ -263,7 +263,7 @@ def test_selections_take_the_first_prompts(tmp_path: Path, monkeypatch: pytest.M
     sampler = restart_sampler(job.fields[5][0], card)
     Fid(search_harness)(sampler, range(SELECTION_START, SELECTION_START + 4), lambda n: None)
     assert bound == [(None, tuple(f"prompt {i}" for i in range(4)))]
-    with pytest.raises(UserError, match="seed 10000008 has no prompt.* here row 8; use fewer im"):
+    with pytest.raises(UserError, match="seed 10000008 has no prompt.* here row 8"):
         prepare(PlanSearchOptions("5", harness, select="4,9"))
 
 

@@ -58,5 +58,5 @@ def test_what_holds_no_prompts_says_so(tmp_path, name, content, sentence) -> Non
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read .No such file.*check --prompt_path"):
+    with pytest.raises(UserError, match="cannot be read .No such file.*check"):
         read_prompts(tmp_path / "absent.csv")

@@ -87,9 +87,9 @@ def test_what_is_no_json_and_what_is_newer_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "points.json"
     for damage, sentence in ((b"{ torn", "is not JSON"), (b"\xff\xfe", "is not a text file")):
         file.write_bytes(damage)
-        with pytest.raises(UserError, match=f"points.json {sentence}.*: delete it and run again"):
+        with pytest.raises(UserError, match=f"points.json {sentence}.*: delete it and run"):
             read_result(Points, file)
-    with pytest.raises(UserError, match="here has schema 2, but .* up to 1: update the toolkit"):
+    with pytest.raises(UserError, match="here has schema 2, but .* up to 1: update"):
         from_plain(Points, plain(schema=SCHEMA + 1), "here")
 
 

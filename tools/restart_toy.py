@@ -3,7 +3,7 @@
 A small network learns 2,000 points of a Gaussian mixture in 20 dimensions.  ODE, SDE and Restart
 samplers use it at the same number of network evaluations (NFE).  Wasserstein-1 distances, computed
 by exact matching, tell how much error each sampler adds and how much of an earlier error it leaves.
-The three errors are defined in toy/distances.py; docs/toy.md explains the result.
+The three errors are defined in toy/distances.py; docs/restart.md explains the result.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from checkpoints.pickles.records import Refusal, shown
 from runtime.errors import UserError
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  #: how PyTorch's older format begins
-RATIO = 100  #: how far an archive may compress a member; weights hardly shrink at all
+RATIO = 20  #: how far an archive may compress a member; weights hardly shrink at all
 
 
 def read(path: str | Path, member: str | None = None) -> Any:
@@ -44,16 +44,15 @@ def read(path: str | Path, member: str | None = None) -> Any:
     try:
         with open(path, "rb") as file:
             return _read_open(file, member)
-    except Refusal as refusal:
-        raise UserError(
-            f"{path} {refusal}, which no published checkpoint does; nothing in it was run: get "
-            "the file from its authors"
-        ) from None
     except Exception as error:  # damaged bytes fail in every step, each in its own way
         reason = shown(" ".join(str(error).split())) or type(error).__name__
-        raise UserError(
-            f"{path} is damaged, cut short or no checkpoint ({reason}); fetch it again"
-        ) from None
+        problem = f"is damaged, cut short or no checkpoint ({reason}); fetch it again"
+        if isinstance(error, Refusal):
+            problem = (
+                f"{error}, which no published checkpoint does; nothing in it was run: get the file "
+                "from its authors"
+            )
+        raise UserError(f"{path} {problem}") from None
 
 
 def _read_open(file: IO[bytes], member: str | None = None, inside: bool = False) -> Any:

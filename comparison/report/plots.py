@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from comparison.report.listing import R, ReportedRow, budgets, series, short_name
 from runtime.files import atomic_write
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -110,7 +111,7 @@ def _name_budgets(axes: Axes, rows: Sequence[ReportedRow], title: str) -> None:
 
 def legend(figure: Figure) -> None:
     """One legend for all panels, beside them."""
-    named: dict[str, Any] = {}
+    named: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         named.update(zip(labels, handles, strict=True))
