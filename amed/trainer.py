@@ -129,11 +129,11 @@ def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> 
     numbers = world.shard(range(it * loop.batch, (it + 1) * loop.batch))
     micros = []
     for i in range(0, len(numbers), loop.micro):
-        drawn = data.draw(numbers[i : i + loop.micro])
-        x = drawn.start(drawn.card.sigma_max)
+        samples = data.draw(numbers[i : i + loop.micro])
+        x = samples.start(samples.card.sigma_max)
         with torch.no_grad():
-            supervision = teacher.supervise(drawn.meter, x, drawn.process)
-        micros.append(MicroBatch.begin(drawn.meter, supervision))
+            supervision = teacher.supervise(samples.meter, x, samples.process)
+        micros.append(MicroBatch.begin(samples.meter, supervision))
     return micros
 
 

@@ -77,9 +77,9 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def cache_folder(given: str | Path | None = None) -> Path:
-    """The folder for downloads: ``given``, else $AMED_CACHE, else ~/.cache/amed-toolkit."""
-    return Path(given or os.environ.get(CACHE) or Path.home() / ".cache" / "amed-toolkit")
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """The folder for downloads: ``folder``, else $AMED_CACHE, else ~/.cache/amed-toolkit."""
+    return Path(folder or os.environ.get(CACHE) or Path.home() / ".cache" / "amed-toolkit")
 
 
 def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:

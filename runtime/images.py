@@ -63,9 +63,9 @@ def image_grid(
         raise ValueError(f"a grid of {len(images)} images in {columns} columns: give at least one")
     height, width, channels = images[0].shape
     rows = -(-len(images) // columns)
-    for name, given, wanted in (("columns", labels, columns), ("rows", row_labels, rows)):
-        if given is not None and len(given) != wanted:
-            raise ValueError(f"{len(given)} labels for {wanted} {name}: give one for each")
+    for name, texts, count in (("columns", labels, columns), ("rows", row_labels, rows)):
+        if texts is not None and len(texts) != count:
+            raise ValueError(f"{len(texts)} labels for {count} {name}: give one for each")
     cells = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
     cells[: len(images)] = images
     cells = cells.reshape(rows, columns, height, width, channels)

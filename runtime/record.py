@@ -115,11 +115,11 @@ class RunRecord:
             else [f"command: {self.command!r} != {other.command!r}"]
         )
         for part in ("options", "model", "plan"):
-            mine, theirs = getattr(self, part), getattr(other, part)
+            new, old = getattr(self, part), getattr(other, part)
             lines += [
-                f"{part}.{key}: {mine.get(key)!r} != {theirs.get(key)!r}"
-                for key in sorted(mine.keys() | theirs.keys())
-                if mine.get(key) != theirs.get(key) and not (part == "options" and key in ignore)
+                f"{part}.{key}: {new.get(key)!r} != {old.get(key)!r}"
+                for key in sorted(new.keys() | old.keys())
+                if new.get(key) != old.get(key) and not (part == "options" and key in ignore)
             ]
         return lines
 

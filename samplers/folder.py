@@ -44,9 +44,9 @@ class Folder:
 
     def strip(self, seed: int) -> Path:
         """The file of the film strip of one sample: its states from left to right."""
-        return self.beside("-inters") / self._name(seed)
+        return self.sibling("-inters") / self._name(seed)
 
-    def beside(self, ending: str) -> Path:
+    def sibling(self, ending: str) -> Path:
         """``path`` with ``ending`` appended to its name."""
         return self.path.with_name(self.path.name + ending)
 
@@ -99,13 +99,13 @@ class Folder:
     def save_grid(self, seeds: Sequence[int]) -> Path:
         """Write one picture of the first samples, nearly square, next to the folder."""
         images = [read_png(self.image(seed)) for seed in seeds[:MAX_PICTURE]]
-        target = self.beside("-grid.png")
+        target = self.sibling("-grid.png")
         save_png(target, image_grid(images, columns=math.ceil(math.sqrt(len(images)))))
         return target
 
     def save_strips(self, seeds: Sequence[int]) -> Path:
         """Write one picture of the first film strips: a row per sample, a column per time."""
-        target = self.beside("-inters.png")
+        target = self.sibling("-inters.png")
         rows = [read_png(self.strip(seed)) for seed in seeds[:MAX_PICTURE]]
         save_png(target, image_grid(rows, columns=1))
         return target

@@ -83,17 +83,17 @@ def _batch(
     keep: bool,
     watch: Callable[[int, int], object] | None,
 ) -> SampleBatch:
-    drawn = SeededBatch.open(model, conditions, seeds, dtype, device)
-    meter = drawn.meter
-    if drawn.denoiser.cost != sampler.cost:
+    batch = SeededBatch.open(model, conditions, seeds, dtype, device)
+    meter = batch.meter
+    if batch.denoiser.cost != sampler.cost:
         raise UserError(
-            f"a call of {model.card.name!r} takes {drawn.denoiser.cost} evaluations but the plan "
+            f"a call of {model.card.name!r} takes {batch.denoiser.cost} evaluations but the plan "
             f"has {sampler.cost}: check --guidance_rate {sampler.guidance_rate}"
         )
-    x = drawn.start(sampler.start)
+    x = batch.start(sampler.start)
     times = plan_times(sampler.plan)
     kept = [model.decode(x)] if keep else []
-    states = visit_plan(sampler.plan, meter, x, drawn.process)
+    states = visit_plan(sampler.plan, meter, x, batch.process)
     for number, x in enumerate(states, 1):
         if keep:
             kept.append(model.decode(x))

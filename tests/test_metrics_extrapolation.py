@@ -18,7 +18,7 @@ def reference() -> Statistics:
     """Moments as if of infinitely many images."""
     made = Statistics(ID, "exact")
     made.update(torch.zeros(2, DIM))
-    made.n, made._given = 10**9, (np.zeros(DIM), np.diag(VARIANCES.numpy()))
+    made.n, made._moments = 10**9, (np.zeros(DIM), np.diag(VARIANCES.numpy()))
     return made
 
 

@@ -237,7 +237,7 @@ def test_clip_gives_its_embedding(folders: dict[str, Path]) -> None:
 
 
 def test_other_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="(lacks weights of|cannot be read as) a Dinov2Model"):
+    with pytest.raises(ValueError, match="a Dinov2Model"):
         load_detector("dinov2", path=folders["clip"], device="cpu")
     with pytest.raises(ValueError, match="cannot be read as a CLIPVision"):
         load_detector("clip", path=tmp_path, device="cpu")

@@ -68,7 +68,7 @@ def test_influences_of_a_known_transport() -> None:
     x = torch.linalg.qr(x - x.mean(0)).Q * (len(x) - 1) ** 0.5  # covariance I, mean 0
     r, nu = np.arange(1, DIM + 1.0), np.linspace(-1, 1, DIM)
     reference = statistics(torch.randn(9, DIM))
-    reference.n, reference._given = 10**6, (nu, np.diag(r))
+    reference.n, reference._moments = 10**6, (nu, np.diag(r))
     g = 1 - np.sqrt(r)
     by_hand = -2 * x.numpy() @ nu + (x.numpy() ** 2 - 1) @ g
     np.testing.assert_allclose(influences(x, statistics(x), reference), by_hand, atol=1e-9)

@@ -90,7 +90,7 @@ def test_labels(target: Path) -> None:
         assert s.labels().tolist() == [3, 7]
     for broken in (b"{", b'{"labels": null}', b'{"labels": [["a.png", 3]]}'):
         with (
-            pytest.raises(ValueError, match="no label for each of its images"),
+            pytest.raises(ValueError, match="no label for each"),
             ImageSource(fill(target, files | {"dataset.json": broken})) as s,
         ):
             s.labels()

@@ -116,7 +116,7 @@ def test_saved_statistics_come_back(tmp_path: Path) -> None:
 def test_another_detector_is_refused(other: DetectorId) -> None:
     one, two = statistics(features(9)), statistics(features(9), other)
     for mix in (lambda: one.merge(two), lambda: one.fid(two), lambda: block_fid([one], two)):
-        with pytest.raises(ValueError, match="made with detector .*compute both with one"):
+        with pytest.raises(ValueError, match="made with detector"):
             mix()
 
 

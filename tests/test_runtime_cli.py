@@ -74,9 +74,7 @@ def test_wrong_usage_is_2_and_help_is_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(monkeypatch, "--batch=0") == 2
-    assert "Error: Invalid value for '--batch': 0 is not in the range x>=1." in (
-        capsys.readouterr().err
-    )
+    assert "'--batch'" in capsys.readouterr().err
     assert start(monkeypatch, "--help") == 0
     assert "0-63" in capsys.readouterr().out
     assert start(monkeypatch, "--device=cpu", "--seeds=3", "--batch=2", "-n") == 0

@@ -99,7 +99,7 @@ def test_one_process_needs_no_group() -> None:
     [
         ("gpu", "'gpu' is unknown"),
         ("meta", "'meta' is not supported"),
-        ("cuda:1", "'cuda:1' does not exist, this machine has 1 "),
+        ("cuda:1", "'cuda:1' does not exist"),
     ],
 )
 def test_unavailable_devices_raise(

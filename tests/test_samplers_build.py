@@ -303,7 +303,7 @@ def test_a_predictor_has_its_own_grid_and_solver(afs: bool, nfe: int) -> None:
         ({"sampler": "euler"}, None, "--sampler euler cannot"),
         ({"num_steps": 5}, None, "--num_steps 5 is not an option of a predictor"),
         ({"afs": False}, None, "--afs False is not an option of a predictor"),
-        ({}, "cifar10", "was trained for 'tiny', not for 'cifar10'"),
+        ({}, "cifar10", "'tiny', not for 'cifar10'"),
     ],
 )
 def test_options_that_contradict_the_predictor_raise(

@@ -173,7 +173,7 @@ def test_learned_without_a_predictor_or_without_restart_raises():
     ):
         with pytest.raises(UserError, match="--sampler restart and --predictor_path$"):
             build(SamplerOptions(**options), make_card())
-    with pytest.raises(UserError, match="--learned main is not an option of a"):
+    with pytest.raises(UserError, match="--learned main is not an option"):
         build_learned(SamplerOptions(learned="main"), trained("tiny", "amed", 4, True), make_card())
     assert learned("main", info=f"4 {INFO}").nfe == 13  # its own number is no contradiction
 

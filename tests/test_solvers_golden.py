@@ -14,24 +14,11 @@ from denoisers.analytic import MixtureDenoiser
 from solvers.driver import integrate
 from solvers.grids import get_grid
 from solvers.registry import make_solver
-from solvers.types import Denoised, Guide, InsertedNode, Node, Solver, Trajectory
+from solvers.types import Guide, InsertedNode, Node, Solver, Trajectory
+from tests.training_problems import Recorder
 
 Problem = tuple[MixtureDenoiser, Tensor]  # and unit latents (4, 3, 8, 8)
 RHO = {"polynomial": 7.0, "time_uniform": 1.0}
-
-
-class Recorder:
-    """A denoiser that remembers the sigma of every call, as the recordings do."""
-
-    cost = 1
-
-    def __init__(self, inner: MixtureDenoiser) -> None:
-        self.inner = inner
-        self.sigmas: list[Tensor] = []
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        self.sigmas.append(sigma.detach().clone())
-        return self.inner(x, sigma)
 
 
 @pytest.fixture(scope="module")
