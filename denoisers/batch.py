@@ -20,14 +20,14 @@ from solvers.types import Denoiser
 
 @dataclass(frozen=True, eq=False)
 class SeededBatch:
-    """What a sampler needs of the samples with some seeds; all randomness belongs to the seeds."""
+    """What a sampler needs for a batch of seeds; all randomness is a function of the seeds."""
 
     card: Card
     noise: SeedNoise
     meter: Meter  #: counts the calls of the denoiser that is bound to these samples
     dtype: torch.dtype  #: of the state
     device: torch.device
-    stream: StreamName = ()  #: goes before the name of every draw: training has its own
+    stream: StreamName = ()  #: prefix of the name of every draw; training has its own
 
     @classmethod
     def open(

@@ -1,4 +1,4 @@
-"""What the images of a run are conditioned on, as a function of their seeds alone."""
+"""Class, prompt and guidance of every image, as a function of its seed alone."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from runtime.noise import SeedNoise
 from runtime.seeds import row_of
 from solvers.types import Denoiser
 
-StreamName = tuple[str | int, ...]  #: goes before the names of a stream of draws
+StreamName = tuple[str | int, ...]  #: prefix of the names of draws
 
 
 @dataclass(frozen=True)
 class ConditionOptions:
-    """Class, prompts and guidance as they are asked for, under the names of the flags."""
+    """Class, prompts and guidance as given on the command line."""
 
     label: int | None = None  #: ``--class`` of every image
     prompt: str | None = None
@@ -35,13 +35,13 @@ class ConditionOptions:
         return replace(self, guidance_rate=guidance_rate)
 
     def resolve(self, card: Card) -> Conditions:
-        """The conditions; UserError for what the model of ``card`` does not take."""
+        """The conditions; UserError for those that the model of ``card`` does not have."""
         prompt, path = self.prompt, self.prompt_path
         if not card.text and (prompt is not None or path is not None):
             raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
         if prompt is not None and path is not None:
             raise UserError(
-                f"--prompt {prompt!r} and --prompt_path {path} both say what to show: give one"
+                f"--prompt {prompt!r} and --prompt_path {path} are both prompts: give one"
             )
         prompts = read_prompts(path) if path else (prompt,) if prompt else ()
         conditions = Conditions(self.label, prompts, self.guidance_rate, self.guidance_type)
@@ -53,16 +53,16 @@ class ConditionOptions:
 class Conditions:
     """Class, prompts and guidance.
 
-    A model with classes draws one per seed unless ``label`` fixes it.  With one prompt every
-    image takes it; of several, the image of seed i takes number i when sampling (seeds of
-    selections and of converged samples count from their own start), and a drawn one when training.
-    Without a prompt a text model gets the empty one.
+    A model with classes draws one per seed unless ``label`` fixes it.  A single prompt is that of
+    every image.  Of several prompts, sampling uses row i for seed i (seeds of selections and of
+    converged samples count from their own start), and training draws a row.  Without prompts, a
+    text model gets the empty prompt.
     """
 
     label: int | None = None
     prompts: tuple[str, ...] = ()
     guidance_rate: float | None = None
-    guidance_type: str | None = None  #: only checked: a model has one kind at most
+    guidance_type: str | None = None  #: only checked against the card
 
     def check(self, card: Card, seeds: Sequence[int] = ()) -> None:
         """Raise UserError for a condition that the model of ``card`` does not take."""
@@ -88,7 +88,7 @@ class Conditions:
             )
 
     def describe(self) -> dict[str, int | str] | None:
-        """For a record: how many prompts, and a hash of them."""
+        """The number of prompts and their hash, for a record; None without prompts."""
         if not self.prompts:
             return None
         digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
@@ -99,7 +99,7 @@ class Conditions:
     ) -> Denoiser:
         """The denoiser of the images of ``noise.seeds``.
 
-        ``stream`` marks training: it goes before the names of the draws, and prompts are drawn.
+        ``stream`` is set in training: it prefixes the names of the draws, and prompts are drawn.
         """
         return model.bind(
             self._labels(model.card, noise, device, stream),

@@ -1,4 +1,4 @@
-"""Where sampling starts: the distribution of a state at the highest noise level."""
+"""The prior: the distribution of a state at the highest noise level."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def start(
     device: torch.device | str,
     name: Name = "latent",
 ) -> Tensor:
-    """States (B, *card.shape) at level ``sigma``, which is so high that they hold no image."""
+    """Samples of the prior at noise level ``sigma``, (B, *card.shape)."""
     return unit_noise(card, noise, name, dtype, device) * sigma
 
 
@@ -30,7 +30,7 @@ def unit_noise(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """What the model's forward process adds to an image at ``sigma = 1``, (B, *card.shape).
+    """The noise of the model's forward process at ``sigma = 1``, (B, *card.shape).
 
     Gaussian, except under PFGM++ (arXiv:2302.04265, appendix B): there the data, of
     ``n`` dimensions, has ``D`` more, in which it sits at distance ``r = sigma sqrt(D)``, and the

@@ -1,4 +1,4 @@
-"""From a name to a model that is ready to be called."""
+"""Load a model by name."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ HUB = "hub:"  #: before the id of a folder on the Hugging Face hub
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model, and where its weights come from, under the names of the flags."""
+    """Which model, its precision, and the source of its weights; fields are named as the flags."""
 
-    dataset_name: str | None = None  #: of a card, or any other name for a model of one's own
-    model_path: str | None = None  #: one's own file or folder, or ``hub:owner/name``
-    model_family: str | None = None  #: of a model of one's own; recognised when left out
-    companion_path: str | None = None  #: one's own classifier (adm) or first stage (ldm)
+    dataset_name: str | None = None  #: of a card, or any other name for a custom model
+    model_path: str | None = None  #: a local file or folder, or ``hub:owner/name``
+    model_family: str | None = None  #: of a custom model; recognised from its files if None
+    companion_path: str | None = None  #: a local classifier (adm) or first stage (ldm)
     cache_dir: str | None = None  #: see :func:`runtime.files.cache_folder`
     dtype: str = "float32"  #: of the network, a key of `DTYPES`
 
     def named(self, name: str) -> ModelSource:
-        """The same source, of the model ``name`` where none was given."""
+        """The same source, with ``name`` as the model if none was given."""
         return self if self.dataset_name else replace(self, dataset_name=name)
 
     @property
@@ -58,15 +58,15 @@ class ModelSource:
 
     @property
     def known_sha256(self) -> str | None:
-        """Of the weights, as far as it is known without loading or fetching them."""
+        """Of the weights, if it is known without loading or downloading them."""
         if self.model_path is None:
             return self.card().sha256
         return sha256_file(self.model_path) if Path(self.model_path).is_file() else None
 
     def card(self) -> Card:
-        """The known card of this name, or one made from the model at ``model_path``.
+        """The registered card of this name, or one that describes the model at ``model_path``.
 
-        Raises UserError for an unknown name without a ``model_path``, and for a path to nothing.
+        Raises UserError for an unknown name without a ``model_path``, and for a missing file.
         """
         known = cards()
         if not (self.model_path or "").startswith(HUB):
@@ -88,7 +88,7 @@ class ModelSource:
 
     @cached_property
     def _described(self) -> Card:
-        """Made once: it takes reading the whole file."""
+        """Cached, since the whole file has to be read."""
         path = self.model_path or ""
         if path.startswith(HUB):
             fetched = fetched_pipeline(path.removeprefix(HUB), cache_folder(self.cache_dir))
@@ -104,9 +104,9 @@ class ModelSource:
         return describe(str(self.dataset_name), own, self.model_family)
 
     def files(self, card: Card) -> Files:
-        """One's own files, those that come along with the toolkit, or else fetched ones.
+        """The files given by path, those bundled with the toolkit, or else downloaded ones.
 
-        What ``card`` has beside its main file is only fetched along with that.
+        The companion of ``card`` is only downloaded together with its main file.
         """
         folder = cache_folder(self.cache_dir)
         main = self.fetch() or card.bundled
@@ -129,8 +129,8 @@ class ModelSource:
     def load(self, here: World) -> Model:
         """The model on this process's device.
 
-        Rank 0 goes first, as it may have to fetch files.  Raises UserError for an unknown dtype,
-        and for weights that are missing, altered, or of another network.
+        Rank 0 goes first, because it may have to download files.  Raises UserError for an unknown
+        dtype, and for weights that are missing, altered, or of another network.
         """
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
@@ -145,7 +145,7 @@ class ModelSource:
         return FAMILIES[card.family](card, files, here.device, DTYPES[self.dtype])
 
     def fetch(self) -> Path | None:
-        """One's own file or folder, downloaded if it lies on the hub; call it on one rank only."""
+        """The file or folder at ``model_path``, downloaded from the hub if needed; on one rank."""
         if self.model_path is not None and self.model_path.startswith(HUB):
             return _fetch(self.model_path, cache_folder(self.cache_dir), None)
         return _existing(self.model_path, "--model_path")

@@ -1,4 +1,4 @@
-"""How a script ends."""
+"""Run a command: exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 from runtime.dist import environment
 
-HEAD_START = 3.0  #: seconds between the turns of the ranks to report an error
+HEAD_START = 3.0  #: seconds that other ranks wait before they report an error
 
 
 def run(command: click.Command) -> NoReturn:
     """Run a script's command and exit.
 
-    Exit code 0 when it returns, 2 on wrong usage, 130 on Ctrl-C, 1 on an error a person can
-    mend, printed as ``error: <one sentence>``. By the rules of the house these are ValueError
-    (UserError is one) and OSError; set ``AMED_TRACEBACK=1`` to see where one came from. Other
-    exceptions are defects and keep their traceback.
+    The exit code is 0 on success, 2 for wrong usage, 130 after Ctrl-C, and 1 for an error that
+    the user can correct, printed as ``error: <one sentence>``: a ValueError (such as UserError) or
+    an OSError.  Set ``AMED_TRACEBACK=1`` to see its traceback.  Other exceptions are defects and
+    keep their traceback.
     """
     try:
         code = command.main(standalone_mode=False)
@@ -50,10 +50,9 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _await_turn(turn: int = 0) -> None:
-    """Let the rank that knows the cause report it: torchrun then ends the others, who wait.
+    """Wait, so that the rank that knows the cause reports it first; torchrun then ends the others.
 
-    Errors that all ranks share are rank 0's to report, and a lost connection is the last
-    thing worth reporting.
+    Rank 0 reports errors that all ranks share; a lost connection is reported last.
     """
     rank, size = environment()
     if size > 1:

@@ -24,8 +24,8 @@ from tests.scripts import Done, Script
 
 torch.set_num_threads(1)
 # The same examples on every machine, and no time limit: a busy machine is not a defect.
-settings.register_profile("house", derandomize=True, deadline=None, database=None)
-settings.load_profile("house")
+settings.register_profile("project", derandomize=True, deadline=None, database=None)
+settings.load_profile("project")
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from commands import app
 from commands.app import COMMANDS
 from runtime import __version__
-from tests.test_house import SCRIPTS
+from tests.test_architecture import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(

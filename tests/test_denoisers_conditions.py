@@ -104,7 +104,7 @@ def test_options_become_conditions(tmp_path: Path) -> None:
         None, ROWS, 2.0
     )
     assert ConditionOptions(prompt="a cat").resolve(TEXT).prompts == ("a cat",)
-    with pytest.raises(UserError, match=r"--prompt 'a' and --prompt_path .* both say"):
+    with pytest.raises(UserError, match=r"--prompt 'a' and --prompt_path .* are both prompts"):
         ConditionOptions(prompt="a", prompt_path=str(file)).resolve(TEXT)
     with pytest.raises(UserError, match="takes no text"):
         ConditionOptions(prompt_path=str(tmp_path / "never-read")).resolve(PLAIN)

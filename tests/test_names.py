@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 
-from tests.test_house import TOP, File, house
+from tests.test_architecture import TOP, File, project
 
 #: Packages and scripts that may be run; all others are only imported.
 RUNNABLE = {"tools", "benchmarks", "examples", "tests"}
 
 
 def library() -> list[File]:
-    return [file for file in house() if file.room != "tests"]
+    return [file for file in project() if file.package != "tests"]
 
 
 def classes(file: File) -> list[str]:
@@ -58,7 +58,7 @@ def loose_options(file: File) -> list[str]:
 
 
 def test_options_are_typed_below_the_command_lines() -> None:
-    below = [file for file in library() if file.room not in TOP]
+    below = [file for file in library() if file.package not in TOP]
     assert [place for file in below for place in loose_options(file)] == []
     broken = File("amed/a.py", "def f(options: Mapping[str, Any]) -> None: ...")
     assert loose_options(broken) == ["amed/a.py: f"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from runtime import __version__
-from tests.test_house import FREE, MAY_IMPORT, SCRIPTS
+from tests.test_architecture import FREE, MAY_IMPORT, SCRIPTS
 
 pytestmark = pytest.mark.skipif(
     not {"pip", "setuptools"} <= {d.name for d in distributions()},

@@ -1,4 +1,4 @@
-"""The rules of the house, checked on the syntax trees of every file.
+"""The rules of the code base, checked on the syntax trees of every file.
 
 Each rule is a function from a file to its violations; each is also fed a source that breaks it.
 """
@@ -66,7 +66,7 @@ class File:
     source: str
 
     @property
-    def room(self) -> str:
+    def package(self) -> str:
         """The top folder, or the name of a script in the root."""
         return self.path.split("/")[0].removesuffix(".py")
 
@@ -88,12 +88,12 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def imports_point_one_way(file: File) -> Iterator[str]:
-    allowed = MAY_IMPORT.get(file.room)
+    allowed = MAY_IMPORT.get(file.package)
     for line, module in imports(file.tree):
-        if module in SCRIPTS or (module in FREE and file.room not in FREE):
-            yield f"line {line}: {module} is nobody's library"
-        elif allowed is not None and module in OURS - allowed - {file.room}:
-            yield f"line {line}: {file.room} may not import {module}"
+        if module in SCRIPTS or (module in FREE and file.package not in FREE):
+            yield f"line {line}: {module} must not be imported"
+        elif allowed is not None and module in OURS - allowed - {file.package}:
+            yield f"line {line}: {file.package} may not import {module}"
 
 
 def modules_are_found_by_their_names(file: File) -> Iterator[str]:
@@ -101,14 +101,14 @@ def modules_are_found_by_their_names(file: File) -> Iterator[str]:
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
             yield f"line {node.lineno}: sys.path: run it as a module from the root instead"
-        if isinstance(node, ast.Call) and file.room != "tests" and file.path not in LAZY:
+        if isinstance(node, ast.Call) and file.package != "tests" and file.path not in LAZY:
             name = ast.unparse(node.func).split(".")[-1]
             if name in {"import_module", "__import__"}:
                 yield f"line {node.lineno}: {name} hides what is imported"
 
 
 def core_stands_on_torch(file: File) -> Iterator[str]:
-    allowed = CORE.get(file.path, CORE.get(file.room))
+    allowed = CORE.get(file.path, CORE.get(file.package))
     if allowed is not None:
         for line, module in imports(file.tree):
             if module not in allowed | {"solvers"} | sys.stdlib_module_names:
@@ -127,7 +127,7 @@ def extras_are_imported_where_used(file: File) -> Iterator[str]:
 
 
 def no_pickles(file: File) -> Iterator[str]:
-    if file.room == "tests":
+    if file.package == "tests":
         return
     for line, module in imports(file.tree):
         if module in PICKLES:
@@ -169,7 +169,7 @@ def no_default_device(file: File) -> Iterator[str]:
 
 
 def no_guessing_by_attribute(file: File) -> Iterator[str]:
-    if file.room == "tests":
+    if file.package == "tests":
         return
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr":
@@ -179,7 +179,7 @@ def no_guessing_by_attribute(file: File) -> Iterator[str]:
 def files_and_functions_are_short(file: File) -> Iterator[str]:
     lines = len(file.source.splitlines())
     kinds = {"tests": TEST_LINES, **dict.fromkeys(SCRIPTS, SCRIPT_LINES)}
-    most = kinds.get(file.room, FILE_LINES)
+    most = kinds.get(file.package, FILE_LINES)
     if lines > most:
         yield f"{lines} lines, at most {most}"
     for node in ast.walk(file.tree):
@@ -204,24 +204,27 @@ RULES: list[Rule] = [
 
 
 @cache
-def house() -> list[File]:
-    rooms = [ROOT / room for room in sorted(OURS - {*SCRIPTS})]
-    paths = [*sorted(ROOT.glob("*.py")), *(p for room in rooms for p in sorted(room.rglob("*.py")))]
+def project() -> list[File]:
+    folders = [ROOT / package for package in sorted(OURS - {*SCRIPTS})]
+    paths = [
+        *sorted(ROOT.glob("*.py")),
+        *(p for folder in folders for p in sorted(folder.rglob("*.py"))),
+    ]
     return [File(p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")) for p in paths]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_house_keeps_its_rules(rule: Rule) -> None:
-    assert [f"{file.path}, {broken}" for file in house() for broken in rule(file)] == []
+def test_the_code_follows_the_rules(rule: Rule) -> None:
+    assert [f"{file.path}, {broken}" for file in project() for broken in rule(file)] == []
 
 
-def test_every_room_is_known_and_seen() -> None:
+def test_every_package_is_known_and_seen() -> None:
     """A new package has to be given its place above, and a file must not escape the walk."""
     packages = {path.parent.name for path in ROOT.glob("*/*.py")}
     assert packages == OURS - {*SCRIPTS}, "add the new package to MAY_IMPORT"
     assert {path.stem for path in ROOT.glob("*.py")} == {*SCRIPTS}
-    seen = {file.path for file in house()}
-    assert {"runtime/cli.py", "solvers/types.py", "tests/test_house.py"} <= seen
+    seen = {file.path for file in project()}
+    assert {"runtime/cli.py", "solvers/types.py", "tests/test_architecture.py"} <= seen
     assert {f"{script}.py" for script in SCRIPTS} <= seen
 
 
