@@ -16,9 +16,7 @@ from runtime.errors import UserError
 from runtime.files import (
     atomic_write,
     download,
-    read_earlier,
     sha256_file,
-    write_json,
 )
 
 CONTENT = bytes(range(256)) * 40
@@ -33,24 +31,6 @@ def test_a_finished_write_replaces_the_file(tmp_path: Path) -> None:
             temporary.write_text(text)
         assert path.read_text() == text
     assert os.listdir(path.parent) == ["file.txt"]
-
-
-def test_a_result_is_read_as_it_was_written_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "row.json"
-    assert read_earlier(path) is None
-    result = {"identity": {"seeds": [0, 1]}, "fid": 12.5}
-    write_json(path, result)
-    assert read_earlier(path) == result
-    with pytest.raises(TypeError):
-        write_json(path, {"identity": object()})
-    assert read_earlier(path) == result
-    whole = path.read_text(encoding="utf-8")
-    assert whole.endswith("}\n")
-    for broken in (whole[:-3], "[1]", '{"fid": 12.5}', ""):
-        path.write_text(broken, encoding="utf-8")
-        assert read_earlier(path) is None
-    path.write_bytes(b"\xff\xfe")
-    assert read_earlier(path) is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

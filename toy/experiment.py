@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from runtime.errors import UserError
-from runtime.files import read_earlier, sha256_file, write_json
+from runtime.files import sha256_file
 from runtime.log import progress
+from runtime.options import Json
 from runtime.record import RunRecord
+from runtime.typed import read_earlier, to_plain, write_result
 from solvers.types import Denoiser
 from toy.data import Mixture, point_denoiser
 from toy.distances import Cloud, PathErrors, wasserstein1
@@ -63,6 +65,14 @@ class Point:
 
 
 @dataclass(frozen=True)
+class MeasuredPoint:
+    """The content of a file in ``points/``."""
+
+    identity: Mapping[str, object]  #: of the bench that measured it
+    point: Point
+
+
+@dataclass(frozen=True)
 class Results:
     """The measured errors."""
 
@@ -84,11 +94,11 @@ class Bench:
         plan = recipe(settings.kimg, settings.batch, settings.seed)
         self.denoiser: Denoiser = train_network(folder, self.data, settings.width, plan)
         #: points with other values are measured again
-        self.identity = {
+        self.identity: dict[str, Json] = {
             "network_sha256": sha256_file(folder / STATE),
             "points": settings.points,
-            "mixture": asdict(settings.mixture),
-            "levels": asdict(settings.levels),
+            "mixture": to_plain(settings.mixture),
+            "levels": to_plain(settings.levels),
         }
         self._clouds: dict[int, Cloud] = {}
 
@@ -97,13 +107,13 @@ class Bench:
         nfe = candidate.process.nfe
         name = re.sub(r"[^\w.]+", "-", f"{block} {nfe} {candidate.label}")
         file = self.folder / "points" / f"{name}.json"
-        earlier = read_earlier(file)
-        if earlier is not None and earlier["identity"] == self.identity:
-            return Point(**earlier["point"])
+        earlier = read_earlier(MeasuredPoint, file)
+        if earlier is not None and earlier.identity == self.identity:
+            return earlier.point
         with torch.inference_mode():
             errors: PathErrors = self._cloud(block).errors(candidate.process, self.denoiser)
         point = Point(candidate.family, candidate.label, nfe, block, *errors)
-        write_json(file, {"identity": self.identity, "point": asdict(point)})
+        write_result(file, MeasuredPoint(self.identity, point))
         return point
 
     def floor(self, block: int) -> float:
