@@ -174,7 +174,7 @@ def test_errors_are_one_sentence(run: Script, tmp_path: Path) -> None:
     for arguments, message in [
         (["--images", tmp_path / "none"], "does not exist: pass a folder or a zip of images"),
         (["--images", tmp_path / "empty"], "holds no image"),
-        (["--images", big], "takes 32x32 images, got 64x48: use --detector inception"),
+        (["--images", big], "takes 32x32 images, got 64x48"),
         (["--images", folder, "--num", 5], "5 images were asked for, found 3"),
         (
             ["--images", folder, "--ref", "cifar"],
