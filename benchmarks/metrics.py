@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.sampling import CLOCKS, Stopwatch
+from benchmarks.sampling import clock_options, stopwatch
 from commands.options import device_option
 from evaluation.images import ImagePassOptions, image_pass
 from image_data.sources import image_batches
@@ -56,10 +56,7 @@ def noise(folder: Path, count: int, size: int) -> Path:
 @click.option("--path", type=click.Path(path_type=Path), help="file of the detector")
 @click.option("--batch", type=click.IntRange(1), default=256, help="images per batch")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="measurements")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
-@click.option(
-    "--clock", type=click.Choice(sorted(CLOCKS)), default="wall", help="wall time, or CPU time"
-)
+@clock_options
 @device_option
 def throughput(
     images: Path | None, num: int, size: int, detector: str, path: Path | None, batch: int,
@@ -72,10 +69,8 @@ def throughput(
     clock the work of all threads is added up, which bounds the ratio on idle cores from above.  The
     exit code is 1 for a ratio above 1.1.
     """
-    if threads:
-        torch.set_num_threads(threads)
     here = World(0, 1, choose_device(device))
-    watch = Stopwatch(CLOCKS[clock], here.device)
+    watch = stopwatch(threads, clock, here.device)
     network = load_detector(detector, path=path, device=here.device)
     with tempfile.TemporaryDirectory() as folder:
         source = images or noise(Path(folder), num, size)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -35,6 +36,7 @@ LIMIT = 1.05  #: of the ratio
 ROWS = (("euler", 6), ("ipndm", 6), ("dpmpp", 6), ("heun", 4))
 
 
+F = TypeVar("F", bound=Callable[..., Any])
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -55,6 +57,41 @@ class Stopwatch:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def clock_options(command: F) -> F:
+    """Add ``--threads`` and ``--clock``."""
+    help = "CPU threads  [default: torch's choice]"
+    threads = click.option("--threads", type=click.IntRange(1), help=help)
+    clocks = click.Choice(sorted(CLOCKS))
+    clock = click.option("--clock", type=clocks, default="wall", help="wall time, or CPU time")
+    return threads(clock(command))
+
+
+def network_options(command: F) -> F:
+    """Add ``--dtype`` and ``--device``."""
+    dtypes = click.Choice(sorted(DTYPES))
+    dtype = click.option("--dtype", type=dtypes, default="bfloat16", help="dtype of the network")
+    device = click.option("--device", default="cpu", help="cuda, mps or cpu")
+    return dtype(device(command))
+
+
+def stopwatch(threads: int | None, clock: str, device: torch.device) -> Stopwatch:
+    """Set the number of CPU threads, if it is given, and return a stopwatch of the clock."""
+    if threads:
+        torch.set_num_threads(threads)
+    return Stopwatch(CLOCKS[clock], device)
+
+
+def open_bundled(
+    threads: int | None, clock: str, dtype: str, device: str
+) -> tuple[EDMModel, Stopwatch]:
+    """The bundled model and a stopwatch; random numbers start from seed 0."""
+    watch = stopwatch(threads, clock, torch.device(device))
+    torch.manual_seed(0)
+    model = load_model("cifar10-small", device=device, dtype=dtype)
+    assert isinstance(model, EDMModel)
+    return model, watch
 
 
 def raw_forward(model: EDMModel, batch: int, device: torch.device) -> Callable[[], object]:
@@ -102,14 +139,8 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
     help="may be repeated",
 )
 @click.option("--rounds", type=click.IntRange(1), default=7, help="measurements")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
-@click.option(
-    "--clock", type=click.Choice(sorted(CLOCKS)), default="wall", help="wall time, or CPU time"
-)
-@click.option(
-    "--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", help="dtype of the network"
-)
-@click.option("--device", default="cpu", help="cuda, mps or cpu")
+@clock_options
+@network_options
 def main(
     batches: tuple[int, ...], rounds: int, threads: int | None, clock: str, dtype: str, device: str
 ) -> None:
@@ -117,12 +148,7 @@ def main(
 
     The exit code is 1 if a ratio is above 1.05.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = load_model("cifar10-small", device=device, dtype=dtype)
-    assert isinstance(model, EDMModel)
-    watch, worst = Stopwatch(CLOCKS[clock], torch.device(device)), 0.0
+    model, watch, worst = *open_bundled(threads, clock, dtype, device), 0.0
     click.echo("| batch | solver | NFE | forward, s | sampling, s | ratio |")
     click.echo("|---|---|---|---|---|---|")
     with torch.inference_mode():

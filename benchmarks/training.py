@@ -26,10 +26,14 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import Student
 from amed.trainer import Data, Loop, train
-from benchmarks.sampling import CLOCKS, Stopwatch, raw_forward
+from benchmarks.sampling import (
+    Stopwatch,
+    clock_options,
+    network_options,
+    open_bundled,
+    raw_forward,
+)
 from denoisers.families.edm import EDMModel
-from denoisers.precision import DTYPES
-from denoisers.registry import load_model
 from runtime import cli
 from runtime.dist import World
 from runtime.record import RunRecord
@@ -143,25 +147,14 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.option("--batch", type=click.IntRange(1), default=64, help="trajectories per update")
 @click.option("--rounds", type=click.IntRange(1), default=7, help="measurements")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
-@click.option(
-    "--clock", type=click.Choice(sorted(CLOCKS)), default="wall", help="wall time, or CPU time"
-)
-@click.option(
-    "--dtype", type=click.Choice(sorted(DTYPES)), default="bfloat16", help="dtype of the network"
-)
-@click.option("--device", default="cpu", help="cuda, mps or cpu")
+@clock_options
+@network_options
 def main(batch: int, rounds: int, threads: int | None, clock: str, dtype: str, device: str) -> None:
     """Time one update of the trainer over the network calls that it makes.
 
     The exit code is 1 if a ratio is above 1.15.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = load_model("cifar10-small", device=device, dtype=dtype)
-    assert isinstance(model, EDMModel)
-    watch, worst = Stopwatch(CLOCKS[clock], torch.device(device)), 0.0
+    model, watch, worst = *open_bundled(threads, clock, dtype, device), 0.0
     click.echo("| student | teacher | forward | and backward | s | s | update, s | ratio |")
     click.echo("|---|---|---|---|---|---|---|---|")
     for *cells, one, both, taken, ratio in measure(model, batch, rounds, watch):

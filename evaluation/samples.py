@@ -28,11 +28,10 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder
 from runtime.images import to_uint8
-from runtime.log import watch_batch
 from runtime.options import flat_options
 from runtime.record import RunRecord
 from samplers.folder import FREE, Folder
-from samplers.generate import SampleBatch, generate
+from samplers.generate import SampleBatch
 from samplers.job import SampleOptions, SamplingJob
 from samplers.job import prepare as prepare_sampling
 
@@ -141,19 +140,9 @@ class SampleMetricsJob:
         self, seeds: Sequence[int], model: Model, here: World, bar: tqdm[Any]
     ) -> Iterator[SampleBatch]:
         """This process's part of the samples of ``seeds``, saved where images are kept."""
-        job, folder = self.sampling, self.folder
-        for batch in generate(
-            job.sampler,
-            model,
-            here.shard(seeds),
-            batch=here.share(job.options.batch),
-            device=here.device,
-            dtype=job.source.state_dtype,
-            conditions=job.conditions,
-            watch=watch_batch(bar),
-        ):
-            if folder is not None:
-                folder.save(batch)
+        for batch in self.sampling.batches(seeds, model, here, bar):
+            if self.folder is not None:
+                self.folder.save(batch)
             yield batch
 
 

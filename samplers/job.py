@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from amed.experiments import load_predictor
 from denoisers.cards import Card
@@ -22,7 +25,7 @@ from runtime.seeds import parse_seeds
 from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.folder import Folder
-from samplers.generate import check_coupled, generate
+from samplers.generate import SampleBatch, check_coupled, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -114,21 +117,27 @@ class SamplingJob:
         path = self.folder.path
         return SamplingResult(path, images, kept, self.sampler.nfe, seconds, tuple(pictures))
 
+    def batches(
+        self, seeds: Sequence[int], model: Model, here: World, bar: tqdm[Any]
+    ) -> Iterator[SampleBatch]:
+        """This process's part of the samples of ``seeds``; nothing is saved."""
+        return generate(
+            self.sampler,
+            model,
+            here.shard(seeds),
+            batch=here.share(self.options.batch),
+            device=here.device,
+            dtype=self.source.state_dtype,
+            conditions=self.conditions,
+            keep_trajectory=self.options.return_inters,
+            watch=watch_batch(bar),
+        )
+
     def _sample(self, missing: list[int], model: Model, here: World) -> tuple[float, int]:
         """Sample and save the images of the seeds; returns their total NFE and their number."""
         totals = torch.zeros(2, dtype=torch.float64)  # NFE, images
         with progress(len(missing), self.sampler.label, "img", enabled=here.is_main) as bar:
-            for batch in generate(
-                self.sampler,
-                model,
-                here.shard(missing),
-                batch=here.share(self.options.batch),
-                device=here.device,
-                dtype=self.source.state_dtype,
-                conditions=self.conditions,
-                keep_trajectory=self.options.return_inters,
-                watch=watch_batch(bar),
-            ):
+            for batch in self.batches(missing, model, here, bar):
                 self.folder.save(batch)
                 count = len(batch.seeds)
                 totals += torch.tensor([batch.nfe * count, count])

@@ -18,11 +18,11 @@ from commands import fid, sample
 from denoisers.cards import cards
 from denoisers.registry import ModelSource
 from evaluation import passes
-from evaluation import samples as generated
 from metrics.detectors import load_detector
 from metrics.summary import FeatureSummary
 from runtime import cli
 from runtime.record import RunRecord
+from samplers import job
 from tests.sampler_models import GaussianModel
 from tests.scripts import Done, Script
 
@@ -111,8 +111,8 @@ def killed_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             made.extend(batch.seeds)
             yield batch
 
-    generate = generated.generate
-    monkeypatch.setattr(generated, "generate", mortal)
+    generate = job.generate
+    monkeypatch.setattr(job, "generate", mortal)
     return made
 
 
