@@ -61,7 +61,6 @@ def read_published(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
         options={
             **settings.to_options(),
             "total_kimg": int(kimg[1]) if kimg else None,
-            "guidance_type": settings.guidance_type,
         },
         model={"name": settings.dataset_name, "sha256": None},
         plan={

@@ -1,4 +1,4 @@
-"""The shape of every command: options -> job -> outline or result."""
+"""The shape of a command that samples or measures: options -> job -> outline or result."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from PIL import Image
 from runtime.errors import UserError
 from runtime.images import Pixels, film_strip, image_grid, save_png, to_uint8
 from runtime.record import RunRecord
+from runtime.seeds import parse_seeds
 from samplers.generate import SampleBatch
 
 RECORD = "run.json"
@@ -149,12 +150,8 @@ def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
 
 
 def _seeds(record: RunRecord) -> set[int]:
-    seeds: set[int] = set()
-    for part in str(record.options.get("seeds", "")).split(","):
-        low, _, high = part.partition("-")
-        if low.isdigit():
-            seeds.update(range(int(low), int(high or low) + 1))
-    return seeds
+    text = record.options.get("seeds")
+    return set(parse_seeds(str(text))) if text else set()
 
 
 def _short(line: str) -> str:

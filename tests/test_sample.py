@@ -50,7 +50,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def images(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in tree(folder).items() if name.endswith(".png")}
+    """The PNG files below a folder, which a process may be writing to."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
 
 
 def pixels(path: Path) -> np.ndarray:

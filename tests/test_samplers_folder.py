@@ -109,6 +109,12 @@ def test_a_folder_goes_on_and_adds_up_its_seeds(tmp_path: Path) -> None:
     assert third.plan["nfe_metered"] == 5  # of the existing images
 
 
+def test_seeds_that_were_given_with_spaces_are_kept(tmp_path: Path) -> None:
+    Folder(tmp_path).open(record("0 - 2, 8"), [0, 1, 2, 8])
+    later, _ = Folder(tmp_path).open(record("9"), [9])
+    assert later.options["seeds"] == "0-2,8-9"
+
+
 def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     opened, _ = folder.open(record(), [0, 1, 2, 3])

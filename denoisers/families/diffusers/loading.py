@@ -166,7 +166,7 @@ def _as_safetensors(files: Iterable[Path], target: Path) -> Path:
     """``target``, made to hold the weights in these pickles, which are read as data.
 
     The libraries unpickle such files by themselves, and a small one can take all memory.  Raises
-    UserError for what :func:`read_state_dict` refuses.
+    UserError for what :func:`read_weights` refuses.
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
