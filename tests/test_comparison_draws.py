@@ -25,7 +25,7 @@ from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SAMPLERS, SamplerOptions
 from tests.sampler_models import trained
-from tests.train_tiny import TinySource, tiny_model
+from tests.tiny_model import TinySource, tiny_model
 
 Key = tuple[int | str, ...]
 CLASSES = "tiny-classes"

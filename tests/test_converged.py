@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +23,13 @@ from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, SELECTION_START
+from tests.processes import run_command, together
 from tests.sampler_models import MEAN, SHAPE, VAR, ClassModel, GaussianModel
 from tests.scripts import Script
 from tools import converged as tool
 from tools import nfe_sweep
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = f"{CONVERGED_START}-{CONVERGED_START + 8}"
 STATISTICS = ("--dest=own.npz", "--detector=pixels", "--dtype=float64", "--tol=1e-6", "--batch=4")
 
@@ -165,18 +162,6 @@ def test_killed_statistics_go_on(command: Any, monkeypatch: pytest.MonkeyPatch) 
     assert not list(Path("cache").rglob("*.npz"))  # nothing is left behind
 
 
-WORLD = """
-from denoisers.conditions import Conditions
-from denoisers.registry import ModelSource
-from runtime import cli
-from tests.sampler_models import GaussianModel
-from tools import converged
-ModelSource.load = lambda *_: GaussianModel()
-ModelSource.card = lambda *_: GaussianModel().card
-cli.run(converged.main)
-"""
-
-
 def test_conditions_reach_the_samples_and_their_record(
     command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,16 +186,11 @@ def test_conditions_reach_the_samples_and_their_record(
     assert code == 1 and "options.class: 2 != 3" in text
 
 
-def test_two_processes_make_the_statistics_of_one(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(WORLD)
-    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*runner, "script.py", *STATISTICS, f"--seeds={SEEDS}", "--device=cpu"], cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "AMED_CACHE": str(tmp_path / "cache")},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote own.npz") == 1
+def test_two_processes_make_the_statistics_of_one(command: Any, tmp_path: Path) -> None:
+    flags = (*STATISTICS, f"--seeds={SEEDS}", "--device=cpu")
+    done = together(lambda: run_command(tool.main, *flags), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
+    assert [rank.out.count("wrote own.npz") for rank in done] == [1, 0]
     # other neighbours, hence other steps: the same images, since the tolerance is far below 1/2
     assert_equal(Converged.load(tmp_path / "own.npz").statistics, own_statistics())
 

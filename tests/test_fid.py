@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from metrics.detectors import DETECTORS, load_detector, load_reference
 from metrics.frechet import frechet_distance
 from metrics.statistics import Statistics
 from runtime import files
+from tests.processes import run_command, together
 from tests.scripts import Script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,15 +89,10 @@ def test_result_does_not_depend_on_batch_or_processes(run: Script, tmp_path: Pat
     options = ["--data", folder, "--num_images", 11, "--seed", 5]
     run("ref", *options, "--dest", tmp_path / "1.npz", "--batch", 3)
     run("ref", *options, "--dest", tmp_path / "2.npz", "--batch", 100)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [ROOT / "fid.py", "ref", *options, "--dest", tmp_path / "3.npz", "--device", "cpu"]
-    done = subprocess.run(
-        [*torchrun, *map(str, script)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote") == 1
+    both = ["ref", *options, "--dest", tmp_path / "3.npz", "--device", "cpu"]
+    done = together(lambda: run_command(fid.main, *both), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
+    assert [rank.out.count("wrote") for rank in done] == [1, 0]
     first, *others = (Statistics.load(tmp_path / f"{i}.npz") for i in (1, 2, 3))
     assert first.n == 11 and first.source == "a" and len(first.source_sha256) == 64
     for other in others:

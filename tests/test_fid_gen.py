@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from metrics.summary import FeatureSummary
 from runtime import cli
 from runtime.record import RunRecord
 from samplers import job
+from tests.processes import run_command, together
 from tests.sampler_models import GaussianModel
 from tests.scripts import Done, Script
 
@@ -168,15 +167,10 @@ def test_two_processes_gather_what_one_gathers(
         "gen", "--sampler=euler", "--num_steps=3", "--seeds=0-4", "--dtype=float64", "--ref=none",
         "--detector=cifar10-small,pixels", "--features=3", "--device=cpu",
     ]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     dest = f"--dest={tmp_path / 'a2.npz'},{tmp_path / 'b2.npz'}"
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "fid.py"), *arguments, dest, "--batch=4"],
-        capture_output=True, text=True, timeout=500, cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote") == 2
+    done = together(lambda: run_command(fid.main, *arguments, dest, "--batch=4"), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
+    assert [rank.out.count("wrote") for rank in done] == [2, 0]
     dest = f"--dest={tmp_path / 'a1.npz'},{tmp_path / 'b1.npz'}"
     monkeypatch.setattr(sys, "argv", ["fid.py", *arguments, dest, "--batch=3"])
     with pytest.raises(SystemExit) as left:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from metrics.measures import METRICS, figures, needs_of, parse_metrics, referenc
 from metrics.statistics import DetectorId, Statistics
 from metrics.summary import Collector, FeatureSummary, Requirements, collect
 from runtime import cli
+from tests.processes import run_command, together
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -241,13 +240,9 @@ def test_two_processes_give_the_figures_of_one(
     options = ["--detector", "pixels", "--metrics", "fid,kid,pr,dc", "--features", "9"]
     ref = ["ref", "--data", x, "--seed", 4, *options]
     assert run(capsys, *ref, "--batch", 5, "--dest", tmp_path / "1.npz")[0] == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [ROOT / "fid.py", *ref, "--dest", tmp_path / "2.npz", "--device", "cpu"]
-    done = subprocess.run(
-        [*torchrun, *map(str, script)], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    both = [*ref, "--dest", tmp_path / "2.npz", "--device", "cpu"]
+    done = together(lambda: run_command(fid.main, *both), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
     detector = load_detector("pixels", device="cpu")
     one, two = (FeatureSummary.load(tmp_path / f"{i}.npz", detector) for i in (1, 2))
     assert one.kept == 9 and torch.equal(one.features, two.features)

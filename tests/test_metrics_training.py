@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from metrics.cnn import CNNConfig, SmallCNN, load_cnn
 from metrics.detectors import load_detector
-from runtime.dist import World
-from tests.test_runtime_dist import torchrun
+from runtime.dist import World, world
+from tests.processes import together
 from tools import train_detector
 from tools.train_detector import (
     DetectorRecipe,
@@ -114,20 +114,11 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
         fit(fresh(train), train, train, other, tmp_path / "torn.state", CPU)
 
 
-SHARES = """
-import sys
-import torch
-from runtime.dist import world
-from tests.test_metrics_training import FAST, equal_images, fresh
-from tools import train_detector
-from pathlib import Path
-train_detector.augment = lambda images, *_: images
-with world("cpu") as here:
-    pixels = torch.load(sys.argv[2])
-    model, data = fresh((pixels,)), equal_images(pixels[0])
-    train_detector.fit(model, data, data, FAST, Path(sys.argv[1]) / "two.state", here)
-    torch.save(model.state_dict(), Path(sys.argv[1]) / f"{here.rank}.pt")
-"""
+def fit_share(folder: Path, pixels: torch.Tensor) -> None:
+    with world("cpu") as here:
+        model, data = fresh((pixels,)), equal_images(pixels[0])
+        fit(model, data, data, FAST, folder / "two.state", here)
+        torch.save(model.state_dict(), folder / f"{here.rank}.pt")
 
 
 def equal_images(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,13 +131,12 @@ def test_two_processes_train_what_one_trains(
 ) -> None:
     monkeypatch.setattr(train_detector, "augment", lambda images, *_: images)
     pixels = load_labelled(dataset(tmp_path / "a.zip", 16, 0))[0]
-    torch.save(pixels, tmp_path / "pixels.pt")
     alone = fresh((pixels,))
     start = {name: value.clone() for name, value in alone.state_dict().items()}
     data = equal_images(pixels[0])
     fit(alone, data, data, FAST, tmp_path / "one.state", CPU)
-    done = torchrun(tmp_path, SHARES, str(tmp_path), str(tmp_path / "pixels.pt"))
-    assert done.returncode == 0, done.stderr
+    done = together(lambda: fit_share(tmp_path, pixels), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, value in alone.state_dict().items():
         if not name.endswith("running_var"):  # unbiased, so it depends on the size of the share

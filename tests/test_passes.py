@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +18,11 @@ from evaluation import image_metrics, passes
 from evaluation.passes import ImageStream, gather_features
 from metrics.detectors import Detector, load_detector
 from metrics.statistics import DetectorId
-from metrics.summary import FeatureSummary, Requirements
+from metrics.summary import Collector, FeatureSummary, Requirements
 from runtime import cli
 from runtime.dist import World
+from tests.processes import run_command, together
 
-ROOT = Path(__file__).resolve().parent.parent
 HERE = World(0, 1, torch.device("cpu"))
 NEEDS = Requirements(20, spatial=True)
 
@@ -138,25 +136,19 @@ def test_a_short_pass_writes_nothing(tmp_path: Path) -> None:
 
 # --- fid.py, and several processes
 
-#: fid.py that dies after so many batches on every rank, and keeps what it has after each.
-DYING = """
-import sys
-from commands import fid
-from evaluation import image_metrics, passes
-from metrics.summary import Collector
-from runtime import cli
 
-left, update = [int(sys.argv.pop(1))], Collector.update
+def dying(batches: int, arguments: list[object]) -> None:
+    """``fid.py ref`` that dies after so many batches, and keeps what it has after each."""
+    left, update = iter(range(batches)), Collector.update
 
-def mortal(*given):
-    if not left[0]:
-        raise ValueError("killed")
-    left[0] -= 1
-    update(*given)
+    def mortal(*given: Any) -> None:
+        if next(left, None) is None:
+            raise ValueError("killed")
+        update(*given)
 
-Collector.update, passes.SAVE_EVERY = mortal, -1.0
-cli.run(fid.main)
-"""
+    setattr(Collector, "update", mortal)  # noqa: B010
+    passes.SAVE_EVERY, cli.HEAD_START = -1.0, 0.0
+    run_command(fid.main, "ref", *arguments)
 
 
 def ref(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -177,17 +169,11 @@ def test_one_process_two_processes_and_one_finish_a_pass_together(
     arguments = ["--data", folder, "--detector", "pixels", "--features", 20, "--device", "cpu"]
     ref(capsys, *arguments, "--dest", tmp_path / "whole.npz", "--cache-dir", tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    (tmp_path / "dying.py").write_text(DYING)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     both = [*arguments, "--batch", 8, "--cache-dir", tmp_path / "b", "--dest", tmp_path / "r.npz"]
-    for launcher, said in (([], None), (torchrun, "after 16 of 50")):  # 2 batches of 8, then 2
-        command = [sys.executable, *launcher, tmp_path / "dying.py", 2, "ref", *both]
-        done = subprocess.run(
-            [*map(str, command)], capture_output=True, text=True, timeout=500,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 1 and "error: killed" in done.stderr, done.stderr
-        assert said is None or said in done.stderr
+    for processes, said in ((1, ""), (2, "after 16 of 50")):  # 2 batches of 8, then 2
+        died = together(lambda: dying(2, both), tmp_path, processes)
+        assert all(rank.code == 1 and "error: killed" in rank.err for rank in died), died
+        assert said in died[0].err
     assert "continuing after 32 of 50 images" in ref(capsys, *both)
     assert files(tmp_path / "b") == []
     detector = load_detector("pixels", device="cpu")

@@ -1,9 +1,6 @@
 """Several processes give the result of one, and fail with one sentence."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,44 +8,28 @@ import torch
 
 from runtime.dist import World, choose_device, world
 from runtime.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def torchrun(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script as two processes on the CPU."""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run(
-        [sys.executable, *launcher, str(path), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+from tests.processes import together, torchrun
 
 
-SUM = """
-import json, sys, torch
-from runtime.dist import world
-with world() as w:
-    tensor = torch.tensor([1.0, 2.0**-50], dtype=torch.float64) if w.is_main else (
-        torch.tensor([2.0**-50, -(2.0**-80)], dtype=torch.float64))
-    same = w.sum_(tensor) is tensor
-    w.barrier()
-    result = dict(sum=[v.hex() for v in tensor.tolist()], same=same, shard=w.shard(range(5))[:],
-        size=w.size, device=str(w.device), box=w.broadcast_object({"from": w.rank}))
-    result["shard"] = list(result["shard"])
-with open(f"{sys.argv[1]}/{w.rank}.json", "w") as file:
-    json.dump(result, file)
-assert not torch.distributed.is_initialized()
-"""
+def sum_and_share(folder: Path) -> None:
+    with world() as w:
+        mine = [1.0, 2.0**-50] if w.is_main else [2.0**-50, -(2.0**-80)]
+        tensor = torch.tensor(mine, dtype=torch.float64)
+        same = w.sum_(tensor) is tensor
+        w.barrier()
+        result = {
+            "sum": [value.hex() for value in tensor.tolist()], "same": same, "size": w.size,
+            "shard": list(w.shard(range(5))), "device": str(w.device),
+            "box": w.broadcast_object({"from": w.rank}),
+        }  # fmt: skip
+    (folder / f"{w.rank}.json").write_text(json.dumps(result))
+    assert not torch.distributed.is_initialized()
 
 
-def test_two_processes_sum_float64_exactly(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, SUM, str(tmp_path))
-    assert done.returncode == 0, done.stderr
+def test_two_processes_sum_float64_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 0)
+    done = together(lambda: sum_and_share(tmp_path), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for result in ranks:
         assert result["sum"] == [(1 + 2.0**-50).hex(), (2.0**-50 - 2.0**-80).hex()]
@@ -62,6 +43,7 @@ import click, torch
 from runtime import cli
 from runtime.dist import world
 from runtime.errors import UserError
+cli.HEAD_START = 1.0
 @click.command()
 @click.argument("ranks")
 def main(ranks):
@@ -77,11 +59,12 @@ cli.run(main)
 def test_a_failure_is_one_sentence_and_an_exit_code(
     tmp_path: Path, ranks: str, speaker: int
 ) -> None:
-    done = torchrun(tmp_path, FAIL, ranks)
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (tmp_path / "script.py").write_text(FAIL)
+    done = torchrun(tmp_path / "script.py", ranks)
+    assert done.code != 0
+    said = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert said == [f"error: sentence of rank {speaker}"]
-    assert f'File "{tmp_path}' not in done.stderr  # no traceback of the script
+    assert f'File "{tmp_path}' not in done.err  # no traceback of the script
 
 
 def test_one_process_needs_no_group() -> None:

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +24,7 @@ from runtime.record import RunRecord
 from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
+from tests.processes import run_command, start, torchrun
 from tests.sampler_models import ClassModel, GaussianModel, make_card, trained
 from tests.scripts import Script
 
@@ -51,7 +49,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def images(folder: Path) -> dict[str, bytes]:
     """The PNG files below a folder, which a process may be writing to."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
+    files = folder.rglob("*.png")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -272,24 +271,18 @@ def test_killed_and_continued_by_two_processes_is_as_never_killed(
 ) -> None:
     """On the bundled network, in float64, whose rounding no pixel can see."""
     arguments = ["--sampler=euler", "--num_steps=3", "--seeds=0-7", "--dtype=float64"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    killed, script = tmp_path / "killed", str(ROOT / "sample.py")
-    command = [sys.executable, script, *arguments, "--batch=1", f"--outdir={killed}"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None and len(images(killed)) < 3:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = tmp_path / "killed"
+    one = (*arguments, "--batch=1", "--device=cpu", f"--outdir={killed}")
+    process = start(lambda: run_command(sample.main, *one), tmp_path / "log")
+    while process.is_alive() and len(images(killed)) < 3:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
     assert 3 <= len(images(killed)) < 8
     assert RunRecord.read(killed / "run.json").plan["nfe_metered"] is None
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, script, *arguments, f"--outdir={killed}"],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    spoken = re.findall(r"(\d+) images made \((\d+) were there already\)", done.stdout)
+    done = torchrun("sample.py", *arguments, f"--outdir={killed}")
+    assert done.code == 0, done.err
+    spoken = re.findall(r"(\d+) images made \((\d+) were there already\)", done.out)
     assert len(spoken) == 1 and sum(map(int, spoken[0])) == 8  # one speaks, each image made once
     with pytest.raises(SystemExit) as left, monkeypatch.context() as patch:
         whole = tmp_path / "whole"

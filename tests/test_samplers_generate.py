@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from denoisers.protocol import Model
 from denoisers.registry import load_model
 from plans.plan import Jump, run_plan
 from plans.process import ForwardProcess
+from runtime.dist import world
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from samplers.build import build
@@ -26,6 +24,7 @@ from samplers.builders.learned import build_learned
 from samplers.generate import SampleBatch, generate
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
+from tests.processes import together
 from tests.sampler_models import (
     MEAN,
     SHAPE,
@@ -37,7 +36,6 @@ from tests.sampler_models import (
     trained,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = [4, 0, 7, 11, 2, 100000, 3, 9, 8, 1]
 ALL: dict[str, dict] = {
     "euler": {},
@@ -236,41 +234,29 @@ def test_invalid_arguments_raise_before_sampling(
         generate(sampler("euler"), model(), SEEDS, **{"batch": 5, "device": "cpu", **options})
 
 
-WORLD = """
-import sys, torch
-from denoisers.protocol import Model
-from denoisers.registry import load_model
-from runtime.dist import world
-from samplers.build import build
-from samplers.generate import generate
-from samplers.options import SamplerOptions
-with world("cpu") as w:
-    model = load_model("cifar10-small", device="cpu", dtype="float64")
-    options = SamplerOptions(sampler="restart", num_steps=2, restart_info='{"0": [2, 1, 0.002, 1]}')
-    mine = w.shard([5, 6, 7])
-    parts = list(generate(build(options, model.card), model, mine, batch=4, device="cpu",
-        dtype=torch.float64, keep_trajectory=True))
-    torch.save({s: b.trajectory.x[:, i].clone() for b in parts for i, s in enumerate(b.seeds)},
-        f"{sys.argv[1]}/{w.rank}.pt")
-"""
+RESTART = SamplerOptions(sampler="restart", num_steps=2, restart_info='{"0": [2, 1, 0.002, 1]}')
+
+
+def save_shard(folder: Path) -> None:
+    """Each seed's states, of the seeds that this process has."""
+    with world("cpu") as here:
+        model = load_model("cifar10-small", device="cpu", dtype="float64")
+        batches = generate(
+            build(RESTART, model.card), model, here.shard([5, 6, 7]), batch=4, device="cpu",
+            dtype=torch.float64, keep_trajectory=True,
+        )  # fmt: skip
+        states = {s: b.trajectory.x[:, i].clone() for b in batches for i, s in enumerate(b.seeds)}
+        torch.save(states, folder / f"{here.rank}.pt")
 
 
 def test_two_processes_make_the_images_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(WORLD)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = together(lambda: save_shard(tmp_path), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [sorted(rank) for rank in ranks] == [[5, 7], [6]]
     model = load_model("cifar10-small", device="cpu", dtype="float64")
-    options = SamplerOptions(sampler="restart", num_steps=2, restart_info='{"0": [2, 1, 0.002, 1]}')
     (whole,) = generate(
-        build(options, model.card), model, [5, 6, 7], batch=3, device="cpu",
+        build(RESTART, model.card), model, [5, 6, 7], batch=3, device="cpu",
         dtype=torch.float64, keep_trajectory=True,
     )  # fmt: skip
     assert whole.trajectory is not None

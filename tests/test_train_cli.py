@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ import safetensors.torch
 import torch
 
 import amed.experiments
+import amed.job
 from amed.experiments import create_run, list_runs, load_predictor, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
@@ -26,23 +25,23 @@ from denoisers.cards import cards
 from runtime import cli
 from runtime.log import read_json_lines
 from runtime.record import SCHEMA, RunRecord
+from tests.processes import finish, python, run_command, start, together, torchrun
+from tests.scripts import Done
+from tests.tiny_model import TinySource
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def spawn(*arguments: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    command = [sys.executable, *arguments]
-    return subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+def tiny(*arguments: object) -> None:
+    """train.py on a model in closed form."""
+    amed.job.ModelSource = TinySource
+    run_command(train.main, *arguments, "--device=cpu")
 
 
-def finish(process: subprocess.Popen[str]) -> Path:
+def trained(done: Done) -> Path:
     """The folder that a run printed last."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return Path(out.splitlines()[-1])
+    assert done.code == 0, done.err
+    return Path(done.out.splitlines()[-1])
 
 
 def same_to(folder: Path, other: Path, tol: float) -> None:
@@ -63,54 +62,57 @@ def same_to(folder: Path, other: Path, tol: float) -> None:
 
 def test_a_killed_process_resumes_bit_equal(tmp_path):
     arguments = (
-        *("tests/train_tiny.py", "--dataset_name=tiny", "--sampler_stu=ipndm", "--M=2"),
-        *("--batch=4", "--total_kimg=0.08", "--tick=0.008", "--device=cpu"),
+        *("--dataset_name=tiny", "--sampler_stu=ipndm", "--M=2"),
+        *("--batch=4", "--total_kimg=0.048", "--tick=0.008"),
     )
-    whole = spawn(*arguments, f"--outdir={tmp_path / 'whole'}")
-    victim = spawn(*arguments, f"--outdir={tmp_path / 'killed'}")
+
+    def begin(name: str, *more: str) -> BaseProcess:
+        flags = (*arguments, f"--outdir={tmp_path / name}", *more)
+        return start(lambda: tiny(*flags), tmp_path / f"log-{name}")
+
+    victim = begin("killed")
     stats = tmp_path / "killed" / "00001-tiny-4-6-ipndm-heun-2-polynomial" / "stats.jsonl"
-    while victim.poll() is None and not (stats.exists() and stats.read_text().count("\n") >= 3):
+    while victim.is_alive() and not (stats.exists() and stats.read_text().count("\n") >= 3):
         time.sleep(0.005)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    assert victim.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    victim.kill()
+    victim.join()
+    assert victim.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     done = torch.load(stats.parent / "training-state.pt", weights_only=True)["done"]
-    assert 0 < done < 20
-    resumed = finish(spawn(*arguments, f"--outdir={tmp_path / 'killed'}", "--resume=auto"))
+    assert 0 < done < 12
+    resumed = trained(finish(begin("killed", "--resume=auto"), tmp_path / "log-killed"))
     assert resumed == stats.parent
-    same_to(resumed, finish(whole), 0.0)
-    assert [row["step"] for row in read_json_lines(stats)] == list(range(8, 81, 8))
+    same_to(resumed, trained(finish(begin("whole"), tmp_path / "log-whole")), 0.0)
+    assert [row["step"] for row in read_json_lines(stats)] == list(range(8, 49, 8))
 
 
 def test_two_processes_train_what_one_trains(tmp_path):
     """Uneven shares, uneven portions, classes and a stochastic teacher, in float64."""
     arguments = (
-        *("tests/train_tiny.py", "--dataset_name=tiny-classes", "--sampler_stu=ipndm"),
-        *("--batch=5", "--total_kimg=0.03", "--tick=0.01", "--dtype=float64", "--afs=True"),
-        *("--scale_dir=0.05", "--scale_time=0.2", "--device=cpu"),
+        *("--dataset_name=tiny-classes", "--sampler_stu=ipndm", "--batch=5", "--total_kimg=0.03"),
+        *("--tick=0.01", "--dtype=float64", "--afs=True", "--scale_dir=0.05", "--scale_time=0.2"),
         *("--sampler_tea=restart", '--restart_info={"0": [3, 1, 0.06, 2]}'),
     )
-    one = spawn(*arguments, f"--outdir={tmp_path / 'one'}")
-    two = spawn(*TORCHRUN, *arguments, f"--outdir={tmp_path / 'two'}", "--batch-gpu=2")
-    same_to(finish(two), finish(one), 1e-9)
-    assert len(list((tmp_path / "two").iterdir())) == 1
+    (one,) = together(lambda: tiny(*arguments, f"--outdir={tmp_path / 'one'}"), tmp_path, size=1)
+    flags = (*arguments, f"--outdir={tmp_path / 'two'}", "--batch-gpu=2")
+    two, other = together(lambda: tiny(*flags), tmp_path)
+    same_to(trained(two), trained(one), 1e-9)
+    assert other.code == 0 and other.out == "" and len(list((tmp_path / "two").iterdir())) == 1
 
 
-def test_two_processes_train_the_bundled_model(tmp_path):
+def test_torchrun_trains_the_bundled_model(tmp_path, script):
     arguments = (
-        *("train.py", "--dataset_name=cifar10-small", "--num_steps=3", "--batch=3", "--afs=True"),
-        *("--total_kimg=0.003", "--dtype=float64", "--scale_dir=0.01", "--device=cpu"),
+        *("--dataset_name=cifar10-small", "--num_steps=3", "--batch=2", "--afs=True"),
+        *("--total_kimg=0.002", "--dtype=float64", "--scale_dir=0.01", "--device=cpu"),
     )
-    one = spawn(*arguments, f"--outdir={tmp_path / 'one'}")
-    two = spawn(*TORCHRUN, *arguments, f"--outdir={tmp_path / 'two'}")
-    folder = finish(two)
-    same_to(folder, finish(one), 1e-9)
+    one = trained(script(train.main, *arguments, f"--outdir={tmp_path / 'one'}"))
+    folder = trained(torchrun("train.py", *arguments, f"--outdir={tmp_path / 'two'}"))
+    same_to(folder, one, 1e-9)
     assert folder.name == "00001-cifar10-small-3-3-amed-heun-1-polynomial-afs"
     (row,) = read_json_lines(folder / "stats.jsonl")
     untrained = AMEDPredictor(0.01, seed=0).state_dict()
-    trained = safetensors.torch.load_file(folder / "predictor.safetensors")
-    assert row["step"] == 3 and row["nonfinite"] == [0] and min(row["loss"]) > 0
-    assert (untrained["fc_r.weight"] - trained["fc_r.weight"]).abs().max() > 1e-3
+    learned = safetensors.torch.load_file(folder / "predictor.safetensors")
+    assert row["step"] == 2 and row["nonfinite"] == [0] and min(row["loss"]) > 0
+    assert (untrained["fc_r.weight"] - learned["fc_r.weight"]).abs().max() > 1e-3
 
 
 # Invalid options
@@ -167,10 +169,10 @@ def test_invalid_options_end_in_one_sentence(
 
 
 def test_an_error_of_the_script_has_no_traceback(tmp_path):
-    process = spawn("train.py", "--dataset_name=cifar11", f"--outdir={tmp_path / 'exps'}")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and out == "" and not (tmp_path / "exps").exists()
-    assert err.startswith("error: ") and "'cifar11'" in err and err.count("\n") == 1
+    done = python("train.py", "--dataset_name=cifar11", f"--outdir={tmp_path / 'exps'}")
+    assert done.code == 1 and done.out == "" and not (tmp_path / "exps").exists()
+    assert done.err.startswith("error: ") and "'cifar11'" in done.err
+    assert done.err.count("\n") == 1
 
 
 # Folders

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import signal
-import socket
-import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -22,7 +19,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource
@@ -38,12 +34,11 @@ from runtime.log import JsonLines, read_json_lines
 from runtime.record import RunRecord
 from tests import published
 from tests.denoiser_problems import DHARIWAL, SONG, network, write_zip
+from tests.processes import run_command, start, together
 from tools import train_denoiser
 
 #: Six steps, a report after every second.
 SHORT = ("--kimg=0.048", "--batch=8", "--tick=16", "--lr=0.01", "--rampup_kimg=0.02", "--workers=0")
-#: Forked processes have everything imported; CUDA does not survive it.
-CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 
 
 @pytest.fixture
@@ -246,25 +241,10 @@ def test_a_killed_run_continues_bit_equal(run, monkeypatch) -> None:
         assert_bit_equal(run(*arguments, out=out), whole)
 
 
-def child(arguments: list[str], environment: dict[str, str]) -> None:
-    """A run in a process of its own, as torchrun would start it."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # the usual one is shared with the parent: a kill may keep it
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    train_denoiser.main.main(arguments[1:], standalone_mode=False)
-
-
-def start(arguments: list[str], **environment: str) -> Any:
-    process = CONTEXT.Process(target=child, args=(arguments, environment))
-    process.start()
-    return process
-
-
 def test_a_process_that_was_killed_continues_bit_equal(run) -> None:
     arguments = ("--kimg=0.096", "--workers=1", "--dtype=bfloat16")
-    victim = start(run.command(*arguments))
+    command = run.command(*arguments)[1:]
+    victim = start(lambda: run_command(train_denoiser.main, *command), run.folder / "log")
     stats = run.folder / "out" / "stats.jsonl"
     while victim.is_alive() and not (stats.exists() and stats.read_text().count("\n") >= 1):
         time.sleep(0.005)
@@ -280,15 +260,10 @@ def test_two_processes_train_what_one_trains(run) -> None:
     settings = {**DHARIWAL, "dropout": 0.0}
     (run.folder / "song.json").write_text(json.dumps(settings))
     arguments = ("--augment=0.2", "--dtype=float64")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    two = [start(run.command(*arguments, out="two"), RANK=rank, **shared) for rank in "01"]
+    command = run.command(*arguments, out="two")
+    done = together(lambda: run_command(train_denoiser.main, *command[1:]), run.folder)
+    assert [rank.code for rank in done] == [0, 0], done
     one = run(*arguments, out="one")
-    for process in two:
-        process.join(120)
-    assert [process.exitcode for process in two] == [0, 0]
     for a, b in zip(rows(run.folder / "two"), rows(one), strict=True):
         assert a == pytest.approx(b, rel=1e-9)
     a, b = state(run.folder / "two"), state(one)

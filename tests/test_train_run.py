@@ -27,7 +27,7 @@ from runtime.log import read_json_lines
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from teachers.build import build_teacher
-from tests.train_tiny import TinySource, tiny_model
+from tests.tiny_model import TinySource, tiny_model
 
 CPU = torch.device("cpu")
 #: Five updates, a report after each.

@@ -1,4 +1,4 @@
-"""``train.py`` on a model in closed form: the script itself, with nothing slow in it."""
+"""A model in closed form for ``train.py``, with nothing slow in it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import amed.job
-from commands import train
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import Card, cards
 from denoisers.registry import ModelSource
-from runtime import cli
 from runtime.dist import World
 from solvers.types import Denoiser
 
@@ -74,8 +71,3 @@ class TinySource(ModelSource):
 
     def load(self, here: World) -> TinyModel:
         return tiny_model(str(self.dataset_name))
-
-
-if __name__ == "__main__":
-    amed.job.ModelSource = TinySource
-    cli.run(train.main)
