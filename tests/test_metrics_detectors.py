@@ -67,7 +67,9 @@ def test_features_do_not_depend_on_the_batch(small: Detector) -> None:
     together = small(x)
     assert together.dtype == torch.float32 and together.shape == (len(x), small.dim)
     for batch in (1, 7, CHUNK):
-        assert torch.equal(torch.cat([small(part) for part in x.split(batch)]), together), batch
+        some = x[: 3 * batch]
+        apart = torch.cat([small(part) for part in some.split(batch)])
+        assert torch.equal(apart, together[: len(some)]), batch
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     assert torch.equal(small(x[order]), together[order])
     assert small(x[:0]).shape == (0, small.dim)

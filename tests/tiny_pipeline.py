@@ -25,6 +25,11 @@ SCHEDULER = {
     "prediction_type": "epsilon",
 }
 WIDTH = 16  #: of the text embedding
+DEEP = {
+    "block_out_channels": (8, 8, 8, 16),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
 TOKENS = 12  #: in a prompt, the two ends included
 
 
@@ -117,7 +122,8 @@ def vae() -> Any:
 def stable_diffusion(folder: Path, side: int = 8, **scheduler: Any) -> Path:
     """Save a pipeline like Stable Diffusion v1 into ``folder``: images are twice the latents.
 
-    ``scheduler`` replaces entries of the scheduler's settings.
+    ``scheduler`` replaces entries of the scheduler's settings.  Large latents are halved more
+    often before the attention, which would take most of the time.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -125,7 +131,7 @@ def stable_diffusion(folder: Path, side: int = 8, **scheduler: Any) -> Path:
         vae=vae(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(folder / "tokenizer"),
-        unet=unet(sample_size=side),
+        unet=unet(sample_size=side, **({} if side == 8 else DEEP)),
         scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
         safety_checker=None,
         feature_extractor=None,
