@@ -39,9 +39,15 @@ class TrainedStudent:
     @property
     def label(self) -> str:
         """``amed-00001`` for a numbered run, ``amed-<name>`` otherwise."""
-        folder, _, snapshot = self.name.partition("/")
-        short = folder.split("-")[0] if folder[:5].isdigit() else folder
-        return "-".join(part for part in (self.settings.sampler_stu, short, snapshot) if part)
+        return student_label(self.settings.sampler_stu, self.name)
+
+    @property
+    def dataset_name(self) -> str:
+        return self.settings.dataset_name
+
+    @property
+    def guidance_rate(self) -> float | None:
+        return self.settings.guidance_rate
 
     @property
     def sha256(self) -> str:
@@ -68,18 +74,30 @@ class TrainedStudent:
         }
 
     def note_on(self, weights_sha256: str) -> str | None:
-        """A warning if the student was trained on weights other than these.
+        """A warning if the student was trained on weights other than these."""
+        return other_weights(self.record, self.label, weights_sha256)
 
-        It is not an error, because the same network in another file also has another hash.
-        """
-        trained = self.record.model.get("sha256")
-        if trained in (None, weights_sha256):
-            return None
-        return (
-            f"note: {self.label} was trained on weights with the SHA-256 {trained[:12]}..., but "
-            f"these have {weights_sha256[:12]}...: unless they are the same network, train a "
-            "predictor for them"
-        )
+
+def student_label(kind: str, name: str) -> str:
+    """``<kind>-00001`` for the name of a numbered run, ``<kind>-<name>`` otherwise."""
+    folder, _, snapshot = name.partition("/")
+    short = folder.split("-")[0] if folder[:5].isdigit() else folder
+    return "-".join(part for part in (kind, short, snapshot) if part)
+
+
+def other_weights(record: RunRecord, label: str, weights_sha256: str) -> str | None:
+    """A warning if a student with this record was trained on weights other than these.
+
+    It is not an error, because the same network in another file also has another hash.
+    """
+    trained = record.model.get("sha256")
+    if trained in (None, weights_sha256):
+        return None
+    return (
+        f"note: {label} was trained on weights with the SHA-256 {trained[:12]}..., but "
+        f"these have {weights_sha256[:12]}...: unless they are the same network, train a "
+        "student for them"
+    )
 
 
 def list_runs(root: str | Path) -> dict[int, Path]:
@@ -164,14 +182,7 @@ def _name(path: Path) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
     """Weights and record of a file written by :func:`save_predictor`."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is not a readable safetensors file ({error}); train again or copy it again"
-        ) from None
+    weights, metadata = read_safetensors(path)
     if "record" not in metadata:
         raise UserError(
             f"{path} has no run record, so it is not a predictor of this toolkit; "
@@ -183,3 +194,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
             f"{path} was written by {record.command}.py; give a predictor.safetensors of train.py"
         )
     return weights, record
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file; UserError for one that cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}); train again or copy it again"
+        ) from None

@@ -33,7 +33,7 @@ from teachers.supervision import RestartTeacher, Teacher, teacher_nfe
 
 PREVIEW_SEEDS = range(16)
 #: Options that may differ between the start of a run and its continuation.
-IGNORED = ("outdir", "batch_gpu", "bench", "desc", "cache_dir")
+IGNORED = ("outdir", "batch_gpu", "bench", "desc", "cache_dir", "resume", "checkpoint", "report")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class TrainingJob:
         torch.backends.cudnn.benchmark = options.bench
         model = options.model.load(here)
         record, loop = self.record(model.sha256), _loop(options, here)
-        folder = Path(here.broadcast_object(str(self._folder(record)) if here.is_main else ""))
+        folder = open_run(options.outdir, options.resume, self.name, record, here)
         if is_finished(folder, loop):
             note(f"already trained: {folder}")
             return folder
@@ -143,26 +143,6 @@ class TrainingJob:
         predictor = self.predictor().to(here.device, data.dtype)
         preview = self._preview(model, here)
         train(predictor, self.student, self.teacher, data, loop, here, folder, record, preview)
-        return folder
-
-    def _folder(self, record: RunRecord) -> Path:
-        """The run's folder: a new one, or that of the run to continue."""
-        root = self.options.outdir
-        folder: Path | None = None
-        resume = self.options.resume
-        if resume == "auto":
-            folder = find_resumable(root, record)
-        elif resume:
-            folder = find_run(resume, root)
-            differences = RunRecord.read(folder / RECORD).differences(record, IGNORED)
-            if differences:
-                raise UserError(
-                    f"{folder} was started with other options ({'; '.join(differences)}); "
-                    "give the same ones, or leave --resume out to start a new run"
-                )
-        if folder is None:
-            folder = create_run(root, self.name)
-            record.write(folder / RECORD)
         return folder
 
     def _preview(self, model: Model, here: World) -> Preview:
@@ -219,6 +199,30 @@ def _warn_if_equal_to_heun(teacher: Teacher, student: Student) -> None:
             f"--restart_info a t_max above {float(student.ts[-2]):.3g}, or use "
             "--restart_target=trajectory"
         )
+
+
+def open_run(root: str, resume: str | None, name: str, record: RunRecord, here: World) -> Path:
+    """The folder of a run, on every process: a new one, or that of the run to continue."""
+    found = str(_open_run(root, resume, name, record)) if here.is_main else ""
+    return Path(here.broadcast_object(found))
+
+
+def _open_run(root: str, resume: str | None, name: str, record: RunRecord) -> Path:
+    folder: Path | None = None
+    if resume == "auto":
+        folder = find_resumable(root, record)
+    elif resume:
+        folder = find_run(resume, root)
+        differences = RunRecord.read(folder / RECORD).differences(record, IGNORED)
+        if differences:
+            raise UserError(
+                f"{folder} was started with other options ({'; '.join(differences)}); "
+                "give the same ones, or leave --resume out to start a new run"
+            )
+    if folder is None:
+        folder = create_run(root, name)
+        record.write(folder / RECORD)
+    return folder
 
 
 def find_resumable(root: str | Path, record: RunRecord) -> Path | None:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from amed.experiments import load_predictor
+from amed.experiments import TrainedStudent
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
+from ns.experiments import load_student
 from runtime.dist import World, environment
 from runtime.errors import UserError
 from runtime.log import note, progress, watch_batch
@@ -185,10 +186,11 @@ def prepare(options: SampleOptions) -> SamplingJob:
         card = source.card()
         sampler = build(options.sampler, card)
     else:
-        student = load_predictor(spec, "exps")
-        source = options.model.named(student.settings.dataset_name)
+        student = load_student(spec, "exps")
+        source = options.model.named(student.dataset_name)
         card = source.card()
-        student.predictor.to(source.state_dtype)
+        if isinstance(student, TrainedStudent):
+            student.predictor.to(source.state_dtype)
         sampler = build_learned(options.sampler, student, card)
     rate = sampler.guidance_rate
     conditions = options.conditions.at(rate).resolve(card)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from amed.experiments import TrainedStudent
+from ns.experiments import AnyStudent
 from plans.plan import AnyPlan, check_plan, plan_nfe, plan_times
 from runtime.errors import UserError
 from runtime.options import Json
@@ -25,7 +25,7 @@ class Sampler:
     plan: AnyPlan
     options: SamplerOptions = field(default_factory=SamplerOptions)  #: resolved
     cost: int = 1  #: evaluations per network call: 2 under classifier-free guidance
-    student: TrainedStudent | None = None  #: guides the plan, or segments of it
+    student: AnyStudent | None = None  #: guides the plan or segments of it, or is the plan
     extra: Mapping[str, Json] = field(default_factory=dict)  #: more entries of the record
 
     def __post_init__(self) -> None:

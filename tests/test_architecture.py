@@ -21,7 +21,7 @@ FILE_LINES, TEST_LINES, SCRIPT_LINES, FUNCTION_LINES = 320, 400, 10, 65
 SCRIPTS = ("train", "sample", "fid", "clip_score", "compare", "solver_error", "visualize")
 _BASE = {"solvers", "runtime", "plans"}
 _SAMPLING = _BASE | {"denoisers", "restart", "pds"}
-_MEASURING = _SAMPLING | {"amed", "samplers", "metrics", "image_data", "evaluation"}
+_MEASURING = _SAMPLING | {"amed", "ns", "samplers", "metrics", "image_data", "evaluation"}
 #: Which packages of ours a package may import besides itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "solvers": set(),
@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "denoisers": _BASE | {"checkpoints", "image_data"},
     "teachers": _SAMPLING,
     "amed": _SAMPLING | {"checkpoints", "teachers"},
-    "samplers": _SAMPLING | {"amed"},
+    "ns": _SAMPLING | {"amed", "teachers"},
+    "samplers": _SAMPLING | {"amed", "ns"},
     "evaluation": _MEASURING,
     "plan_search": _MEASURING,
     "comparison": _MEASURING | {"plan_search"},

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from amed.experiments import TrainedStudent
 from denoisers.cards import Card
+from ns.experiments import AnyStudent, TrainedTable
 from plans.plan import Solve
+from plans.table import TableWalk
 from plans.walk import WalkSpec
 from restart.intervals import resolve_intervals
 from runtime.errors import UserError
@@ -21,33 +23,46 @@ from samplers.options import (
 from samplers.sampler import Sampler
 
 
-def build_learned(options: SamplerOptions, student: TrainedStudent, card: Card) -> Sampler:
+def build_learned(options: SamplerOptions, student: AnyStudent, card: Card) -> Sampler:
     """The sampler of a trained student.
 
     The predictor keeps its dtype and device, so move it first.  Raises UserError for an option
     that contradicts the student's settings.
     """
-    settings, name = student.settings, student.name
+    name = student.name
     if options.sampler not in (None, "restart"):
         raise UserError(
             f"--sampler {options.sampler} cannot be combined with --predictor_path {name}: give "
             "one of them, or --sampler restart"
         )
-    if card.name != settings.dataset_name:
+    if card.name != student.dataset_name:
         raise UserError(
-            f"predictor {name} was trained for {settings.dataset_name!r}, not for {card.name!r}: "
+            f"predictor {name} was trained for {student.dataset_name!r}, not for {card.name!r}: "
             "leave --dataset_name out, or train one for it"
         )
     if options.sampler is None:
         what = "a predictor, which has its own solver and grid"
         check_accepted(options, LEARNED_ACCEPTS, what)
-    rate = settings.guidance_rate if options.guidance_rate is None else options.guidance_rate
+    rate = student.guidance_rate if options.guidance_rate is None else options.guidance_rate
     options = replace(options, guidance_rate=rate)
+    if isinstance(student, TrainedTable):
+        return _table(options, student, card)
+    settings = student.settings
     walk = WalkSpec(student.label, settings.solver(), student.predictor, settings.afs)
     if options.sampler == "restart":
         return replace(_restart(options, walk, student, card), student=student)
     plan: tuple[Solve, ...] = (walk.solve(settings.grid.resolve(card).nodes()),)
     return Sampler(walk.name, plan, options, card.cost(rate), student)
+
+
+def _table(options: SamplerOptions, student: TrainedTable, card: Card) -> Sampler:
+    if options.sampler is not None:
+        raise UserError(
+            f"{student.label} is a table, which is a whole sampler and cannot be part of "
+            f"--sampler {options.sampler}: leave --sampler out, or give an AMED predictor"
+        )
+    cost = card.cost(options.guidance_rate)
+    return Sampler(student.label, (TableWalk(student.table),), options, cost, student)
 
 
 def _restart(

@@ -1,0 +1,1 @@
+"""Learned non-stationary solvers: whole samplers as tables, fitted in closed form and refined."""

@@ -1,0 +1,233 @@
+"""Training runs of NS solvers: options, the resolved job, and its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from teachers.trajectories import TrajectoryJob, TrajectoryOptions
+from teachers.trajectories import prepare as prepare_trajectories
+from teachers.trajectory_files import TrajectorySet
+
+from amed.job import open_run
+from denoisers.cards import Card
+from denoisers.conditions import ConditionOptions, Conditions
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
+from ns.calibrate import Curves
+from ns.coordinates import WhitenedTable
+from ns.experiments import TABLE, save_table
+from ns.refine import STATE, Pair, Pairs, RefineLoop, read_state, refine
+from ns.search import Latents, calibrated, final_error, grid_times, search_times
+from ns.spectrum import SpectralNorm
+from runtime.dist import World
+from runtime.errors import UserError
+from runtime.log import note, progress
+from runtime.options import Json, flat_options
+from runtime.record import RunRecord
+from solvers.table import Table
+
+JUDGED = 64  #: latents that tables are compared on, never fitted: the first numbers
+CALIBRATED = 256  #: latents of the closed form, the next numbers
+SEARCHED = (96, 64)  #: latents of the search: fitted and judged on, among the calibrated ones
+SHARE = 32  #: latents in a batch of the calibration, in each process
+
+
+@dataclass(frozen=True)
+class NsOptions:
+    """The options of ``train.py --sampler_stu=ns``, named like its flags."""
+
+    model: ModelSource
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    outdir: str = "exps"
+    desc: str | None = None
+    resume: str | None = None  #: ``auto``, or the number or folder of a run
+    seed: int = 0
+    nfe: int = 5  #: network evaluations of the student
+    sampler_tea: str = "heun"
+    trajectories: int = 512  #: pairs of the refinement
+    search: int = 40  #: calibrations that the search for times may try; 0 takes a polynomial grid
+    refine: int = 160  #: updates through all calls; 0 leaves the calibrated table
+    batch: int = 48  #: pairs per update, over all processes
+    batch_gpu: int | None = None  #: pairs at a time per process; None means its whole share
+    lr: float = 0.05
+    exponent: float = 0.6  #: of the images' power spectrum in the loss; 0 is the squared error
+    report: int = 20  #: updates between reports
+    checkpoint: bool = False  #: recompute every call in the backward pass
+
+
+@dataclass(frozen=True)
+class NsJob:
+    """A resolved training run; nothing has been loaded or written yet."""
+
+    options: NsOptions
+    card: Card
+    conditions: Conditions
+    curves: TrajectoryJob  #: teacher trajectories at all nodes, for the closed form
+    pairs: TrajectoryJob  #: latents and images, for the refinement
+
+    @property
+    def calls(self) -> int:
+        """Network calls of the student."""
+        return self.options.nfe // self.card.cost(self.conditions.guidance_rate)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder, without its number."""
+        options = self.options
+        parts = (self.card.name, self.calls, options.nfe, "ns", options.sampler_tea, options.desc)
+        return "-".join(str(part) for part in parts if part is not None)
+
+    def record(self, weights_sha256: str | None) -> RunRecord:
+        """Every resolved option, the model, and the plan of student and teacher."""
+        resolved: dict[str, Json] = {
+            **flat_options(self.options),
+            "dataset_name": self.card.name,
+            "sampler_stu": "ns",
+            "prompts": self.conditions.describe(),
+        }
+        plan: dict[str, Json] = {
+            "nfe": self.options.nfe,
+            "calls": self.calls,
+            "numbers": self.calls + (self.calls + 1) * (self.calls + 2) // 2,
+            "teacher_nfe": self.curves.nfe,
+            "latents": {"judged": JUDGED, "calibrated": CALIBRATED},
+        }
+        return RunRecord.make(
+            "train", resolved, {"name": self.card.name, "sha256": weights_sha256}, plan
+        )
+
+    def outline(self) -> str:
+        """The record, for a dry run."""
+        return self.record(self.options.model.known_sha256).to_json()
+
+    def run(self, here: World) -> Path:
+        """Search, calibrate and refine, or continue an earlier run; returns the run's folder."""
+        model = self.options.model.load(here)
+        record = self.record(model.sha256)
+        options = self.options
+        folder = open_run(options.outdir, options.resume, self.name, record, here)
+        state = read_state(folder / STATE)
+        if (folder / TABLE).exists() and state.get("done", 0) >= options.refine:
+            note(f"already trained: {folder}")
+            return folder
+        fit, judge = self._latents(model, here)
+        norm = SpectralNorm.of((curves.images for curves in fit.curves), options.exponent)
+        norm = here.broadcast_object(norm)  # each process has seen its own images
+
+        def error(table: Table) -> float:
+            return final_error(table, judge, norm, here.sum_)
+
+        start = self._calibrate(state, fit, norm, here)
+
+        def save(table: Table) -> None:
+            save_table(folder / TABLE, table, record)
+
+        if options.refine == 0:
+            note(f"calibrated: held out {error(start.table()):.5f}")
+            if here.is_main:
+                save(start.table())
+            return folder
+        pairs = self._pairs(model, self.pairs.run(here, model), here)
+        numbers = range(JUDGED, JUDGED + options.trajectories)
+        loop = RefineLoop(
+            options.refine,
+            options.batch,
+            options.report,
+            options.lr,
+            options.checkpoint,
+            options.seed,
+        )
+        refine(start, pairs, numbers, error, norm, loop, folder, here, save)
+        return folder
+
+    def _latents(self, model: Model, here: World) -> tuple[Latents, Latents]:
+        """This process's latents for the closed form, and those that tables are judged on."""
+        stored = self.curves.run(here, model)
+        first = range(JUDGED, JUDGED + CALIBRATED)
+        return (
+            self._read(model, stored, first, here),
+            self._read(model, stored, range(JUDGED), here),
+        )
+
+    def _read(
+        self, model: Model, stored: TrajectorySet, numbers: Sequence[int], here: World
+    ) -> Latents:
+        curves, meters = [], []
+        for batch in stored.batches(SHARE, here.shard(numbers)):
+            states, x0 = (part.to(here.device) for part in (batch.x, batch.x0))
+            curves.append(Curves(stored.times, states, x0))
+            meters.append(self.curves.draw(model, batch.numbers, here).meter)
+        return Latents(curves, meters)
+
+    def _calibrate(
+        self, state: dict[str, Any], fit: Latents, norm: SpectralNorm, here: World
+    ) -> WhitenedTable:
+        """The coordinates around the calibrated table; those of the run to continue, if any."""
+        if not state:
+            times = self._times(fit, norm, here)
+            return WhitenedTable.around(calibrated(times, fit, norm, here.sum_))
+        levels, saved = fit.curves[0].times, state["current"]
+        table = Table(float(levels[0]), 0.0, saved["times"], saved["rows"])
+        return WhitenedTable(table, saved["directions"])
+
+    def _times(self, fit: Latents, norm: SpectralNorm, here: World) -> list[float]:
+        levels = fit.curves[0].times
+        if not self.options.search:
+            return grid_times(self.calls, float(levels[-1]), float(levels[0]), "polynomial", 7.0)
+        batches = [-(-count // (SHARE * here.size)) for count in SEARCHED]
+        ends = batches[0], sum(batches)
+        some = Latents(fit.curves[: ends[0]], fit.meters[: ends[0]])
+        other = Latents(fit.curves[ends[0] : ends[1]], fit.meters[ends[0] : ends[1]])
+        total = self.options.search
+        with progress(total, "searching", "tables", enabled=here.is_main) as bar:
+
+            def watch(error: float) -> None:
+                bar.update(1)
+                bar.set_postfix(error=f"{error:.4f}")
+
+            return search_times(self.calls, some, other, norm, total, here.sum_, watch)
+
+    def _pairs(self, model: Model, stored: TrajectorySet, here: World) -> Pairs:
+        share = here.share(self.options.batch)
+        micro = min(self.options.batch_gpu or share, share)
+
+        def pairs(numbers: Sequence[int]) -> Iterator[Pair]:
+            for batch in stored.batches(micro, numbers):
+                denoiser = self.pairs.draw(model, batch.numbers, here).denoiser
+                yield Pair(batch.x[0].to(here.device), batch.x0[-1].to(here.device), denoiser)
+
+        return pairs
+
+
+def prepare(options: NsOptions) -> NsJob:
+    """Resolve every option.
+
+    Raises UserError or ValueError, in one sentence, for invalid or contradictory options.
+    """
+    card = options.model.card()
+    conditions = options.conditions.resolve(card)
+    cost = card.cost(conditions.guidance_rate)
+    if options.nfe % cost:
+        raise UserError(
+            f"--nfe {options.nfe} is odd, but guidance takes {cost} evaluations per call: give "
+            f"--nfe {options.nfe + 1}"
+        )
+    if options.batch > options.trajectories:
+        raise UserError(
+            f"--batch {options.batch} exceeds --trajectories {options.trajectories}: give a "
+            "smaller batch or more trajectories"
+        )
+    common = TrajectoryOptions(
+        model=options.model,
+        conditions=options.conditions,
+        teacher=options.sampler_tea,
+        seed=options.seed,
+    )
+    curves = replace(common, number=JUDGED + CALIBRATED, keep="all")
+    pairs = replace(common, number=JUDGED + options.trajectories, keep="ends")
+    return NsJob(
+        options, card, conditions, prepare_trajectories(curves), prepare_trajectories(pairs)
+    )

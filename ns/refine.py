@@ -1,0 +1,237 @@
+"""Refinement of a table: gradient steps on the error of the image, through all network calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ns.coordinates import WhitenedTable
+from ns.spectrum import SpectralNorm
+from runtime.dist import World
+from runtime.errors import UserError
+from runtime.files import atomic_write
+from runtime.log import JsonLines, TextLog, progress, tensorboard
+from solvers.table import Table, combine
+from solvers.types import Denoiser
+
+STATE = "refine-state.pt"
+CLIP = 1.0  #: largest norm of a gradient in whitened coordinates
+BETAS = (0.9, 0.99)  #: of Adam: runs are of hundreds of updates
+AVERAGE = 0.9  #: decay of the exponential moving average of the coordinates
+
+
+class Pair(NamedTuple):
+    """Latents, the teacher's images of them, and the denoiser that is bound to these samples."""
+
+    latents: Tensor  #: (B, C, H, W) at the table's start
+    images: Tensor  #: (B, C, H, W)
+    denoiser: Denoiser
+
+
+@dataclass(frozen=True)
+class RefineLoop:
+    """The length of a refinement and its steps."""
+
+    updates: int
+    batch: int  #: pairs per update, over all processes
+    report: int  #: updates between reports, which also save the state
+    lr: float  #: of Adam at the start; it falls to 0 along a cosine
+    checkpointed: bool = False  #: recompute each call in the backward pass: memory flat in calls
+    seed: int = 0
+
+
+#: The pairs with these numbers, in batches.
+Pairs = Callable[[Sequence[int]], Iterator[Pair]]
+
+
+def refine(
+    start: WhitenedTable,
+    pairs: Pairs,
+    numbers: Sequence[int],
+    judge: Callable[[Table], float],
+    norm: SpectralNorm,
+    loop: RefineLoop,
+    folder: Path,
+    here: World,
+    save: Callable[[Table], object],
+) -> Table:
+    """Refine ``start`` on the pairs of ``numbers``; the best table by ``judge`` is returned.
+
+    ``judge`` gives the error on latents that are not among ``numbers``.  At every report rank 0
+    calls ``save`` with the best table so far and writes the state, from which a killed run goes on
+    to the same result.
+    """
+    run = _Run(start, loop, judge(start.table()))
+    run.restore(folder / STATE)
+    log = TextLog(folder / "log.txt", here.is_main)
+    if here.is_main and not run.done:
+        save(start.table())
+        run.save(folder / STATE)
+    with (
+        closing(JsonLines(folder / "stats.jsonl", run.done or None, here.is_main)) as rows,
+        closing(_Board(folder, run.done, here.is_main)) as board,
+        progress(loop.updates, "refining", "update", run.done, here.is_main) as bar,
+    ):
+        losses: list[float] = []
+        while run.done < loop.updates:
+            chosen = here.shard(_batch(numbers, loop, run.done))
+            losses.append(run.update(pairs(chosen), norm, here))
+            bar.update(1)
+            if run.done % loop.report and run.done < loop.updates:
+                continue
+            run.compare(judge)
+            mean, losses = sum(losses) / len(losses), []
+            bar.set_postfix(loss=f"{mean:.3g}", held_out=f"{run.error:.4f}")
+            if here.is_main:
+                row = {
+                    "step": run.done,
+                    "loss": mean,
+                    "held_out": run.error,
+                    "best": run.best_error,
+                }
+                rows.append({**row, "times": run.average.table().times.tolist()})
+                board.write(row)
+                log(f"{run.done:6d} updates: loss {mean:.4g}  held out {run.error:.5f}")
+                save(run.best.table())
+                run.save(folder / STATE)
+            here.barrier()
+    return _detached(run.best.table())
+
+
+class _Run:
+    """What a refinement carries from update to update."""
+
+    def __init__(self, start: WhitenedTable, loop: RefineLoop, error: float) -> None:
+        self.loop, self.done = loop, 0
+        self.current = start
+        self.average, self.best = copy.deepcopy(start), copy.deepcopy(start)
+        self.error = self.best_error = error
+        self.optimizer = torch.optim.Adam(start.parameters(), lr=loop.lr, betas=BETAS)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, loop.updates)
+
+    def update(self, pairs: Iterator[Pair], norm: SpectralNorm, here: World) -> float:
+        """One step on this rank's pairs of a batch; the loss over all ranks."""
+        self.optimizer.zero_grad(set_to_none=False)
+        parameters = list(self.current.parameters())
+        total = torch.zeros((), dtype=torch.float64)
+        flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+        for pair in pairs:
+            image = final_state(self.current.table(), pair, self.loop.checkpointed)
+            loss = norm(image - pair.images).to(torch.float64).sum() / self.loop.batch
+            gradients = torch.autograd.grad(loss, parameters)
+            flat += torch.cat([g.flatten() for g in gradients])
+            total += loss.detach().cpu()
+        here.sum_(flat)
+        here.sum_(total)
+        for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = piece.view_as(p).clone()
+        norm_of = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        if not bool(torch.isfinite(norm_of)):
+            raise UserError(
+                f"update {self.done + 1} has no finite gradient: give a smaller --lr than "
+                f"{self.loop.lr:g}; the last saved table is kept"
+            )
+        self.optimizer.step()
+        self.schedule.step()
+        with torch.no_grad():
+            for mean, p in zip(self.average.parameters(), parameters, strict=True):
+                mean.lerp_(p, 1 - AVERAGE)
+        self.done += 1
+        return float(total)
+
+    def compare(self, judge: Callable[[Table], float]) -> None:
+        """Judge the averaged table, and keep it if it is the best so far."""
+        self.error = judge(_detached(self.average.table()))
+        if self.error < self.best_error:
+            self.best_error = self.error
+            self.best.load_state_dict(self.average.state_dict())
+
+    def save(self, path: Path) -> None:
+        state: dict[str, Any] = {
+            name: getattr(self, name) for name in ("done", "error", "best_error")
+        }
+        for name in ("current", "average", "best", "optimizer", "schedule"):
+            state[name] = getattr(self, name).state_dict()
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self, path: Path) -> None:
+        """Continue from a saved state, if there is one."""
+        state = read_state(path)
+        for name in ("done", "error", "best_error"):
+            setattr(self, name, state.get(name, getattr(self, name)))
+        for name in ("current", "average", "best", "optimizer", "schedule"):
+            if name in state:
+                getattr(self, name).load_state_dict(state[name])
+
+
+class _Board:
+    """TensorBoard on rank 0."""
+
+    def __init__(self, folder: Path, done: int, enabled: bool) -> None:
+        self._writer = tensorboard(folder, done or None, enabled)
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._writer is not None:
+            for name in ("loss", "held_out", "best"):
+                self._writer.add_scalar(f"refine/{name}", row[name], row["step"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def final_state(table: Table, pair: Pair, checkpointed: bool) -> Tensor:
+    """The image of a table with gradients through every call, (B, C, H, W)."""
+
+    def call(x: Tensor, time: Tensor) -> Tensor:
+        return pair.denoiser(x, time).x0
+
+    columns = [pair.latents]
+    for row, time in zip(table.rows, table.times, strict=False):
+        x = combine(row, columns)
+        columns.append(
+            checkpoint(call, x, time, use_reentrant=False) if checkpointed else call(x, time)
+        )
+    return combine(table.rows[-1], columns)
+
+
+def _batch(numbers: Sequence[int], loop: RefineLoop, update: int) -> list[int]:
+    """The numbers of an update: passes over all of them, each in an order of its own."""
+    chosen: list[int] = []
+    position = update * loop.batch
+    while len(chosen) < loop.batch:
+        epoch, at = divmod(position, len(numbers))
+        generator = torch.Generator().manual_seed(loop.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(numbers), generator=generator)
+        part = order[at : at + loop.batch - len(chosen)].tolist()
+        chosen += [numbers[i] for i in part]
+        position += len(part)
+    return chosen
+
+
+def _detached(table: Table) -> Table:
+    return Table(table.start, table.end, table.times.detach(), table.rows.detach())
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A saved state; empty if there is none, UserError for a damaged one."""
+    if not path.is_file():
+        return {}
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        return {**state, "done": int(state["done"])}
+    except Exception as error:  # a damaged file may raise any error
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}); delete it to start that run from the "
+            "beginning"
+        ) from None

@@ -1,0 +1,108 @@
+"""Network times by derivative-free search, with the closed form as the inner problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ns.calibrate import Calibration, Curves, calibrate
+from ns.spectrum import SpectralNorm
+from plans.plan import Solve
+from plans.table import tabulate
+from solvers.driver import Meter
+from solvers.grids import get_grid
+from solvers.registry import make_solver
+from solvers.table import Table, run_table
+
+#: Grids whose inner nodes are tried first: schedule and exponent.
+STARTS = (("polynomial", 7.0), ("polynomial", 4.0), ("logsnr", None))
+STEP = 0.2  #: first change of the logarithm of a time
+
+
+class Latents(NamedTuple):
+    """Teacher trajectories in batches, with the denoisers bound to their samples."""
+
+    curves: Sequence[Curves]
+    meters: Sequence[Meter]
+
+
+Reduce = Callable[[Tensor], object]  #: sums a tensor over processes in place
+
+
+def prior_table(times: Sequence[float], start: float, sigma_min: float) -> Table:
+    """iPNDM(4) with a free first step on these network times, which are sorted: a table to 0."""
+    nodes = torch.tensor([start, *sorted(times, reverse=True), sigma_min], dtype=torch.float64)
+    table = tabulate((Solve(make_solver("ipndm"), nodes, afs=True),))
+    return Table(start, 0.0, table.times, table.rows)
+
+
+def grid_times(
+    calls: int, sigma_min: float, sigma_max: float, schedule: str, rho: float | None
+) -> list[float]:
+    """The inner nodes of a grid of ``calls`` + 2 nodes: the levels of a solver with AFS."""
+    return get_grid(schedule, calls + 2, sigma_min, sigma_max, rho)[1:-1].tolist()
+
+
+@torch.no_grad()
+def final_error(table: Table, latents: Latents, norm: SpectralNorm, reduce: Reduce) -> float:
+    """Root of the mean norm of the differences to the teacher's images."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for curves, meter in zip(*latents, strict=True):
+        error = norm(run_table(table, meter, curves.x[0]).x[-1] - curves.images)
+        sums += torch.tensor([float(error.double().sum()), len(error)], dtype=torch.float64)
+    reduce(sums)
+    return float((sums[0] / sums[1]).sqrt())
+
+
+@torch.no_grad()
+def search_times(
+    calls: int,
+    fit: Latents,
+    judge: Latents,
+    norm: SpectralNorm,
+    evaluations: int,
+    reduce: Reduce = lambda _: None,
+    watch: Callable[[float], object] = lambda _: None,
+) -> list[float]:
+    """The times whose calibrated table is nearest to the teacher on the latents of ``judge``.
+
+    Starts from the best of `STARTS` and goes on by Nelder and Mead's simplex in log sigma, within
+    the teacher's noise levels, for at most ``evaluations`` calibrations in all.  ``watch`` is
+    called with the error of each.
+    """
+    levels = fit.curves[0].times
+    high, low = float(levels[0]), float(levels[-1])
+
+    def error(logs: np.ndarray) -> float:
+        times = np.clip(np.exp(logs), low * 1.001, high * 0.999).tolist()
+        if len(set(times)) < len(times):
+            return float("inf")
+        table = calibrate(prior_table(times, high, low), *fit, norm, reduce).table
+        found = final_error(table, judge, norm, reduce)
+        watch(found)
+        return found
+
+    starts = [np.log(grid_times(calls, low, high, *grid)) for grid in STARTS[: max(1, evaluations)]]
+    errors = [error(start) for start in starts]
+    best = starts[int(np.argmin(errors))]
+    left = evaluations - len(starts)
+    if left > calls:
+        simplex = np.stack([best, *(best + STEP * unit for unit in np.eye(calls))])
+        options = {"maxfev": left, "initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-6}
+        best = minimize(error, best, method="Nelder-Mead", options=options).x
+    return sorted(np.clip(np.exp(best), low * 1.001, high * 0.999).tolist(), reverse=True)
+
+
+def calibrated(
+    times: Iterable[float], latents: Latents, norm: SpectralNorm, reduce: Reduce
+) -> Calibration:
+    """The calibration at these times, on the teacher's noise levels."""
+    levels = latents.curves[0].times
+    prior = prior_table([*times], float(levels[0]), float(levels[-1]))
+    with torch.no_grad():
+        return calibrate(prior, *latents, norm, reduce)

@@ -1,0 +1,58 @@
+"""The error that NS solvers are fitted and judged by: per spatial frequency, relative to images.
+
+Images have most of their power in low frequencies, and a plain squared error sees little else.
+Divided by a power of the images' own spectrum, an error in fine structure counts as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralNorm:
+    """The norm ``mean_f w(f) |FFT(e)(f)|^2`` of errors (B, C, H, W), ``w = power^-exponent``.
+
+    ``power`` is the mean power of images at the frequency's distance from zero.  The mean of ``w``
+    is 1, so ``exponent = 0`` gives the mean squared error.
+    """
+
+    weights: Tensor  #: (H, W) float64, for the frequencies of ``fft2``
+
+    @classmethod
+    def of(cls, batches: Iterable[Tensor], exponent: float) -> SpectralNorm:
+        """The norm for images like those of ``batches``, (B, C, H, W) each."""
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for batch in batches:
+            spectrum = torch.fft.fft2(batch.to("cpu", torch.float64), norm="ortho")
+            total = total + spectrum.abs().square().mean(1).sum(0)
+            count += len(batch)
+        weights = radial_mean(total / count) ** -exponent
+        return cls(weights / weights.mean())
+
+    def __call__(self, error: Tensor) -> Tensor:
+        """The norm of every sample's error, (B,)."""
+        return self.whiten(error).square().flatten(1).mean(1)
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """``x`` (B, C, H, W) with its frequencies scaled by ``sqrt(w)``: its squares sum to the norm."""
+        root = self.weights.sqrt().to(x.device, x.dtype)
+        return torch.fft.ifft2(torch.fft.fft2(x) * root).real
+
+
+def radial_mean(power: Tensor) -> Tensor:
+    """``power`` (H, W) over the frequencies of ``fft2``, averaged over rings of equal radius.
+
+    Radii are rounded to multiples of the lowest frequency of the shorter side.
+    """
+    height, width = power.shape
+    y, x = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]
+    ring = (torch.hypot(y, x) * min(height, width)).round().to(torch.int64).flatten()
+    size = int(ring.max()) + 1
+    sums = torch.zeros(size, dtype=power.dtype).index_add_(0, ring, power.flatten())
+    counts = torch.bincount(ring, minlength=size)
+    return (sums / counts.clamp(min=1))[ring].reshape(power.shape)
