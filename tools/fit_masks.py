@@ -18,6 +18,7 @@ from runtime import cli
 from runtime.files import atomic_write
 from runtime.log import progress
 from runtime.record import RunRecord
+from runtime.typed import to_plain
 
 PATH = click.Path(path_type=Path)
 EXAMPLES = """\b
@@ -41,8 +42,7 @@ def main(dry_run: bool, **options: Any) -> None:
     """
     data, num, dest = options["data"], options["num"], options["dest"]
     total = count_images(data, num)
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    record = RunRecord.make("fit_masks", plain, {}, {"images": total})
+    record = RunRecord.make("fit_masks", to_plain(options), {}, {"images": total})
     if dry_run:
         return click.echo(record.to_json())
     with progress(total, "fit", "img") as bar:
