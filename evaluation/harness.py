@@ -168,8 +168,8 @@ class Harness:
         moments, second = [part.moments for part in parts], None
         if self.converged is not None:
             second = block_fid(moments, self.converged.statistics)
-        slowest = seconds / max(1, len(seeds) // self.here.size)
-        rate = 1 / slowest * self.here.size
+        per_image = seconds / max(1, len(seeds) // self.here.size)  # of this process
+        rate = self.here.size / per_image
         return Measured(block_fid(moments, self.reference), second, nfe, rate, joined(parts))
 
     def _block(

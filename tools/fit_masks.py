@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.options import batch_option, dry_run_option
+from commands.options import PATH, batch_option, dry_run_option
 from image_data.sources import count_images, image_batches
 from pds.masks import Masks, fit
 from runtime import cli
@@ -20,7 +20,6 @@ from runtime.log import progress
 from runtime.record import RunRecord
 from runtime.typed import to_plain
 
-PATH = click.Path(path_type=Path)
 EXAMPLES = """\b
 Example:
   python -m tools.fit_masks --data cifar10-32x32-train.zip --dest masks/cifar10

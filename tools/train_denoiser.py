@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints.weights import constructing, fill, read_metadata
-from commands.options import device_option
+from commands.options import PATH, device_option, threads_option
 from denoisers.cards import cards
 from denoisers.families.edm import read_checkpoint
 from denoisers.families.precond import EDMPrecond, build
@@ -36,7 +36,6 @@ from runtime.log import progress
 from runtime.record import RunRecord
 from runtime.typed import to_plain
 
-PATH = click.Path(path_type=Path)
 HELD_OUT = 1024  #: images of --valid on which the loss is measured
 EXAMPLES = """\b
 Examples:
@@ -160,7 +159,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--tick", type=click.IntRange(min=1), default=20_000, help="images between reports")
 @click.option("--workers", type=click.IntRange(min=0), default=1, help="image-loading processes")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
+@threads_option
 @device_option
 @recipe_options
 def main(

@@ -110,7 +110,7 @@ class SolverErrorJob:
         if detector is None and options.detector.detector != NO_DETECTOR:
             detector = open_detector(options.detector, here)
         for student in self.students:
-            student.to(here.device)
+            student.predictor.to(here.device)
         harness = ErrorHarness(detector, self.seeds, options.batch, here)
         check_images([] if detector is None else [detector], model, options.model.state_dtype, here)
         record = self.record(model.sha256, here)
