@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -56,10 +56,6 @@ class TrainedStudent:
         for key, value in sorted(self.predictor.state_dict().items()):
             digest.update(key.encode() + value.detach().cpu().to(torch.float32).numpy().tobytes())
         return digest.hexdigest()
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TrainedStudent:
-        """The same student with its predictor on ``device``, in ``dtype`` if one is given."""
-        return replace(self, predictor=self.predictor.to(dtype=dtype).to(device))
 
     def describe(self, sampler: str | None = None) -> dict[str, Json]:
         """The student's part of a sampler's record; ``sampler`` is None for its own solver."""

@@ -129,16 +129,11 @@ def _from_sigma_max(
 
 
 def _detached(state: State) -> State:
-    nodes = (
-        Node(
-            node.t.detach(),
-            node.x.detach(),
-            node.x0.detach(),
-            None if node.feat is None else node.feat.detach(),
-        )
-        for node in state.history
-    )
-    return State(state.x.detach(), tuple(nodes), state.substeps)
+    def detached(node: Node) -> Node:
+        feat = None if node.feat is None else node.feat.detach()
+        return Node(node.t.detach(), node.x.detach(), node.x0.detach(), feat)
+
+    return State(state.x.detach(), tuple(map(detached, state.history)), state.substeps)
 
 
 def _reduce_gradients(predictor: nn.Module, reduce: Callable[[Tensor], object]) -> int:

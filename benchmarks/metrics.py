@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks.sampling import clock_options, stopwatch
-from commands.options import device_option
+from commands.options import PATH, device_option
 from evaluation.images import ImagePassOptions, image_pass
 from image_data.sources import image_batches
 from metrics.detectors import CHUNK, Detector, load_detector
@@ -47,13 +47,11 @@ def noise(folder: Path, count: int, size: int) -> Path:
 
 
 @main.command(epilog=THROUGHPUT)
-@click.option(
-    "--images", type=click.Path(path_type=Path), help="folder or zip  [default: PNGs of noise]"
-)
+@click.option("--images", type=PATH, help="folder or zip  [default: PNGs of noise]")
 @click.option("--num", type=click.IntRange(2), default=2048, help="number of images")
 @click.option("--size", type=click.IntRange(1), default=32, help="pixels per side of the noise")
 @click.option("--detector", default="cifar10-small", help="name of a detector")
-@click.option("--path", type=click.Path(path_type=Path), help="file of the detector")
+@click.option("--path", type=PATH, help="file of the detector")
 @click.option("--batch", type=click.IntRange(1), default=256, help="images per batch")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="measurements")
 @clock_options

@@ -18,6 +18,7 @@ import click
 import torch
 from torch import Tensor
 
+from commands.options import threads_option
 from denoisers.families.edm import EDMModel
 from denoisers.precision import DTYPES
 from denoisers.registry import load_model
@@ -61,11 +62,9 @@ class Stopwatch:
 
 def clock_options(command: F) -> F:
     """Add ``--threads`` and ``--clock``."""
-    help = "CPU threads  [default: torch's choice]"
-    threads = click.option("--threads", type=click.IntRange(1), help=help)
     clocks = click.Choice(sorted(CLOCKS))
     clock = click.option("--clock", type=clocks, default="wall", help="wall time, or CPU time")
-    return threads(clock(command))
+    return threads_option(clock(command))
 
 
 def network_options(command: F) -> F:

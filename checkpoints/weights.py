@@ -25,10 +25,21 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and text metadata of a safetensors file; UserError if it is something else."""
+    with _opened(path) as file:
+        return load_file(path), file.metadata() or {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text metadata of a safetensors file alone; UserError as `read_safetensors`."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
+            yield file
     except SafetensorError as error:
         raise UserError(
             f"{path} is not a safetensors file ({error}); give one, or another copy of it"

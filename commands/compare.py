@@ -6,11 +6,16 @@ from typing import Any
 
 import click
 
-from commands.options import harness_options, image_options, mask_options
+from commands.options import (
+    classic_schedule_option,
+    harness_options,
+    image_options,
+    mask_options,
+    predictors_option,
+)
 from comparison.job import EXTRA, CompareOptions, prepare
 from runtime.job import execute
 from runtime.options import parse_options
-from solvers.grids import SCHEDULES
 
 EXAMPLES = """\b
 Examples:
@@ -24,9 +29,7 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
-@click.option(
-    "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
-)
+@predictors_option
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma, or 'none'")
 @image_options
 @click.option(
@@ -47,9 +50,7 @@ Examples:
 )
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
 @mask_options
-@click.option(
-    "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
-)
+@classic_schedule_option
 @harness_options("samples/compare")
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Compare samplers at matched budgets, on the same seeds, through one FID harness.

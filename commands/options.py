@@ -13,9 +13,11 @@ from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
 from runtime.seeds import SELECTION_START
+from solvers.grids import SCHEDULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+POSITIVE = click.FloatRange(0, min_open=True)
 
 
 def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -50,6 +52,10 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="dtype of the network"
 )
 json_option = click.option("--json", "result_path", type=PATH, help="write the result to this file")
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]"
+)
 
 
 def batch_option(default: int) -> Callable[[F], F]:
@@ -134,6 +140,12 @@ def mask_options(function: F) -> F:
 
 # What is measured
 
+predictors_option = click.option(
+    "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
+)
+classic_schedule_option = click.option(
+    "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
+)
 detector_path_option = click.option(
     "--detector-path",
     "detector_path",

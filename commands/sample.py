@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from commands.options import (
+    POSITIVE,
     batch_option,
     class_option,
     device_option,
@@ -37,7 +38,6 @@ Examples:
   python sample.py --sampler=edm --num_steps 18 --S_churn 30 --S_min 0.05 --S_max 50
   torchrun --standalone --nproc_per_node=2 sample.py --predictor_path=1 --seeds 0-999
 """
-POSITIVE = click.FloatRange(0, min_open=True)
 
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})

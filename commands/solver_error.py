@@ -6,12 +6,18 @@ from typing import Any
 
 import click
 
-from commands.options import condition_options, seeds_option, work_options
+from commands.options import (
+    POSITIVE,
+    classic_schedule_option,
+    condition_options,
+    predictors_option,
+    seeds_option,
+    work_options,
+)
 from comparison.solver_error.job import NO_DETECTOR, SolverErrorOptions, prepare
 from metrics.detectors import DETECTORS
 from runtime.job import execute
 from runtime.options import parse_options
-from solvers.grids import SCHEDULES
 
 EXAMPLES = """\b
 Examples:
@@ -22,19 +28,15 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
-@click.option(
-    "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
-)
+@predictors_option
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma")
 @seeds_option("0-31")
-@click.option("--tol", type=click.FloatRange(0, min_open=True), default=1e-4, help="rtol = atol")
+@click.option("--tol", type=POSITIVE, default=1e-4, help="rtol = atol")
 @click.option(
     "--check", type=bool, default=False, help="also Heun with 200 nodes: is the solution exact?"
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35")
-@click.option(
-    "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
-)
+@classic_schedule_option
 @click.option("--batch", type=click.IntRange(1), default=8, help="images that are solved together")
 @condition_options
 @work_options("samples/errors", (*DETECTORS, NO_DETECTOR))

@@ -9,6 +9,7 @@ import click
 from amed.job import TrainOptions, prepare
 from amed.settings import STUDENTS
 from commands.options import (
+    POSITIVE,
     device_option,
     dry_run_option,
     dtype_option,
@@ -39,10 +40,10 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @model_options
 @prompt_options
 @click.option("--outdir", type=click.Path(file_okay=False), default="exps", help="parent folder")
-@click.option("--total_kimg", type=click.FloatRange(0, min_open=True), default=10.0)
+@click.option("--total_kimg", type=POSITIVE, default=10.0)
 @click.option("--batch", type=click.IntRange(1), default=128, help="trajectories per update")
 @click.option("--batch-gpu", "batch_gpu", type=click.IntRange(1), help="at once per process")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=5e-3)
+@click.option("--lr", type=POSITIVE, default=5e-3)
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--tick", type=click.FloatRange(0), default=0.5, help="kimg between reports")
 @click.option("--snap", type=click.IntRange(0), default=0, help="ticks between kept predictors")
@@ -62,7 +63,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--scale_time", type=FRACTION, default=0.0, help="range of the network-time scale")
 # Schedule
 @click.option("--schedule_type", type=click.Choice(SCHEDULES), help="[default: polynomial, rho 7]")
-@click.option("--schedule_rho", type=click.FloatRange(0, min_open=True))
+@click.option("--schedule_rho", type=POSITIVE)
 # Additional, for multistep solvers
 @click.option("--max_order", type=click.IntRange(1, 4), help="[default: ipndm 4, dpmpp 3]")
 @click.option("--predict_x0", type=bool, default=True, help="dpmpp: data form")

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from commands import sample
+from commands.options import PATH
 from runtime.errors import UserError
 from runtime.job import execute
 from runtime.options import flag_names, parse_options
@@ -56,7 +57,7 @@ def read_row(text: str, guidance_rate: float | None) -> SampledRow:
         typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if typed and name not in OF_A_ROW:
             raise UserError(f"--row {text!r}: --{name} is the same for all rows: give it outside")
-    given.pop("dry_run"), given.pop("device")
+    del given["dry_run"], given["device"]
     asked = parse_options(SampleOptions, given)
     sampler = asked.sampler
     if sampler.guidance_rate is None:
@@ -80,7 +81,7 @@ def read_row(text: str, guidance_rate: float | None) -> SampledRow:
 @click.option("--columns", type=click.IntRange(1), default=8, help="seeds in the picture")
 @click.option(
     "--outdir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("samples/visualize"),
     help="a folder of images for every row, and the picture",
 )

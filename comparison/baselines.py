@@ -22,8 +22,11 @@ def own_solver_row(row: MeasuredRow, rows: Iterable[MeasuredRow]) -> MeasuredRow
     """The row of the same budget by the solver that ``row`` refines; None without one."""
     if row.own_solver is None:
         return None
-    same = (r for r in rows if r.budget == row.budget and r.method == row.own_solver)
-    return next(same, None)
+    return _of_method(row.own_solver, row.budget, rows)
+
+
+def _of_method(method: str, budget: int | None, rows: Iterable[MeasuredRow]) -> MeasuredRow | None:
+    return next((row for row in rows if row.budget == budget and row.method == method), None)
 
 
 def heun_ceiling(rows: Iterable[MeasuredRow]) -> MeasuredRow | None:
@@ -39,9 +42,7 @@ def excess(row: MeasuredRow, rows: Sequence[MeasuredRow]) -> float | None:
     the model aside.  None without either row, and where the yardstick is no worse than the
     ceiling, so that there is no distance to measure by.
     """
-    ceiling = heun_ceiling(rows)
-    same = (r for r in rows if r.budget == row.budget and r.method == YARDSTICK)
-    yardstick = next(same, None)
+    ceiling, yardstick = heun_ceiling(rows), _of_method(YARDSTICK, row.budget, rows)
     if row.budget is None or ceiling is None or yardstick is None:
         return None
     whole = yardstick.fid - ceiling.fid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from evaluation.harness import Harness, Measured
 from metrics.summary import FeatureSummary
 from runtime.files import atomic_write
 from runtime.images import image_grid, save_png
-from runtime.typed import read_earlier, write_result
+from runtime.typed import read_earlier, to_plain, write_result
 
 ROWS = "rows"  #: folder of the measured rows
 
@@ -28,7 +27,7 @@ def measure(row: Row, harness: Harness, folder: Path, tick: Callable[[int], obje
     references need no new samples.
     """
     file = folder / ROWS / f"{row.key}.json"
-    described = json.loads(json.dumps(row.sampler.describe()))  # equal to its copy on disk
+    described = to_plain(row.sampler.describe())  # equal to its copy on disk
     identity = RowIdentity(described, harness.identity)
     earlier = read_earlier(MeasuredRow, file)
     if earlier is not None and earlier.identity != identity:

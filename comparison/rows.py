@@ -115,14 +115,22 @@ def pds_rows(
 
 def ceiling_rows(card: Card, guidance_rate: float | None = None) -> list[Row]:
     """What many evaluations reach: EDM's deterministic Heun sampler, and Restart around it."""
-    asked = SamplerOptions(sampler="edm", num_steps=CEILING_STEPS, guidance_rate=guidance_rate)
-    heun = build(asked, card)
-    rows = [Row(f"Heun-{heun.nfe}", "ceiling", None, heun, f"{CEILING_STEPS} nodes and 0")]
+    rows = [heun_ceiling_row(CEILING_STEPS, card, guidance_rate)]
     if card.restart_info:
-        restart = build(replace(asked, sampler="restart"), card)
+        asked = SamplerOptions(
+            sampler="restart", num_steps=CEILING_STEPS, guidance_rate=guidance_rate
+        )
+        restart = build(asked, card)
         info = str(restart.options.restart_info)
         rows.append(Row(f"Restart-{restart.nfe}", "ceiling", None, restart, info))
     return rows
+
+
+def heun_ceiling_row(nodes: int, card: Card, guidance_rate: float | None) -> Row:
+    """EDM's deterministic Heun sampler on ``nodes`` nodes, a final 0 not counted."""
+    asked = SamplerOptions(sampler="edm", num_steps=nodes, guidance_rate=guidance_rate)
+    heun = build(asked, card)
+    return Row(f"Heun-{heun.nfe}", "ceiling", None, heun, f"{nodes} nodes and 0")
 
 
 def restart_row(budget: int, sampler: Sampler) -> Row:

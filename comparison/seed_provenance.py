@@ -14,6 +14,7 @@ from amed.experiments import TrainedStudent
 from amed.trainer import STREAMS
 from runtime.errors import UserError
 from runtime.options import Json
+from runtime.seeds import seed_ranges
 
 
 def seeds_section(
@@ -36,8 +37,8 @@ def seeds_section(
         "streams": list(STREAMS),
     }
     return {
-        "evaluation": _range(evaluation),
-        "selection": _range(selection),
+        "evaluation": seed_ranges(evaluation),
+        "selection": seed_ranges(selection) or None,
         "training": training,
         "keys": keys,
     }
@@ -49,8 +50,4 @@ def _training(student: TrainedStudent) -> dict[str, Json] | None:
     if any(options.get(key) is None for key in ("seed", "batch", "total_kimg")):
         return None
     batches = -(-math.ceil(options["total_kimg"] * 1000) // options["batch"])
-    return {"seed": options["seed"], "numbers": _range(range(batches * options["batch"]))}
-
-
-def _range(seeds: Sequence[int]) -> str | None:
-    return f"{seeds[0]}-{seeds[-1]}" if seeds else None
+    return {"seed": options["seed"], "numbers": seed_ranges(range(batches * options["batch"]))}

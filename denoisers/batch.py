@@ -37,12 +37,11 @@ class SeededBatch:
         seeds: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
-        stream: StreamName = (),
     ) -> SeededBatch:
         """The samples of ``seeds`` under ``conditions``."""
         noise = SeedNoise(seeds)
-        denoiser = conditions.bind(model, noise, device, stream)
-        return cls(model.card, noise, Meter(denoiser), dtype, device, stream)
+        denoiser = conditions.bind(model, noise, device)
+        return cls(model.card, noise, Meter(denoiser), dtype, device)
 
     @property
     def denoiser(self) -> Denoiser:

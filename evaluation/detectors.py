@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from denoisers.protocol import Model
 from metrics.detectors import (
     REPOSITORY_FILES,
     Detector,
@@ -16,6 +19,7 @@ from metrics.detectors import (
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder, download
+from runtime.images import to_uint8_tensor
 
 HUB = "https://huggingface.co"
 
@@ -64,6 +68,20 @@ def open_detectors(options: DetectorOptions, here: World) -> list[Detector]:
 def open_detector(options: DetectorOptions, here: World) -> Detector:
     """Load the one detector that the options name; UserError for several."""
     return open_detectors(options.single(), here)[0]
+
+
+@torch.inference_mode()
+def check_images(
+    detectors: Iterable[Detector], model: Model, dtype: torch.dtype, here: World
+) -> None:
+    """Raise the ValueError of a detector that does not take the model's images, before any work.
+
+    ``dtype`` is that of the state.
+    """
+    x = torch.zeros(1, *model.card.shape, dtype=dtype, device=here.device)
+    blank = to_uint8_tensor(model.decode(x))
+    for detector in detectors:
+        detector(blank)
 
 
 def _weights(name: str, path: Path | None, options: DetectorOptions, here: World) -> Path | None:

@@ -21,8 +21,9 @@ from metrics.measures import KEPT
 from metrics.statistics import Statistics
 from metrics.summary import Collector, FeatureSummary, Requirements, joined
 from runtime.dist import World
-from runtime.images import to_uint8
+from runtime.images import to_uint8, to_uint8_tensor
 from runtime.options import Json
+from runtime.seeds import seed_ranges
 from runtime.typed import OPTIONAL
 from samplers.generate import SampleBatch, generate
 from samplers.sampler import Sampler
@@ -66,7 +67,7 @@ class HarnessOptions:
             "model_sha256": self.model.known_sha256,
             "detector": self.detector.detector,
             "reference": self.ref,
-            "seeds": seed_range(seeds),
+            "seeds": seed_ranges(seeds),
             "blocks": blocks,
         }
 
@@ -130,7 +131,7 @@ class Harness:
             reference=reference.source,
             reference_n=reference.n,
             reference_sha256=reference.source_sha256,
-            seeds=seed_range(self.seeds),
+            seeds=seed_ranges(self.seeds),
             blocks=self.blocks,
             converged=None if self.converged is None else self.converged.identity,
             prompts=PromptsIdentity.of(self.conditions),
@@ -167,8 +168,8 @@ class Harness:
         moments, second = [part.moments for part in parts], None
         if self.converged is not None:
             second = block_fid(moments, self.converged.statistics)
-        slowest = seconds / max(1, len(seeds) // self.here.size)
-        rate = 1 / slowest * self.here.size
+        per_image = seconds / max(1, len(seeds) // self.here.size)  # of this process
+        rate = self.here.size / per_image
         return Measured(block_fid(moments, self.reference), second, nfe, rate, joined(parts))
 
     def _block(
@@ -180,11 +181,11 @@ class Harness:
         positions = self.here.shard(range(len(seeds)))
         begin = time.perf_counter()
         for batch in self.generate(sampler, [seeds[position] for position in positions]):
-            pixels = to_uint8(batch.images)  # waits for the device
+            pixels = to_uint8_tensor(batch.images)  # waits for the device
             seconds += time.perf_counter() - begin
             nfe = batch.nfe
             now, positions = positions[: len(pixels)], positions[len(pixels) :]
-            collector.update(torch.from_numpy(pixels).permute(0, 3, 1, 2), now)
+            collector.update(pixels, now)
             tick(len(pixels) * self.here.size)
             begin = time.perf_counter()
         return collector.finish(), nfe, seconds
@@ -220,8 +221,3 @@ def open_harness(
         conditions,
         open_converged(options.ref_model, model, detector, seeds, conditions),
     )
-
-
-def seed_range(seeds: Sequence[int]) -> str:
-    """Consecutive seeds as they are written on the command line."""
-    return f"{seeds[0]}-{seeds[-1]}"

@@ -28,7 +28,7 @@ from metrics.summary import Requirements
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder
-from runtime.images import to_uint8
+from runtime.images import to_uint8_tensor
 from runtime.log import progress
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
@@ -151,7 +151,7 @@ class OdeSampleJob:
     def _make_images(self, folder: Folder, sampler: OdeSampler, record: RunRecord) -> str:
         """Make the images that the folder lacks; returns a sentence that says so."""
         here = sampler.here
-        record, missing = _open_folder(folder, self.seeds, record, here)
+        record, missing = folder.open_on_all(record, self.seeds, here)
         with progress(len(missing), "dopri5", "img", enabled=here.is_main) as bar:
             for batch in sampler.batches(missing):
                 folder.save(batch)
@@ -171,7 +171,7 @@ class OdeSampleJob:
         here, outdir = sampler.here, self.options.outdir
         folder, opened = None if outdir is None else Folder(outdir), record
         if folder is not None:
-            opened, _ = _open_folder(folder, self.seeds, record, here)
+            opened, _ = folder.open_on_all(record, self.seeds, here)
         stream = self._stream(sampler, record, folder)
         cache = cache_folder(self.options.model.cache_dir)
         with gather_features(stream, [detector], Requirements(), 0, here, cache) as summaries:
@@ -191,7 +191,7 @@ class OdeSampleJob:
             for batch in sampler.batches(self.seeds[first:]):
                 if folder is not None:
                     folder.save(batch)
-                yield torch.from_numpy(to_uint8(batch.images)).permute(0, 3, 1, 2)
+                yield to_uint8_tensor(batch.images)
 
         identity = {
             "model": record.model,
@@ -259,11 +259,3 @@ def has_statistics(dest: Path, record: RunRecord, detector: Detector) -> bool:
             "give another --dest, or remove the file"
         )
     return True
-
-
-def _open_folder(
-    folder: Folder, seeds: Sequence[int], record: RunRecord, here: World
-) -> tuple[RunRecord, list[int]]:
-    """What ``Folder.open`` returns on rank 0, on every process."""
-    opened = folder.open(record, seeds) if here.is_main else None
-    return here.broadcast_object(opened) or (record, [])

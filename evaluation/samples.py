@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from denoisers.protocol import Model
 from evaluation.converged import NONE
-from evaluation.detectors import open_detectors
+from evaluation.detectors import check_images, open_detectors
 from evaluation.metric_report import (
     MeasuredSet,
     MetricOptions,
@@ -27,7 +26,7 @@ from metrics.summary import FeatureSummary
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder
-from runtime.images import to_uint8
+from runtime.images import to_uint8_tensor
 from runtime.options import flat_options
 from runtime.record import RunRecord
 from samplers.folder import FREE, Folder
@@ -106,7 +105,7 @@ class SampleMetricsJob:
         """
         job, folder = self.sampling, self.folder
         model = job.open_model(here)
-        _try_out(model, detectors, here)
+        check_images(detectors, model, job.source.state_dtype, here)
         record = job.record(model.sha256, here)
         stream = self._stream(model, record, here)
         if folder is not None and here.is_main:
@@ -131,7 +130,7 @@ class SampleMetricsJob:
                 for _ in self._samples(here.broadcast_object(lost), model, here, bar):
                     pass
             for batch in self._samples(job.seeds[start:], model, here, bar):
-                yield torch.from_numpy(to_uint8(batch.images)).permute(0, 3, 1, 2)
+                yield to_uint8_tensor(batch.images)
 
         name, share = f"{job.card.name} {job.sampler.label}", here.share(job.options.batch)
         return ImageStream(name, len(job.seeds), share, identity, batches)
@@ -167,12 +166,3 @@ def prepare(options: SampleMetricsOptions) -> SampleMetricsJob:
     if dest is not None:
         metric.destinations(dest)
     return SampleMetricsJob(options, job)
-
-
-@torch.inference_mode()
-def _try_out(model: Model, detectors: Sequence[Detector], here: World) -> None:
-    """Raise the ValueError of a detector that does not take such images, before any work."""
-    x = torch.zeros(1, *model.card.shape, device=here.device)
-    blank = torch.from_numpy(to_uint8(model.decode(x))).permute(0, 3, 1, 2)
-    for detector in detectors:
-        detector(blank)

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 
 from PIL import Image, ImageFile, ImageOps
 
-from runtime.errors import UserError
+from runtime.errors import UserError, reason
 
 #: Files that are images of a data set.
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
@@ -27,13 +27,6 @@ DAMAGE = (
     TypeError, ValueError, struct.error, tarfile.TarError, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
-
-
-def reason(error: Exception) -> str:
-    """The message of one of ``DAMAGE``, without the path, on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from image_data.containers import FileContainer
-from image_data.formats import DAMAGE, EXTENSIONS, is_deep, open_image, reason
+from image_data.formats import DAMAGE, EXTENSIONS, is_deep, open_image
 from image_data.labels import TABLE, parse_labels
 from metrics.draws import choose
+from runtime.errors import reason
 
 #: Threads for decoding: Pillow and zlib release the interpreter while they work.
 WORKERS = min(16, os.cpu_count() or 1)

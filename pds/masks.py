@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pds.operators import mirrored
-from runtime.errors import UserError
+from runtime.errors import UserError, reason
 
 HERE = Path(__file__).resolve().parent
 #: Names of bundled masks, by the name of the model's card.
@@ -106,11 +106,5 @@ def _read(path: Path, what: str) -> np.ndarray:
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
             raise ValueError("not an array of real numbers")
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{what} cannot be read ({_reason(error)}): {REMEDY}") from None
+        raise UserError(f"{what} cannot be read ({reason(error)}): {REMEDY}") from None
     return values.astype(np.float64)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())

@@ -47,6 +47,8 @@ class RestartWalks:
         return f"{self.main.name}({nodes}{zero}){afs}"
 
 
+RHO = 7.0  #: exponent of the grids, as published
+
 #: (t_min, t_max): the published CIFAR-10 interval, and higher ones for coarse grids.
 INTERVALS = ((0.06, 0.30), (0.30, 1.09), (1.09, 5.0))
 
@@ -76,7 +78,6 @@ def candidates(
     sigma_min: float,
     sigma_max: float,
     *,
-    rho: float = 7.0,
     cost: int = 1,
     intervals: Sequence[tuple[float, float]] = INTERVALS,
     walks: Sequence[RestartWalks] = WALKS,
@@ -84,13 +85,13 @@ def candidates(
 ) -> Iterator[Candidate]:
     """The Restart plans whose NFE is ``budget``, each once, in a fixed order.
 
-    A plan has 1 to ``most`` of the ``intervals``.  Grids are polynomial with exponent ``rho``;
+    A plan has 1 to ``most`` of the ``intervals``.  Grids are polynomial with exponent `RHO`;
     ``cost`` is the denoiser's (2 under classifier-free guidance).  A main grid has at least one
     node between its ends, except in the published form.  Intervals that do not fit the grid, and
     pairs that restart at the same node, are left out.
     """
     seen: set[tuple] = set()
-    grid = Grid("polynomial", None, rho, sigma_min, sigma_max)
+    grid = Grid("polynomial", None, RHO, sigma_min, sigma_max)
     for walk in walks:
         per_step = planned_nfe(walk.descent.solver, (2.0, 1.0), cost=cost)
         for n_main in range(2 if walk.final_zero else 3, budget + 3):
@@ -98,7 +99,7 @@ def candidates(
             main_nfe = planned_nfe(walk.main.solver, nodes, afs=walk.main.afs, cost=cost)
             for chosen in _restarts(budget - main_nfe, per_step, intervals, most):
                 try:
-                    plan = restart_plan(nodes, chosen, walk.main, walk.descent, rho=rho)
+                    plan = restart_plan(nodes, chosen, walk.main, walk.descent, rho=RHO)
                 except UserError:  # outside this grid, or empty with t_min at a node
                     continue
                 signature = _signature(plan)

@@ -59,11 +59,9 @@ class Configuration:
         )
 
 
-def published_grid(
-    n_main: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Tensor:
+def published_grid(n_main: int) -> Tensor:
     """The main grid of Restart and of EDM's sampler: ``n_main`` polynomial nodes, then 0."""
-    return Grid("polynomial", n_main, rho, sigma_min, sigma_max).closed()
+    return Grid("polynomial", n_main, rho=7.0, sigma_min=0.002, sigma_max=80.0).closed()
 
 
 @cache

@@ -11,6 +11,7 @@ import click
 import torch
 
 from runtime.dist import environment
+from runtime.errors import reason
 
 HEAD_START = 3.0  #: seconds that other ranks wait before they report an error
 
@@ -60,6 +61,6 @@ def _await_turn(turn: int = 0) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return reason(error)

@@ -8,3 +8,10 @@ class UserError(ValueError):
 
     Scripts print it as ``error: ...`` and exit with code 1, without a traceback.
     """
+
+
+def reason(error: Exception) -> str:
+    """The message of ``error`` on one line: the system's, without the path, if it has one."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,16 @@ MARGIN = 3  #: pixels around a label
 
 
 def to_uint8(x: Tensor) -> Pixels:
-    """Convert images in [-1, 1], (B, C, H, W), to bytes (B, H, W, C).
+    """Convert images in [-1, 1], (B, C, H, W), to bytes (B, H, W, C), as image files have them.
+
+    Values and errors are those of `to_uint8_tensor`.
+    """
+    pixels: Pixels = to_uint8_tensor(x).permute(0, 2, 3, 1).numpy()
+    return pixels
+
+
+def to_uint8_tensor(x: Tensor) -> Tensor:
+    """Convert images in [-1, 1], (B, C, H, W), to bytes on the CPU, as detectors take them.
 
     ``clip(x * 127.5 + 128, 0, 255)``, rounded down, as in the published samplers (EDM,
     ``generate.py``), so that FID values are comparable.
@@ -34,8 +43,14 @@ def to_uint8(x: Tensor) -> Pixels:
             "the sampler diverged, use more steps or a dtype of higher precision"
         )
     scaled = (x.detach() if x.dtype.itemsize >= 4 else x.detach().float()) * 127.5 + 128
-    pixels: Pixels = scaled.clip(0, 255).to(uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
+    return scaled.clip(0, 255).to(uint8).cpu()
+
+
+def read_png(path: Path) -> Pixels:
+    """An image as (H, W, C), with 1 or 3 channels."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def save_png(path: str | Path, image: Pixels) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+from runtime.typed import to_plain
 
 T = TypeVar("T")
 #: What JSON holds.
@@ -37,14 +38,8 @@ def flat_options(options: object) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, nested in _parts(type(options)).items():
         value = getattr(options, name)
-        flat |= {name: _plain(value)} if nested is None else flat_options(value)
+        flat |= {name: to_plain(value)} if nested is None else flat_options(value)
     return flat
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read(kind: type[T], flags: Mapping[str, object]) -> T:

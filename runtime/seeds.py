@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from runtime.errors import UserError
 
@@ -55,3 +56,14 @@ def parse_seeds(text: str) -> list[int]:
         repeated = Counter(seeds).most_common(1)[0][0]
         raise UserError(f"seeds '{text}': seed {repeated} is given twice, give it once")
     return seeds
+
+
+def seed_ranges(seeds: Iterable[int]) -> str:
+    """The seeds in increasing order, as `parse_seeds` reads them: ``0-9,12``."""
+    ranges: list[list[int]] = []
+    for seed in sorted(seeds):
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
+from runtime.dist import World
 from runtime.errors import UserError
-from runtime.images import Pixels, film_strip, image_grid, save_png, to_uint8
+from runtime.images import film_strip, image_grid, read_png, save_png, to_uint8
 from runtime.record import RunRecord
-from runtime.seeds import parse_seeds
+from runtime.seeds import parse_seeds, seed_ranges
 from samplers.generate import SampleBatch
 
 RECORD = "run.json"
@@ -84,6 +82,12 @@ class Folder:
             record.write(file)
         return record, missing
 
+    def open_on_all(
+        self, record: RunRecord, seeds: Sequence[int], here: World
+    ) -> tuple[RunRecord, list[int]]:
+        """What `open` returns on rank 0, on every process; the others do not touch the folder."""
+        return here.broadcast_object(self.open(record, seeds) if here.is_main else (record, []))
+
     def close(self, record: RunRecord, nfe: int) -> None:
         """Write the metered NFE into the record."""
         final = dataclasses.replace(record, plan={**record.plan, "nfe_metered": nfe})
@@ -123,17 +127,6 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def seed_ranges(seeds: Iterable[int]) -> str:
-    """The seeds in increasing order as text: ``0-9,12``."""
-    ranges: list[list[int]] = []
-    for seed in sorted(seeds):
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
-        else:
-            ranges.append([seed, seed])
-    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
-
-
 def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
     """``record`` with the seeds and the metered NFE of the ``older`` one added."""
     metered = older.plan.get("nfe_metered")
@@ -167,10 +160,3 @@ def _remove_temporary(files: Iterable[Path]) -> None:
         for stale in folder.glob(".*.png.*.tmp"):
             if stale.name.split(".png.")[0] + ".png" in prefixes:
                 stale.unlink(missing_ok=True)
-
-
-def read_png(path: Path) -> Pixels:
-    """An image as (H, W, C), with 1 or 3 channels."""
-    with Image.open(path) as image:
-        pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]

@@ -97,10 +97,8 @@ class SamplingJob:
         """
         check_coupled(self.sampler, len(self.seeds), self.options.batch, here.size)
         model = model or self.open_model(here)
-        opened = None
-        if here.is_main:
-            opened = self.folder.open(self.record(model.sha256, here), self.seeds)
-        record, missing = here.broadcast_object(opened) or (None, [])
+        record = self.record(model.sha256, here)
+        record, missing = self.folder.open_on_all(record, self.seeds, here)
         if self.sampler.coupled and missing:
             missing = self.seeds
         begin = time.perf_counter()
@@ -108,7 +106,7 @@ class SamplingJob:
         seconds = time.perf_counter() - begin
         pictures: list[Path] = []
         if here.is_main:
-            if images and record is not None:
+            if images:
                 self.folder.close(record, int(nfe / images))
             if self.options.grid:
                 pictures.append(self.folder.save_grid(self.seeds))

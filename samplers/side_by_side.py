@@ -9,8 +9,7 @@ from pathlib import Path
 
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.images import FONT_SIZE, image_grid, save_png
-from samplers.folder import read_png
+from runtime.images import FONT_SIZE, image_grid, read_png, save_png
 from samplers.job import SampleOptions, SamplingJob
 from samplers.job import prepare as prepare_sampling
 from samplers.options import SamplerOptions

@@ -178,7 +178,7 @@ def _check(
         raise ValueError(f"a grid of {num_steps} node(s) has no interval; give num_steps >= 2")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
-            f"noise levels must satisfy 0 < sigma_min < sigma_max, "
+            "noise levels must satisfy 0 < sigma_min < sigma_max, "
             f"got sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}"
         )
     if rho is not None and not rho > 0:

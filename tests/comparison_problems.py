@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ import torch
 
 from amed.experiments import TrainedStudent, save_predictor
 from comparison.results import MeasuredRow, RowIdentity
+from denoisers import registry
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import Card, cards
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from evaluation import detectors, harness
+from evaluation import converged, detectors, harness, scores
 from evaluation.detectors import DetectorOptions
 from evaluation.harness import Harness, HarnessIdentity, HarnessOptions
 from metrics.detectors import Detector, load_detector, load_reference
 from metrics.statistics import Statistics
-from runtime import files
+from metrics.summary import FeatureSummary
 from runtime.dist import World
 from solvers.types import Denoiser
 from tests.sampler_models import trained
@@ -109,17 +111,32 @@ def guided_card(card: Card = CARD) -> Card:
     return replace(card, guidance="cfg")
 
 
+#: Whatever loads or downloads.
+LOADERS: tuple[tuple[Any, str], ...] = (
+    (ModelSource, "load"),
+    (FeatureSummary, "load"),
+    (registry, "fetch_pipeline"),
+    (registry, "download"),
+    (detectors, "load_detector"),
+    (detectors, "download"),
+    (harness, "load_reference"),
+    (harness, "open_converged"),
+    (converged, "read_arrays"),
+    (scores, "load_clip_score"),
+    (scores, "load_aesthetic"),
+    (scores, "download"),
+    (urllib.request, "urlopen"),
+)
+
+
 def forbid_loading(patch: pytest.MonkeyPatch) -> None:
     """Let every loader and every download fail: a dry run needs none of them."""
 
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a dry run loads nothing")
+        raise AssertionError("a dry run loads and downloads nothing")
 
-    patch.setattr(ModelSource, "load", refuse)
-    patch.setattr(ModelSource, "fetch", refuse)
-    for module in (detectors, harness, files):
-        for name in ("load_detector", "load_reference", "open_converged", "download", "_fetch"):
-            patch.setattr(module, name, refuse, raising=False)
+    for place, name in LOADERS:
+        patch.setattr(place, name, refuse)
 
 
 def small_student(

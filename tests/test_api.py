@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import amed
+from tests.processes import python
 from tools.docs_tables import api, pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def test_names_leave_the_submodules_alone() -> None:
 
 def test_the_import_loads_no_torch() -> None:
     code = "import sys, amed; dir(amed); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert python("-c", code).code == 0
 
 
 def test_the_page_lists_the_names_of_the_code() -> None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from commands import app
 from commands.app import COMMANDS
 from runtime import __version__
+from tests.processes import python
 from tests.test_architecture import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +70,7 @@ def test_help_is_quick_and_lists_every_command() -> None:
     assert done.returncode == 0 and {*COMMANDS} <= {*listed}
     assert min(spent) < 0.3
     code = "import sys, commands.app; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert python("-c", code).code == 0
 
 
 def test_names_take_dashes_and_underscores() -> None:

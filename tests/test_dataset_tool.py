@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ from image_data.raw.files import open_files
 from image_data.sources import ImageSource, image_batches
 from image_data.writer import SquareShape, destination, encode, name_of, write_dataset
 from runtime.errors import UserError
+from tests.processes import finish, start
 from tools.dataset_tool import main
 
 RNG = np.random.default_rng
@@ -234,14 +234,13 @@ def write_all(dest: Path, items: Iterator[RawImage]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and signals")
 @pytest.mark.parametrize("dest", ["out", "out.zip"])
-def test_a_kill_leaves_no_destination(tmp_path: Path, dest: str) -> None:
+def test_a_kill_leaves_no_destination(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, dest: str
+) -> None:
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-    child = multiprocessing.get_context("fork").Process(
-        target=write_all, args=(tmp_path / dest, numbers(3, kill))
-    )
-    child.start()
-    child.join(30)
-    assert child.exitcode == -signal.SIGKILL
+    log = tmp_path_factory.mktemp("log") / "child"
+    child = start(lambda: write_all(tmp_path / dest, numbers(3, kill)), log)
+    assert finish(child, log).code == -signal.SIGKILL
     assert not (tmp_path / dest).exists()
     assert all(p.name.startswith(".") for p in tmp_path.iterdir())  # nobody takes it for a result
     with pytest.raises(UserError, match="holds no image"), open_files(tmp_path):

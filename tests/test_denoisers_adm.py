@@ -22,6 +22,7 @@ from denoisers.noise_schedules import LinearVP
 from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file
+from tests.tensors import gap
 
 Golden = Callable[[str], Any]
 CPU = torch.device("cpu")
@@ -38,10 +39,6 @@ SMALL: dict[str, Any] = {
     "use_scale_shift_norm": True, "resblock_updown": True,
 }  # fmt: skip
 LABELS = torch.tensor([3, 1])
-
-
-def largest(a: Tensor, b: Any) -> float:
-    return float((a.detach() - torch.as_tensor(b)).abs().max())
 
 
 def recorded(name: str, golden_weights: Golden, folder: Path) -> Path:
@@ -96,13 +93,13 @@ def test_adm_matches_its_records(golden: Golden, golden_weights: Golden, tmp_pat
                 for shaped in (level, level.expand(2, 1, 1, 1))[: 1 + (rate == 4)]:
                     x0 = denoise(x, shaped).x0
                     assert x0.dtype == torch.float32
-                    assert largest(x0, io[f"D_rate{rate}_{i}"]) < 1e-5 * max(1, sigma)
+                    assert gap(x0, io[f"D_rate{rate}_{i}"]) < 1e-5 * max(1, sigma)
                 times = denoise.steps(level.float())
                 assert float(times) == pytest.approx(float(io[f"c_noise_{i}"]), rel=1e-6)
                 if rate:
                     scaled = x / (1 + level.float() ** 2).sqrt()
                     pull = denoise.pull(scaled, times.expand(2))
-                    assert largest(rate * pull, io[f"cond_grad_rate{rate}_{i}"]) < 1e-6
+                    assert gap(rate * pull, io[f"cond_grad_rate{rate}_{i}"]) < 1e-6
 
 
 def test_cm_matches_its_records(golden: Golden, golden_weights: Golden, tmp_path: Path) -> None:
@@ -111,16 +108,16 @@ def test_cm_matches_its_records(golden: Golden, golden_weights: Golden, tmp_path
     denoise = model.bind()
     for i, sigma in enumerate(io["sigmas"]):
         out = denoise(torch.tensor(io[f"x_{i}"]), torch.tensor(sigma))
-        assert largest(out.x0, io[f"D_{i}"]) < 1e-5
-        assert largest(out.feat, io[f"middle_mean_{i}"]) < 1e-5
+        assert gap(out.x0, io[f"D_{i}"]) < 1e-5
+        assert gap(out.feat, io[f"middle_mean_{i}"]) < 1e-5
     level = torch.full((2, 1, 1, 1), float(io["sigmas"][1]))
-    assert largest(denoise(torch.tensor(io["x_1"]), level).x0, io["D_sigma_1111"]) < 1e-5
+    assert gap(denoise(torch.tensor(io["x_1"]), level).x0, io["D_sigma_1111"]) < 1e-5
 
 
 def test_network_time_is_the_schedules() -> None:
     sigma = torch.logspace(-2, 2, 50, dtype=torch.float64)
     steps = ADMDenoiser(small(UNet, 0, out_channels=3), LinearVP(), None).steps(sigma)
-    assert largest(steps, 999 * LinearVP().sigma_inv(sigma)) < 1e-9
+    assert gap(steps, 999 * LinearVP().sigma_inv(sigma)) < 1e-9
     ends = LinearVP().sigma(torch.tensor([1e-3, 1.0], dtype=torch.float64))
     assert guided(0.0).steps(ends).tolist() == pytest.approx([0.999, 999.0], abs=1e-9)
 
@@ -136,7 +133,7 @@ def test_the_pull_is_the_slope_of_the_log_probability() -> None:
         step = 1e-5
         slope = (log_probability(x + step * way) - log_probability(x - step * way)) / (2 * step)
         pull = denoise.pull(x, times)
-    assert largest((pull * way).sum((1, 2, 3)), slope) < 1e-7 * float(slope.abs().max())
+    assert gap((pull * way).sum((1, 2, 3)), slope) < 1e-7 * float(slope.abs().max())
     assert float(slope.abs().min()) > 1e-3  # there is something to compare
 
 
@@ -162,8 +159,8 @@ def test_guidance_moves_the_noise_by_the_published_term() -> None:
     inside = (plain.x0.abs() < 0.9) & (pulled.x0.abs() < 0.9)
     moved = (plain.x0 + 2.5 * sigma * sigma / spread * pull)[inside]
     assert inside.float().mean() > 0.5
-    assert largest(pulled.x0[inside], moved) < 1e-12 < largest(plain.x0[inside], moved)
-    assert largest(pulled.feat, plain.feat) == 0
+    assert gap(pulled.x0[inside], moved) < 1e-12 < gap(plain.x0[inside], moved)
+    assert gap(pulled.feat, plain.feat) == 0
     clamped = guided(2.5)(10 * x, sigma).x0
     assert float(clamped.abs().max()) == 1
 
@@ -203,8 +200,8 @@ def test_guidance_is_the_same_whatever_the_mode_of_gradients(tmp_path: Path) -> 
     fourth = model.bind(LABELS, 5.0)(x.clone().requires_grad_(), sigma).x0
     assert fourth.requires_grad
     for other in (second, third, fourth):
-        assert largest(other, first.clone()) < 1e-12
-    assert largest(model.bind(LABELS)(x, sigma).x0, third) > 1e-3
+        assert gap(other, first.clone()) < 1e-12
+    assert gap(model.bind(LABELS)(x, sigma).x0, third) > 1e-3
 
 
 def test_samples_do_not_see_their_neighbours(tmp_path: Path) -> None:
@@ -212,7 +209,7 @@ def test_samples_do_not_see_their_neighbours(tmp_path: Path) -> None:
     x, sigma = 0.2 * states(), torch.tensor([0.3, 4.0]).double().view(2, 1, 1, 1)
     both = denoise(LABELS, 5.0)(x, sigma)
     alone = denoise(LABELS[1:], 5.0)(x[1:], sigma[1])
-    assert largest(both.x0[1:], alone.x0) < 1e-12
+    assert gap(both.x0[1:], alone.x0) < 1e-12
     assert denoise(LABELS, 5.0).cost == ADM.cost(5.0) == 1
     with pytest.raises(ValueError, match="2 labels are bound but the batch has 1"):
         denoise(LABELS)(x[1:], sigma[1])
@@ -228,8 +225,8 @@ def test_half_precision_keeps_the_states_dtype(
     assert model.classifier.dtype == torch.float32
     truth, out = exact.bind(LABELS, 5.0)(x, sigma), model.bind(LABELS, 5.0)(x, sigma)
     assert out.x0.dtype == out.feat.dtype == torch.float64
-    assert 0 < largest(out.x0, truth.x0) < digits * 0.3
-    assert 0 < largest(out.feat, truth.feat) < digits
+    assert 0 < gap(out.x0, truth.x0) < digits * 0.3
+    assert 0 < gap(out.feat, truth.feat) < digits
 
 
 def test_conditions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -265,9 +262,9 @@ def test_a_network_without_classes_is_guided_by_its_classifier(tmp_path: Path) -
     x, sigma = 0.2 * states(), torch.tensor(0.3, dtype=torch.float64)
     assert model.card.label_dim == 5
     plain = model.bind()(x, sigma).x0
-    assert largest(model.bind(LABELS)(x, sigma).x0, plain) == 0
+    assert gap(model.bind(LABELS)(x, sigma).x0, plain) == 0
     one, other = (model.bind(LABELS + i, 5.0)(x, sigma).x0 for i in (0, 1))
-    assert largest(one, plain) > 1e-3 < largest(one, other)
+    assert gap(one, plain) > 1e-3 < gap(one, other)
     with pytest.raises(UserError, match="at rate 5 steers towards a class"):
         model.bind(None, 5.0)
     with pytest.raises(UserError, match="'tiny' has no classes"):
@@ -280,7 +277,7 @@ def test_conditions_of_consistency_models(tmp_path: Path) -> None:
     card = replace(CM, resolution=8, label_dim=5)
     model = load_cm(card, Files(tmp_path / "classes.pt"), CPU, torch.float64)
     x, sigma = states(), torch.tensor(0.3, dtype=torch.float64)
-    assert largest(model.bind(LABELS)(x, sigma).x0, model.bind(LABELS + 1)(x, sigma).x0) > 1e-4
+    assert gap(model.bind(LABELS)(x, sigma).x0, model.bind(LABELS + 1)(x, sigma).x0) > 1e-4
     with pytest.raises(UserError, match="trained with classes"):
         model.bind()
     with pytest.raises(UserError, match="'tiny' has no guidance, but the rate is 2.0"):
@@ -303,7 +300,7 @@ def test_ones_own_network_needs_no_settings(tmp_path: Path) -> None:
     model = load_cm(card, Files(path), CPU, torch.float64)
     net.cast(torch.float64)
     x, times = states(), torch.tensor([1.0, 500.0], dtype=torch.float64)
-    assert largest(model.net(x, times)[0], net.eval()(x, times)[0].detach()) == 0
+    assert gap(model.net(x, times)[0], net.eval()(x, times)[0].detach()) == 0
 
 
 @pytest.mark.parametrize("config", ["{", "[1]"])

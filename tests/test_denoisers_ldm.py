@@ -22,6 +22,7 @@ from denoisers.nets.openai import UNet, settings_from
 from denoisers.protocol import Files
 from runtime.errors import UserError
 from runtime.files import sha256_file
+from tests.tensors import gap
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
@@ -47,10 +48,6 @@ CARD = dataclasses.replace(PUBLISHED, name="tiny", resolution=8, image_resolutio
 #: Of the published training code: betas linear in their roots.
 ABAR = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
 SIGMAS = torch.tensor(np.sqrt(1 / ABAR - 1))  #: of the 1000 steps
-
-
-def largest(a: Tensor, b: Any) -> float:
-    return float((a.detach() - torch.as_tensor(b).detach()).abs().max())
 
 
 def random_weights(module: torch.nn.Module, scale: float = 0.1) -> dict[str, Tensor]:
@@ -120,10 +117,10 @@ def test_sampling_takes_the_averaged_weights_at_the_published_time(tiny: Files) 
         scaled = x / (1 + sigma.float() ** 2).sqrt()
         out = model.bind()(x * 1, sigma)
         eps, _ = average(scaled, torch.full((2,), float(step)))
-        assert largest(out.x0, x - sigma.float() * eps) < 1e-5 * max(1, float(sigma))
-        assert largest(out.feat, middle.pop().mean(1)) < 1e-5
+        assert gap(out.x0, x - sigma.float() * eps) < 1e-5 * max(1, float(sigma))
+        assert gap(out.feat, middle.pop().mean(1)) < 1e-5
         other, _ = raw(scaled, torch.full((2,), float(step)))
-        assert largest(eps, other) > 0.05
+        assert gap(eps, other) > 0.05
 
 
 def test_time_between_and_beyond_the_steps_is_linear_in_log_alpha(tiny: Files) -> None:
@@ -134,9 +131,9 @@ def test_time_between_and_beyond_the_steps_is_linear_in_log_alpha(tiny: Files) -
     alphas = np.exp(np.array([0.25 * logs[0] + 0.75 * logs[1], 1.5 * logs[999] - 0.5 * logs[998]]))
     sigma = torch.tensor(np.sqrt(1 / alphas**2 - 1)).reshape(2, 1, 1, 1)
     both = model.bind()(torch.zeros(2, 3, 8, 8, dtype=torch.float64), sigma)
-    assert largest(seen[0], [0.75, 999.5]) < 1e-6
+    assert gap(seen[0], [0.75, 999.5]) < 1e-6
     alone = model.bind()(torch.zeros(1, 3, 8, 8, dtype=torch.float64), sigma[1, 0, 0, 0])
-    assert largest(both.x0[1:], alone.x0) < 1e-9
+    assert gap(both.x0[1:], alone.x0) < 1e-9
 
 
 def test_the_published_card() -> None:
@@ -170,7 +167,7 @@ def test_zip_and_second_file(tiny: Files, tmp_path: Path) -> None:
     stage.load_state_dict(alone)
     both = load(Files(archive, tmp_path / "vq.ckpt"))
     assert torch.equal(both.decode(x), stage(x).clamp(-1, 1))
-    assert largest(both.decode(x), known.decode(x)) > 0.1
+    assert gap(both.decode(x), known.decode(x)) > 0.1
 
 
 def test_a_checkpoint_without_averages_has_its_plain_weights(tmp_path: Path) -> None:
@@ -201,8 +198,8 @@ def test_half_precision_stays_inside_the_network(tiny: Files) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)):
         out = load(tiny, dtype=dtype).bind()(x, SIGMAS[300])
         assert (out.x0.dtype, out.feat.dtype) == (torch.float64, torch.float64)
-        assert largest(out.x0, exact.x0) < tolerance
-        assert largest(out.feat, exact.feat) < tolerance
+        assert gap(out.x0, exact.x0) < tolerance
+        assert gap(out.feat, exact.feat) < tolerance
 
 
 def test_quantisation_picks_the_nearest_code() -> None:
@@ -225,8 +222,8 @@ def test_decoding_is_per_image_scaled_and_bounded(tiny: Files, tmp_path: Path) -
     assert images.shape == (6, 3, 16, 16) and float(images.abs().max()) == 1.0
     assert float((images.abs() == 1).float().mean()) < 0.5
     for i in range(6):
-        assert largest(images[i : i + 1], model.decode(z[i : i + 1])) < 1e-5
-    assert largest(model.decode(z.double()).float(), images) == 0
+        assert gap(images[i : i + 1], model.decode(z[i : i + 1])) < 1e-5
+    assert gap(model.decode(z.double()).float(), images) == 0
     assert model.decode(z.half()).dtype == torch.float16
     assert torch.equal(load(tiny, dtype=torch.bfloat16).decode(z), images)  # not the first stage
     scaled = write(tmp_path / "model.ckpt", checkpoint() | {"scale_factor": torch.tensor(0.5)})
@@ -260,7 +257,7 @@ def test_decoder_is_that_of_diffusers(tiny: Files) -> None:
     z = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = model.decode(z).sample
-    assert largest(load(tiny).first_stage(z), expected) < 1e-5 * float(expected.abs().max())
+    assert gap(load(tiny).first_stage(z), expected) < 1e-5 * float(expected.abs().max())
 
 
 def test_network_is_that_of_diffusers(tiny: Files) -> None:
@@ -290,7 +287,7 @@ def test_network_is_that_of_diffusers(tiny: Files) -> None:
     with torch.no_grad():
         eps = model(x / (1 + SIGMAS[123].float() ** 2).sqrt(), 123).sample
     got = load(tiny).bind()(x, SIGMAS[123]).x0
-    assert largest(got, x - SIGMAS[123].float() * eps) < 1e-5
+    assert gap(got, x - SIGMAS[123].float() * eps) < 1e-5
 
 
 def without(prefix: str) -> dict[str, Tensor]:

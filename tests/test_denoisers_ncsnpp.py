@@ -32,14 +32,11 @@ from tests.ncsnpp_problem import (
     settings,
     weights,
 )  # fmt: skip
+from tests.tensors import gap
 
 Golden = Callable[[str], Any]
 CPU = torch.device("cpu")
 PUBLISHED = ("cifar10-ncsnpp", "lsun_bedroom-ncsnpp", "lsun_church-ncsnpp", "ffhq1024-ncsnpp")
-
-
-def largest(a: Tensor, b: Any) -> float:
-    return float((a.detach() - torch.as_tensor(b).detach()).abs().max())
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> EDMModel:
@@ -86,9 +83,9 @@ def test_score_matches_the_recorded_network(
         x, score = torch.tensor(io[f"x_{i}"]), torch.tensor(io[f"score_{i}"])
         level = torch.tensor(2 * sigma, dtype=torch.float32)
         raw, _ = model.net.network(2 * x - 1, (level / 2).log().reshape(1))
-        assert largest(raw / sigma, score) < 1e-5 * max(1.0, float(score.abs().max()))
+        assert gap(raw / sigma, score) < 1e-5 * max(1.0, float(score.abs().max()))
         expected = 2 * (x.double() + sigma**2 * score.double()) - 1
-        assert largest(model.bind()(2 * x - 1, level).x0, expected) < 1e-5 * max(1.0, sigma)
+        assert gap(model.bind()(2 * x - 1, level).x0, expected) < 1e-5 * max(1.0, sigma)
 
 
 def test_the_second_implementation_is_the_recorded_network(
@@ -99,7 +96,7 @@ def test_the_second_implementation_is_the_recorded_network(
     io, reference = golden("net_ncsnpp_io"), ScoreNetwork(golden_weights("ncsnpp"), config)
     for i, sigma in enumerate(io["sigmas"]):
         score, _ = reference(torch.tensor(io[f"x_{i}"]), float(sigma))
-        assert largest(score, io[f"score_{i}"]) < 1e-5 * float(score.abs().max())
+        assert gap(score, io[f"score_{i}"]) < 1e-5 * float(score.abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,8 +116,8 @@ def test_networks_are_those_of_the_second_implementation(
         for level in (one, one.expand(2, 1, 1, 1)):
             out = model.bind()(2 * x - 1, level)
             assert out.feat is not None
-            assert largest(out.x0, 2 * (x + sigma**2 * score) - 1) < 1e-11
-            assert largest(out.feat, middle) < 1e-11
+            assert gap(out.x0, 2 * (x + sigma**2 * score) - 1) < 1e-11
+            assert gap(out.feat, middle) < 1e-11
 
 
 def test_derivatives_in_state_and_level(tmp_path: Path) -> None:
@@ -148,7 +145,7 @@ def test_half_precision(dtype: torch.dtype, tolerance: float, tmp_path: Path) ->
         exact, out = (m.bind()(x, torch.tensor(sigma)) for m in (model, half))
         assert out.x0.dtype == torch.float32
         scale = float((exact.x0 - x).abs().max())
-        assert 0 < largest(out.x0, exact.x0) < tolerance * scale
+        assert 0 < gap(out.x0, exact.x0) < tolerance * scale
 
 
 def test_cards_are_the_published_settings() -> None:

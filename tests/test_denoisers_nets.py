@@ -13,6 +13,7 @@ from torch import Tensor
 from denoisers.families.precond import EDMPrecond, build
 from denoisers.nets.layers import Conv2d, UNetBlock
 from denoisers.nets.song import SongUNet
+from tests.tensors import gap
 
 Golden = Callable[[str], Any]
 TINY: dict[str, Any] = {
@@ -27,10 +28,6 @@ ENTRIES = [
 ]  # fmt: skip
 
 
-def largest(a: Tensor, b: Any) -> float:
-    return float((a.detach() - torch.as_tensor(b).detach()).abs().max())
-
-
 def recorded(
     name: str, weights: Any, golden: Golden, golden_json: Golden
 ) -> tuple[EDMPrecond, Any]:
@@ -43,7 +40,7 @@ def test_drawn_weights_are_the_recorded_ones(golden: Golden, golden_weights: Gol
     """One network is stored whole; the others are drawn by the same rule."""
     stored, drawn = golden("net_edm_song_weights"), golden_weights("edm_song")
     assert list(drawn) == stored.files
-    assert max(largest(drawn[key], stored[key]) for key in drawn) < 1e-6
+    assert max(gap(drawn[key], stored[key]) for key in drawn) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["edm_song", "edm_dhariwal"])
@@ -55,15 +52,15 @@ def test_outputs_match_the_recorded_network(
     for i, sigma in enumerate(io["sigmas"]):
         out = net(torch.tensor(io[f"x_{i}"]), torch.tensor(sigma), labels)
         assert out.feat is not None
-        assert largest(out.x0, io[f"D_{i}"]) < 1e-5
-        assert largest(out.feat, io[f"bottleneck_mean_{i}"]) < 1e-5
+        assert gap(out.x0, io[f"D_{i}"]) < 1e-5
+        assert gap(out.feat, io[f"bottleneck_mean_{i}"]) < 1e-5
     x, sigma = torch.tensor(io["x_vec"]), torch.tensor(io["sigma_vec"]).reshape(-1, 1, 1, 1)
-    assert largest(net(x, sigma, labels).x0, io["D_vec"]) < 1e-5
+    assert gap(net(x, sigma, labels).x0, io["D_vec"]) < 1e-5
     if labels is not None:
-        assert largest(net(x, sigma).x0, io["D_vec_nolabel"]) < 1e-5
+        assert gap(net(x, sigma).x0, io["D_vec_nolabel"]) < 1e-5
     noise = torch.tensor(io["raw_noise_labels"])
     raw, _ = net.network(torch.tensor(io["x"]), noise, labels)
-    assert largest(raw, io["raw_F"]) < 1e-5
+    assert gap(raw, io["raw_F"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -105,7 +102,7 @@ def test_resampling_is_a_strided_convolution(
     if kernel:
         torch.nn.init.normal_(conv.bias)
         expected = F.conv2d(expected, conv.weight, conv.bias, padding=kernel // 2)
-    assert largest(conv(x), expected) < 1e-12
+    assert gap(conv(x), expected) < 1e-12
 
 
 def test_conv_first_equals_filter_first_inside() -> None:
@@ -120,7 +117,7 @@ def test_conv_first_equals_filter_first_inside() -> None:
     expected = F.conv2d(smooth, first.weight, first.bias, padding=1)[:, :, ::2, ::2]
     got = first(x)
     assert got.shape == expected.shape == (1, 4, 8, 8)
-    assert largest(got[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1]) < 1e-6
+    assert gap(got[:, :, 1:-1, 1:-1], expected[:, :, 1:-1, 1:-1]) < 1e-6
 
 
 def test_attention_reads_the_published_channel_order() -> None:
@@ -133,7 +130,7 @@ def test_attention_reads_the_published_channel_order() -> None:
     q, k, v = qkv.unbind(2)
     weights = torch.einsum("ncq,nck->nqk", q, k / 8**0.5).softmax(2)
     expected = torch.einsum("nqk,nck->ncq", weights, v).reshape(3, 16, 2, 3)
-    assert largest(block.attend(x), expected) < 1e-12
+    assert gap(block.attend(x), expected) < 1e-12
 
 
 @pytest.mark.parametrize("family", ["SongUNet", "DhariwalUNet"])
@@ -181,7 +178,7 @@ def test_song_embedding_adds_scaled_classes_and_augmentations() -> None:
     total = total + augment @ net.map_augment.weight.T
     hidden = F.silu(total @ net.map_layer0.weight.T + net.map_layer0.bias)
     expected = F.silu(hidden @ net.map_layer1.weight.T + net.map_layer1.bias)
-    assert largest(net.embed(noise, classes, augment), expected) < 1e-12
+    assert gap(net.embed(noise, classes, augment), expected) < 1e-12
 
 
 @pytest.mark.parametrize("encoder_type", ["skip", "residual"])
@@ -196,8 +193,8 @@ def test_second_pyramid_of_the_encoder(encoder_type: str) -> None:
     else:
         expected = (down + net.enc["4x4_aux_residual"](x)) / 2**0.5
     assert len(skips) == 4
-    assert largest(skips[2], expected) < 1e-12
-    assert largest(skips[3], net.enc["4x4_block0"](expected, emb)) < 1e-12
+    assert gap(skips[2], expected) < 1e-12
+    assert gap(skips[3], net.enc["4x4_block0"](expected, emb)) < 1e-12
 
 
 def test_skip_decoder_sums_an_image_per_level() -> None:
@@ -210,4 +207,4 @@ def test_skip_decoder_sums_an_image_per_level() -> None:
         net.dec[name].register_forward_hook(lambda _m, _i, out, n=name: seen.update({n: out}))
     net(x, noise)
     coarse = seen["4x4_aux_conv"].repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert largest(both, coarse + seen["8x8_aux_conv"]) < 1e-12
+    assert gap(both, coarse + seen["8x8_aux_conv"]) < 1e-12

@@ -13,6 +13,7 @@ from torch import Tensor
 from denoisers.families.precond import EDMPrecond, IDDPMPrecond, build
 from denoisers.families.precond_base import Precond
 from denoisers.noise_schedules import DiscreteVP
+from tests.tensors import gap
 
 MEAN, VAR = 0.3, 0.09  # of the data; EDM assumes 0 and 0.25
 TINY: dict[str, Any] = {
@@ -40,10 +41,6 @@ def iddpm(**settings: Any) -> IDDPMPrecond:
     net = tiny("iDDPMPrecond", **settings)
     assert isinstance(net, IDDPMPrecond)
     return net
-
-
-def largest(a: Tensor, b: Any) -> float:
-    return float((a - torch.as_tensor(b)).detach().abs().max())
 
 
 # What a perfect network says of N(MEAN, VAR), from the definition of its input and target alone.
@@ -81,7 +78,7 @@ def alphas_bar() -> Tensor:
 
 
 def iddpm_says(y: Tensor, label: Tensor) -> Tensor:
-    assert largest(label, label.round()) < 1e-3  # in this test: at the trained levels
+    assert gap(label, label.round()) < 1e-3  # in this test: at the trained levels
     eps = noise_in(y, alphas_bar()[label.round().long()].sqrt())
     return torch.cat([eps, torch.full_like(eps, math.nan)], 1)  # variances, which nobody may read
 
@@ -107,9 +104,9 @@ def test_a_perfect_network_makes_the_analytic_denoiser(
         sigma, tolerance = net.u[[3, 40, 400, 800, 950, 990, 999]].double().reshape(shape), 1e-4
     torch.manual_seed(1)
     x = MEAN + (VAR + sigma**2).sqrt() * torch.randn(len(sigma), 2, 8, 8, dtype=torch.float64)
-    assert largest(net(x, sigma).x0, clean(x, sigma)) < tolerance
+    assert gap(net(x, sigma).x0, clean(x, sigma)) < tolerance
     one = net(x, sigma[2, 0, 0, 0])
-    assert largest(one.x0, clean(x, sigma[2])) < tolerance * 100  # x was made for other levels
+    assert gap(one.x0, clean(x, sigma[2])) < tolerance * 100  # x was made for other levels
 
 
 def test_edm_scales_keep_unit_variance_and_are_the_best() -> None:
@@ -117,15 +114,15 @@ def test_edm_scales_keep_unit_variance_and_are_the_best() -> None:
     net = EDMPrecond(8, 2, sigma_data=0.7, model_channels=8, channel_mult=[1], num_blocks=1)
     sigma = torch.tensor(LEVELS, dtype=torch.float64)
     c_skip, c_out, c_in, c_noise = net.coefficients(sigma)
-    assert largest(c_in**2 * (sigma**2 + 0.49), torch.ones(6)) < 1e-14
+    assert gap(c_in**2 * (sigma**2 + 0.49), torch.ones(6)) < 1e-14
 
     def left(skip: Tensor) -> Tensor:
         return (1 - skip) ** 2 * 0.49 + skip**2 * sigma**2
 
-    assert largest(c_out**2 / left(c_skip), torch.ones(6)) < 1e-12
+    assert gap(c_out**2 / left(c_skip), torch.ones(6)) < 1e-12
     assert bool((left(c_skip) < left(c_skip * 1.01)).all())
     assert bool((left(c_skip) < left(c_skip * 0.99)).all())
-    assert largest((4 * c_noise).exp(), sigma) < 1e-12
+    assert gap((4 * c_noise).exp(), sigma) < 1e-12
 
 
 def test_vp_label_is_the_time_of_the_level() -> None:
@@ -133,13 +130,13 @@ def test_vp_label_is_the_time_of_the_level() -> None:
     net = tiny("VPPrecond")
     t = torch.logspace(-5, 0, 60, dtype=torch.float64)
     sigma = torch.expm1(19.9 * t**2 / 2 + 0.1 * t).sqrt()
-    assert largest(net.coefficients(sigma).c_noise / (999 * t), torch.ones(60)) < 1e-12
+    assert gap(net.coefficients(sigma).c_noise / (999 * t), torch.ones(60)) < 1e-12
     low = net.coefficients(sigma.float())
     assert low.c_noise.dtype == torch.float32
-    assert largest(low.c_noise.double() / (999 * t), torch.ones(60)) < 1e-6
+    assert gap(low.c_noise.double() / (999 * t), torch.ones(60)) < 1e-6
     other = tiny("VPPrecond", beta_d=7.0, beta_min=0.3, M=11, epsilon_t=0.01)
     sigma = torch.expm1(7.0 * t**2 / 2 + 0.3 * t).sqrt()
-    assert largest(other.coefficients(sigma).c_noise, 10 * t) < 1e-12
+    assert gap(other.coefficients(sigma).c_noise, 10 * t) < 1e-12
     assert abs(other.sigma_min - math.sqrt(math.expm1(7e-4 / 2 + 3e-3))) < 1e-6
     assert abs(other.sigma_max - math.sqrt(math.expm1(3.8))) < 1e-5
 
@@ -149,8 +146,8 @@ def test_iddpm_levels_are_those_of_the_cosine_schedule() -> None:
     exact = (1 / alphas_bar() - 1).sqrt()
     u = net.u.double().flip(0)
     assert u[0] == 0 and len(u) == 1001
-    assert largest(u[1:] / exact, torch.ones(1000)) < 1e-3  # float32, as published
-    assert largest((u[1:] / exact)[100:], torch.ones(900)) < 1e-5
+    assert gap(u[1:] / exact, torch.ones(1000)) < 1e-3  # float32, as published
+    assert gap((u[1:] / exact)[100:], torch.ones(900)) < 1e-5
     other = iddpm(M=50, C_1=0.01, C_2=0.02)
     bare = [math.sin(0.5 * math.pi * j / 50 / 1.02) ** 2 for j in range(51)]
     abar = 1.0
@@ -163,14 +160,14 @@ def test_iddpm_labels_are_whole_at_the_levels_and_between_them_in_between() -> N
     net = iddpm()
     u = net.u.double()
     whole = 999 - torch.arange(1000).double()
-    assert largest(net.coefficients(u[:-1]).c_noise, whole) < 1e-9
-    assert largest(net.coefficients(u[:-1].float()).c_noise.double(), whole) < 1e-2
+    assert gap(net.coefficients(u[:-1]).c_noise, whole) < 1e-9
+    assert gap(net.coefficients(u[:-1].float()).c_noise.double(), whole) < 1e-2
     between = (u[1:-1] * u[:-2]).sqrt().requires_grad_()
     label = net.coefficients(between).c_noise
     assert bool(((label > whole[1:]) & (label < whole[:-1])).all())
     # linear in ln alpha: the rule by which DDPM's steps are made continuous elsewhere
     own = DiscreteVP(1 / (1 + u[:-1].flip(0) ** 2))
-    assert largest(label, 1000 * own.sigma_inv(between.detach()) - 1) < 1e-8
+    assert gap(label, 1000 * own.sigma_inv(between.detach()) - 1) < 1e-8
     label.sum().backward()
     assert between.grad is not None and bool((between.grad > 0).all())
     ends = net.coefficients(torch.tensor([1e-4, 1e6], dtype=torch.float64)).c_noise
@@ -213,14 +210,14 @@ def test_half_precision_stays_inside_the_network(kind: str, dtype: torch.dtype) 
     net.model.map_noise.register_forward_pre_hook(lambda _, inputs: labels.append(inputs[0]))
     half = net(x, sigma)
     # what comes from the network is coarse, but not as coarse as a label of 999 in bfloat16
-    error = largest(half.x0 / sigma, exact.x0 / sigma)
+    error = gap(half.x0 / sigma, exact.x0 / sigma)
     assert 1e-6 < error < 0.15
     assert labels[0].dtype == torch.float32
-    assert largest(labels[0].double(), net.coefficients(sigma).c_noise.flatten()) < 1e-3
+    assert gap(labels[0].double(), net.coefficients(sigma).c_noise.flatten()) < 1e-3
     # what does not is as fine as the state: c_skip x at a level of almost no noise
     tiny_level = torch.tensor(1e-9, dtype=torch.float64)
     moved = net(x + 1e-9, tiny_level).x0 - net(x, tiny_level).x0
-    assert largest(moved, 1e-9) < 5e-11
+    assert gap(moved, 1e-9) < 5e-11
 
 
 @pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
@@ -230,9 +227,9 @@ def test_samples_have_no_augmentation(model_type: str) -> None:
     torch.manual_seed(1)
     x, sigma = torch.randn(2, 2, 8, 8, dtype=torch.float64), torch.tensor(0.8)
     plain = net(x, sigma).x0
-    assert largest(net(x, sigma, None, torch.zeros(2, 9)).x0, plain) < 1e-12
-    assert largest(net(x, sigma, torch.zeros(2, 3), None).x0, plain) < 1e-12
-    assert largest(net(x, sigma, None, torch.eye(9)[:2]).x0, plain) > 1e-3
+    assert gap(net(x, sigma, None, torch.zeros(2, 9)).x0, plain) < 1e-12
+    assert gap(net(x, sigma, torch.zeros(2, 3), None).x0, plain) < 1e-12
+    assert gap(net(x, sigma, None, torch.eye(9)[:2]).x0, plain) > 1e-3
 
 
 @pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
@@ -241,7 +238,7 @@ def test_labels_are_dropped_in_training_only(model_type: str) -> None:
     x, sigma = torch.ones(64, 2, 8, 8, dtype=torch.float64), torch.tensor(0.8)
     labels = torch.eye(3)[[1] * 64]
     kept, dropped = net(x[:1], sigma, labels[:1]).x0, net(x[:1], sigma).x0
-    assert largest(net(x, sigma, labels).x0, kept) < 1e-10
+    assert gap(net(x, sigma, labels).x0, kept) < 1e-10
     trained = net.train()(x, sigma, labels).x0
     is_kept = (trained - kept).abs().amax((1, 2, 3)) < 1e-10
     is_dropped = (trained - dropped).abs().amax((1, 2, 3)) < 1e-10

@@ -52,6 +52,9 @@ def test_every_tolerance_of_the_metrics_is_in_the_table() -> None:
     assert found > 40 and not unlisted
 
 
+LINK = re.compile(r"\]\(([^)#\s]*)#?([^)\s]*)\)")
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
@@ -62,7 +65,12 @@ def anchors(page: Path) -> set[str]:
 def test_links_between_documents_lead_somewhere() -> None:
     broken, found = [], 0
     for page in PAGES:
-        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        text = page.read_text()
+        by_name = re.findall(r"\]\[([^\]]+)\]", re.sub(r"`[^`]*`", "", text))
+        defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.M))
+        broken += [f"{page.name}: [{name}]" for name in by_name if name not in defined]
+        links = [f"]({target})" for target in defined.values()]
+        for target, anchor in re.findall(LINK, "\n".join([text, *links])):
             if target.startswith("http"):
                 continue
             found += 1
@@ -137,6 +145,7 @@ def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
 
 def test_a_misspelt_option_is_found() -> None:
     known = known_options()
+    assert sum(len(list(commands(page))) for page in PAGES) > 70
     assert len(known) > 15 and not misspelt(["python", "fid.py", "gen", "--seeds"], known)
     for line, bad in {
         "python train.py --num_step=4": ["--num_step"],

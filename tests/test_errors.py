@@ -103,7 +103,6 @@ def test_measured_errors_of_euler_are_the_true_ones(num_steps: int, tmp_path: Pa
     card = make_card()
     sampler = build(SamplerOptions(sampler="euler", num_steps=num_steps), card)
     solves = walks(sampler)
-    assert solves is not None
     levels = times(solves)
     exact = exact_of(GaussianModel(), levels, tmp_path)
     exact.solve(SEEDS)
@@ -127,11 +126,11 @@ def test_reported_errors_fall_at_the_order_of_the_solver(
 ) -> None:
     card, found = make_card(), []
     walked = [build(SamplerOptions(sampler=name, num_steps=n), card) for n in (65, 129)]
-    levels = sorted({t for s in walked for t in times(walks(s) or [])}, reverse=True)
+    levels = sorted({t for s in walked for t in times(walks(s))}, reverse=True)
     exact = exact_of(GaussianModel(), levels, tmp_path, tol=1e-10)
     exact.solve(SEEDS)
     for sampler in walked:
-        found.append(float(measure_errors(walks(sampler) or [], exact, SEEDS).along[-1].mean()))
+        found.append(float(measure_errors(walks(sampler), exact, SEEDS).along[-1].mean()))
     assert math.log2(found[0] / found[1]) == pytest.approx(order, abs=0.15)
 
 
@@ -159,7 +158,7 @@ def test_stochastic_rows_are_left_out_with_a_reason() -> None:
     assert skipped.method == "Restart-43" and skipped.why.startswith("stochastic")
     assert {row.method for row in shared.rows} == {r.method for r in rows} - {"Restart-43"}
     assert shared.start == HIGH == shared.times[0] and shared.times[-1] == 0
-    needed = {t for row in shared.rows for t in times(walks(row.sampler) or [])}
+    needed = {t for row in shared.rows for t in times(walks(row.sampler))}
     assert needed <= set(shared.times)
 
 

@@ -9,16 +9,8 @@ from typing import Any
 import click
 import pytest
 
-import denoisers.registry
-import evaluation.converged
-import evaluation.detectors
-import evaluation.harness
-import evaluation.metric_report
-import evaluation.scores
-import runtime.files
 from commands import clip_score, fid
-from denoisers.registry import ModelSource
-from metrics.summary import FeatureSummary
+from tests.comparison_problems import forbid_loading
 from tests.scripts import Script
 from tools import converged, plan_search
 
@@ -61,25 +53,7 @@ WITH_A_MODEL = ("gen", "converged", "plan_search")
 @pytest.fixture
 def nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder to run in, where whatever loads or downloads fails the test."""
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("a dry run loads and downloads nothing")
-
-    for place, name in (
-        (ModelSource, "load"),
-        (FeatureSummary, "load"),
-        (denoisers.registry, "fetch_pipeline"),
-        (denoisers.registry, "download"),
-        (evaluation.detectors, "load_detector"),
-        (evaluation.detectors, "download"),
-        (evaluation.harness, "load_reference"),
-        (evaluation.converged, "read_arrays"),
-        (evaluation.scores, "load_clip_score"),
-        (evaluation.scores, "load_aesthetic"),
-        (evaluation.scores, "download"),
-        (runtime.files.urllib.request, "urlopen"),
-    ):
-        monkeypatch.setattr(place, name, never)
+    forbid_loading(monkeypatch)
     monkeypatch.setenv("AMED_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -20,29 +20,15 @@ from metrics.frechet import frechet_distance
 from metrics.kid import kid
 from metrics.manifolds import density_coverage, precision_recall
 from metrics.measures import METRICS, figures, needs_of, parse_metrics, reference_needs, require
-from metrics.statistics import DetectorId, Statistics
+from metrics.statistics import Statistics
 from metrics.summary import Collector, FeatureSummary, Requirements, collect
 from runtime import cli
 from tests.processes import run_command, together
+from tests.toy_detector import images, toy
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 ALL = tuple(METRICS)
-
-
-def images(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
-
-
-def toy(name: str = "toy", sha256: str = "ab" * 32) -> Detector:
-    """Six means as features; a row of the image as its spatial features."""
-
-    def features(x: Tensor) -> Tensor:
-        x = x.float() / 255
-        return torch.cat([x.mean((2, 3)), x[:, :, :8].mean((2, 3)), x[:, 0, 3, :5]], 1)
-
-    return Detector(DetectorId(name, sha256, 6), features, torch.device("cpu"), spatial_dim=5)
 
 
 def summary(

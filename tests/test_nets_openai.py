@@ -13,6 +13,7 @@ from torch import Tensor
 from denoisers.nets.openai import Classifier, Encoder, UNet, is_openai, settings_from
 from denoisers.nets.openai_blocks import AttentionBlock, Downsample, ResBlock, Upsample
 from runtime.errors import UserError
+from tests.tensors import gap
 
 Golden = Callable[[str], Any]
 TINY: dict[str, Any] = {
@@ -81,10 +82,6 @@ PUBLISHED: dict[str, tuple[type[Encoder], dict[str, Any], float]] = {
 }  # fmt: skip
 
 
-def largest(a: Tensor, b: Any) -> float:
-    return float((a.detach() - torch.as_tensor(b)).abs().max())
-
-
 def recorded(name: str, weights: dict[str, Tensor]) -> Any:
     kind, settings = RECORDED[name]
     net = kind(**{**TINY, **settings})
@@ -106,14 +103,14 @@ def test_outputs_match_the_recorded_networks(golden: Golden, golden_weights: Gol
     x, times = torch.tensor(io["x_1"]), torch.tensor(io["raw_t"])
     net = recorded("adm_tiny", golden_weights("adm"))
     raw, feat = net(x, times, torch.tensor(io["labels"]))
-    assert largest(raw, io["raw_out"]) < 1e-5
-    assert largest(feat, io["raw_middle_mean"]) < 1e-5
+    assert gap(raw, io["raw_out"]) < 1e-5
+    assert gap(feat, io["raw_middle_mean"]) < 1e-5
     logits = recorded("adm_tiny_classifier", golden_weights("adm_classifier"))(x, times)
-    assert largest(logits, io["raw_clf_logits"]) < 1e-5
+    assert gap(logits, io["raw_clf_logits"]) < 1e-5
     io = golden("net_cm_io")
     net = recorded("cm_tiny", golden_weights("cm"))
     raw, _ = net(torch.tensor(io["x_1"]), torch.tensor(io["raw_t"]))
-    assert largest(raw, io["raw_out"]) < 1e-5
+    assert gap(raw, io["raw_out"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", list(RECORDED))
@@ -188,7 +185,7 @@ def test_attention_reads_its_channel_order(layout: str) -> None:
         weight = (parts[q].mT @ parts[k] / 32**0.5).softmax(-1)  # (B, queries, keys)
         mixed.append((weight @ parts[v].mT).mT)
     out = F.conv1d(torch.cat(mixed, 1), block.proj_out.weight.view(64, 64, 1), block.proj_out.bias)
-    assert largest(block(x), (x.flatten(2) + out).view_as(x).detach()) < 1e-12
+    assert gap(block(x), (x.flatten(2) + out).view_as(x).detach()) < 1e-12
 
 
 def test_resampling_by_single_convolutions() -> None:
@@ -196,9 +193,9 @@ def test_resampling_by_single_convolutions() -> None:
     x = torch.randn(2, 32, 4, 6)
     down, up = Downsample(32), Upsample(32)
     whole = F.conv2d(F.pad(x, (1, 1, 1, 1)), down.op.weight, down.op.bias)
-    assert largest(down(x), whole[:, :, ::2, ::2].detach()) < 1e-5
+    assert gap(down(x), whole[:, :, ::2, ::2].detach()) < 1e-5
     big = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert largest(up(x), F.conv2d(big, up.conv.weight, up.conv.bias, padding=1).detach()) < 1e-5
+    assert gap(up(x), F.conv2d(big, up.conv.weight, up.conv.bias, padding=1).detach()) < 1e-5
 
 
 def test_a_residual_block_without_modulation_adds_the_embedding() -> None:
@@ -211,7 +208,7 @@ def test_a_residual_block_without_modulation_adds_the_embedding() -> None:
     h = h + (F.silu(emb) @ linear.weight.T + linear.bias)[:, :, None, None]
     h = F.conv2d(F.silu(F.group_norm(h, 32)), second.weight, second.bias, padding=1)
     skip = F.conv2d(x, block.skip_connection.weight, block.skip_connection.bias)
-    assert largest(block(x, emb), (skip + h).detach()) < 1e-12
+    assert gap(block(x, emb), (skip + h).detach()) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -242,11 +239,11 @@ def test_classes_and_times_enter_by_the_embedding() -> None:
     first, second = net.time_embed[0], net.time_embed[2]
     hidden = torch.cat([angle.cos(), angle.sin()], 1) @ first.weight.T + first.bias
     expected = F.silu(hidden) @ second.weight.T + second.bias + net.label_emb.weight[labels]
-    assert largest(net.embed(times, labels), expected) < 1e-10
+    assert gap(net.embed(times, labels), expected) < 1e-10
     # one sample's label and time never reach another
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     both, one = net(x, times, labels)[0], net(x[1:], times[1:], labels[1:])[0]
-    assert largest(both[1:], one) < 1e-12
+    assert gap(both[1:], one) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -266,5 +263,5 @@ def test_half_precision_narrows_the_torso_only(dtype: torch.dtype) -> None:
     raw, feat = net(x, times, labels)
     assert raw.dtype == feat.dtype == torch.float32
     tolerance = 0.05 if dtype == torch.bfloat16 else 0.006
-    assert 0 < largest(raw, exact) < tolerance * float(exact.abs().max())
-    assert 0 < largest(feat, exact_feat) < tolerance * float(exact_feat.abs().max())
+    assert 0 < gap(raw, exact) < tolerance * float(exact.abs().max())
+    assert 0 < gap(feat, exact_feat) < tolerance * float(exact_feat.abs().max())

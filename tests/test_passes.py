@@ -16,30 +16,15 @@ from torch import Tensor
 from commands import fid
 from evaluation import image_metrics, passes
 from evaluation.passes import ImageStream, gather_features
-from metrics.detectors import Detector, load_detector
-from metrics.statistics import DetectorId
+from metrics.detectors import load_detector
 from metrics.summary import Collector, FeatureSummary, Requirements
 from runtime import cli
 from runtime.dist import World
 from tests.processes import run_command, together
+from tests.toy_detector import images, toy
 
 HERE = World(0, 1, torch.device("cpu"))
 NEEDS = Requirements(20, spatial=True)
-
-
-def images(count: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
-
-
-def toy() -> Detector:
-    """Six means as features, five pixels as spatial ones."""
-
-    def features(x: Tensor) -> Tensor:
-        x = x.float() / 255
-        return torch.cat([x.mean((2, 3)), x[:, :, :8].mean((2, 3)), x[:, 0, 3, :5]], 1)
-
-    return Detector(DetectorId("toy", "ab" * 32, 6), features, HERE.device, spatial_dim=5)
 
 
 class Source:

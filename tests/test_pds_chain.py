@@ -14,10 +14,7 @@ from plans.process import ForwardProcess
 from solvers.driver import Meter
 from solvers.types import Denoised
 from tests.pds_problems import SHAPE, draw, preconditioners, random_masks
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+from tests.tensors import gap
 
 
 def named(batch: int = 3, seed: int = 0) -> Callable[[tuple], Tensor]:

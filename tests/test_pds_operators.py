@@ -14,10 +14,7 @@ from tests.pds_problems import (
     preconditioners,
     random_masks,
 )
-
-
-def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max())
+from tests.tensors import gap
 
 
 def test_recorded_filters_and_transforms(golden) -> None:

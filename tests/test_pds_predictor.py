@@ -19,10 +19,7 @@ from plans.process import ForwardProcess
 from solvers.driver import Meter
 from solvers.types import Denoised
 from tests.pds_problems import draw, matrix
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
+from tests.tensors import gap
 
 
 def variances(

@@ -17,12 +17,9 @@ from denoisers.analytic import GaussianDenoiser
 from pds.chain import langevin
 from pds.operators import Preconditioner
 from tests.pds_problems import SHAPE, SIZE, draw, matrix, preconditioners, random_masks
+from tests.tensors import gap
 
 KINDS = ("freq", "space", "both")
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 class Target(NamedTuple):

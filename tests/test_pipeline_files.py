@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from denoisers.protocol import Files
 from denoisers.recognise import recognise
 from runtime.errors import UserError
 from tests import tiny_pipeline
+from tests.processes import python
 from tests.test_convert_bombs import doubled, peak
 from tests.test_convert_hostile import archive, called, glob, put
 
@@ -311,6 +311,5 @@ def test_nothing_of_the_extra_is_imported_before_it_is_used() -> None:
         "import sys, denoisers.families.diffusers.loading, samplers.in_diffusers\n"
         "print([m for m in ('diffusers', 'transformers', 'torchvision') if m in sys.modules])"
     )
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    done = python("-c", code)
+    assert done.out.strip() == "[]", done.err

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.images import film_strip, image_grid, save_png, to_uint8
+from runtime.images import film_strip, image_grid, read_png, save_png, to_uint8, to_uint8_tensor
 
 LEVELS = torch.arange(256, dtype=torch.float64)
 
@@ -23,6 +23,7 @@ def test_bytes_are_clipped_and_channels_go_last() -> None:
     x = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0, 0.5]).reshape(1, 3, 1, 2)
     for dtype in (torch.float32, torch.bfloat16):
         assert to_uint8(x.to(dtype)).tolist() == [[[[0, 128, 255], [0, 255, 191]]]]
+        assert to_uint8_tensor(x.to(dtype)).tolist() == [[[[0, 0]], [[128, 255]], [[255, 191]]]]
 
 
 def test_a_diverged_image_is_named() -> None:
@@ -39,6 +40,7 @@ def test_png_gives_the_bytes_back(tmp_path: Path, channels: int) -> None:
     save_png(tmp_path / "a" / "image.png", image)
     back = np.asarray(Image.open(tmp_path / "a" / "image.png")).reshape(image.shape)
     assert np.array_equal(back, image)
+    assert np.array_equal(read_png(tmp_path / "a" / "image.png"), image)
 
 
 def tiles(count: int, size: tuple[int, int] = (4, 6)) -> list[np.ndarray]:

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import UserError
-from runtime.seeds import CONVERGED_START, SELECTION_START, parse_seeds, selection_seeds
+from runtime.seeds import (
+    CONVERGED_START,
+    SELECTION_START,
+    parse_seeds,
+    seed_ranges,
+    selection_seeds,
+)
 
 
 @given(st.lists(st.integers(0, 300), unique=True, min_size=1), st.sampled_from(["", " "]))
@@ -52,3 +58,11 @@ def test_the_ranges_of_the_uses_are_disjoint() -> None:
     assert all(one.stop == other.start for one, other in zip(uses, uses[1:], strict=False))
     with pytest.raises(UserError, match="--select 10000000 or less"):
         selection_seeds(most + 1)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "text"), [([3], "3"), ([2, 0, 1], "0-2"), ([9, 1, 2, 5, 6, 0], "0-2,5-6,9"), ([], "")]
+)
+def test_seed_ranges(seeds: list[int], text: str) -> None:
+    assert seed_ranges(seeds) == text
+    assert not seeds or parse_seeds(text) == sorted(seeds)

@@ -12,7 +12,7 @@ from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.options import Json
 from runtime.record import RunRecord
-from samplers.folder import Folder, is_whole, seed_ranges
+from samplers.folder import Folder, is_whole
 from samplers.generate import SampleBatch
 from solvers.types import Trajectory
 
@@ -165,10 +165,3 @@ def test_temporary_files_of_the_missing_seeds_are_removed(tmp_path: Path) -> Non
     folder.open(record(), [0, 1])
     left = sorted(path.name for path in (tmp_path / "000000").iterdir())
     assert left == [".000002.png.12-ab.tmp", ".keep.tmp"]
-
-
-@pytest.mark.parametrize(
-    ("seeds", "text"), [([3], "3"), ([2, 0, 1], "0-2"), ([9, 1, 2, 5, 6, 0], "0-2,5-6,9"), ([], "")]
-)
-def test_seed_ranges(seeds: list[int], text: str) -> None:
-    assert seed_ranges(seeds) == text

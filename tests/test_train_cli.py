@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -198,17 +198,12 @@ def _claim(root: Path, who: int) -> None:
         create_run(root, f"process{who}-{n}")
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_processes_that_start_together_take_different_numbers(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_claim, args=(tmp_path, who)) for who in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert sorted(int(path.name[:5]) for path in tmp_path.iterdir()) == list(range(1, 41))
+    logs = {tmp_path / str(who): partial(_claim, tmp_path / "runs", who) for who in range(4)}
+    processes = [(start(work, log), log) for log, work in logs.items()]
+    assert [finish(process, log).code for process, log in processes] == [0] * 4
+    numbers = [int(path.name[:5]) for path in (tmp_path / "runs").iterdir()]
+    assert sorted(numbers) == list(range(1, 41))
 
 
 @pytest.mark.parametrize("there", ["00001", "00001-first"])

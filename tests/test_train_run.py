@@ -283,6 +283,7 @@ def test_a_damaged_state_is_one_sentence(command, content):
     refused = command("--resume=auto")
     assert refused.code == 1 and refused.out == ""
     assert refused.err.startswith(f"error: {folder / 'training-state.pt'} cannot be read")
+    assert refused.err.endswith("; delete it to start that run from the beginning\n")
     assert refused.err.count("\n") == 1
 
 

@@ -12,6 +12,7 @@ import click
 
 from commands.options import (
     PATH,
+    POSITIVE,
     batch_option,
     condition_options,
     dataset_option,
@@ -46,7 +47,7 @@ Examples:
 @batch_option(128)
 @click.option(
     "--tol",
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     default=1e-4,
     help="relative and absolute tolerance of dopri5",
 )

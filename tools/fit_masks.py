@@ -11,15 +11,15 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.options import batch_option, dry_run_option
+from commands.options import PATH, batch_option, dry_run_option
 from image_data.sources import count_images, image_batches
 from pds.masks import Masks, fit
 from runtime import cli
 from runtime.files import atomic_write
 from runtime.log import progress
 from runtime.record import RunRecord
+from runtime.typed import to_plain
 
-PATH = click.Path(path_type=Path)
 EXAMPLES = """\b
 Example:
   python -m tools.fit_masks --data cifar10-32x32-train.zip --dest masks/cifar10
@@ -41,8 +41,7 @@ def main(dry_run: bool, **options: Any) -> None:
     """
     data, num, dest = options["data"], options["num"], options["dest"]
     total = count_images(data, num)
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    record = RunRecord.make("fit_masks", plain, {}, {"images": total})
+    record = RunRecord.make("fit_masks", to_plain(options), {}, {"images": total})
     if dry_run:
         return click.echo(record.to_json())
     with progress(total, "fit", "img") as bar:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from commands.options import dry_run_option
+from commands.options import PATH, dry_run_option
 from runtime import cli
 from runtime.errors import UserError
 from toy.experiment import Settings, outline, plans, run
@@ -60,9 +60,7 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.option("--batch", type=click.IntRange(1), default=DEFAULTS.batch, help="training batch")
 @click.option("--width", type=click.IntRange(4), default=DEFAULTS.width, help="network width")
 @click.option("--seed", type=click.IntRange(0), default=DEFAULTS.seed, help="seed of the network")
-@click.option(
-    "--outdir", type=click.Path(path_type=Path), default=Path("exps/toy"), help="results folder"
-)
+@click.option("--outdir", type=PATH, default=Path("exps/toy"), help="results folder")
 @dry_run_option
 def main(budgets: str, outdir: Path, dry_run: bool, **options: float) -> int:
     """Run the Restart paper's synthetic experiment (arXiv:2306.14878, section 4.1, figure 2).

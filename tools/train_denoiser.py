@@ -18,8 +18,8 @@ import click
 import torch
 from torch.utils.data import DataLoader
 
-from checkpoints.weights import constructing, fill, read_safetensors
-from commands.options import device_option
+from checkpoints.weights import constructing, fill, read_metadata
+from commands.options import PATH, device_option, threads_option
 from denoisers.cards import cards
 from denoisers.families.edm import read_checkpoint
 from denoisers.families.precond import EDMPrecond, build
@@ -34,8 +34,8 @@ from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.log import progress
 from runtime.record import RunRecord
+from runtime.typed import to_plain
 
-PATH = click.Path(path_type=Path)
 HELD_OUT = 1024  #: images of --valid on which the loss is measured
 EXAMPLES = """\b
 Examples:
@@ -64,7 +64,7 @@ def first_network(
         settings, bottleneck = checkpoint.config, checkpoint.bottleneck
         tensors = checkpoint.tensors
         if init.suffix == ".safetensors":
-            seen = int(read_safetensors(init)[1].get("images_seen", "0"))
+            seen = int(read_metadata(init).get("images_seen", "0"))
     else:
         settings, bottleneck = read_settings(config) if config else settings_like(str(like))
         if recipe.augment:
@@ -159,7 +159,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--tick", type=click.IntRange(min=1), default=20_000, help="images between reports")
 @click.option("--workers", type=click.IntRange(min=0), default=1, help="image-loading processes")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
+@threads_option
 @device_option
 @recipe_options
 def main(
@@ -190,10 +190,7 @@ def main(
             if here.is_main:
                 click.echo(f"already trained: {outdir}; give a larger --kimg to continue", err=True)
             return
-        options = {
-            k: str(v) if isinstance(v, Path) else v
-            for k, v in click.get_current_context().params.items()
-        }
+        options = to_plain(click.get_current_context().params)
         record = RunRecord.make("train_denoiser", options, {"init": network.init}, {})
         with closing(Reporter(outdir, trainer, network, held_out, record)) as reporter:
             fit(trainer, TrainingBatches(images, recipe.seed), reporter, workers, tick)

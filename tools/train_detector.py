@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from commands.options import device_option
+from commands.options import PATH, POSITIVE, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
 from runtime import cli, files
@@ -30,7 +30,6 @@ from runtime.dist import World, world
 from runtime.images import image_grid
 from runtime.log import tensorboard
 
-PATH, POSITIVE = click.Path(path_type=Path), click.FloatRange(0, min_open=True)
 FRACTION, SHARE = click.FloatRange(0, 1, max_open=True), click.FloatRange(0, 1, True, True)
 _SHOWN = 64  #: images in TensorBoard's grid
 EXAMPLES = """\b
@@ -269,7 +268,7 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @click.option("--init", type=PATH, help="start from this detector")
 @click.option("--bf16/--no-bf16", default=True, help="bfloat16 autocast")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]")
+@threads_option
 @device_option
 def main(
     data: Path, test: Path, dest: Path, state: Path | None, channels: tuple[int, int, int],

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.files import atomic_write, write_text
+from runtime.files import atomic_write, write_json, write_text
 from toy.experiment import Point, Results
 from toy.processes import FAMILIES
 
@@ -120,8 +120,8 @@ def write_report(folder: Path, results: Results) -> list[Path]:
         "chosen": [asdict(point) for point in results.chosen],
     }
     paths = [folder / name for name in ("table.md", "results.json", "errors.png")]
-    for path, text in zip(paths, (table(results), json.dumps(content, indent=1)), strict=False):
-        write_text(path, text)
+    write_text(paths[0], table(results))
+    write_json(paths[1], content)
     _figure(paths[2], results)
     return paths
 

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
-
 from comparison.report.listing import series, short_name
 from comparison.report.plots import against_nfe, legend, save
 from comparison.report.table import csv_text, markdown
 from comparison.results import ComparisonResults, MeasuredRow
 from runtime.files import write_text
-from runtime.images import image_grid, save_png
+from runtime.images import image_grid, read_png, save_png
 from runtime.seeds import parse_seeds
 from runtime.typed import write_result
 
@@ -69,7 +66,7 @@ def _plot(figure: Figure, rows: Sequence[MeasuredRow]) -> None:
 
 def _write_picture(folder: Path, rows: Sequence[MeasuredRow]) -> None:
     """The same seeds down the columns, a row per method."""
-    strips = [np.asarray(Image.open(folder / row.pictures).convert("RGB")) for row in rows]
+    strips = [read_png(folder / row.pictures) for row in rows]
     side = strips[0].shape[0]
     images = [
         strip[:, i : i + side].repeat(ZOOM, 0).repeat(ZOOM, 1)

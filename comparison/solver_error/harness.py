@@ -11,7 +11,7 @@ from torch import Tensor
 from denoisers.protocol import Model
 from metrics.detectors import Detector
 from runtime.dist import World
-from runtime.images import to_uint8
+from runtime.images import to_uint8_tensor
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,11 @@ class ErrorHarness:
         first = position // self.batch // size * size
         return sum(map(len, self.groups[first : first + size]))
 
-    @torch.inference_mode()
-    def check_images(self, model: Model, dtype: torch.dtype) -> None:
-        """Raise ValueError where the detector does not take images of the model's size."""
-        if self.detector is not None:
-            x = torch.zeros(1, *model.card.shape, dtype=dtype, device=self.here.device)
-            self.detector(torch.zeros(model.decode(x).shape, dtype=torch.uint8))
-
     def features(self, x: Tensor, model: Model) -> Tensor | None:
         """Of final states (B, C, H, W): (B, dim), float64 on the CPU; None without a detector."""
         if self.detector is None:
             return None
-        pixels = torch.from_numpy(to_uint8(model.decode(x)))
-        return self.detector(pixels.permute(0, 3, 1, 2)).cpu().double()
+        return self.detector(to_uint8_tensor(model.decode(x))).cpu().double()
 
     def gather(self, columns: Iterable[tuple[int, Tensor]], height: int) -> Tensor:
         """(height, images) from the columns (height, B) of all processes, by their position."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amed.experiments import TrainedStudent
 from comparison.report.html import closing_line, write_page
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct
+from comparison.rows import Row, ceiling_rows, classic_rows, distinct, heun_ceiling_row
 from comparison.solver_error.exact import Exact, Problem
 from comparison.solver_error.harness import ErrorHarness
 from comparison.solver_error.measure import curve, measure_row, shown_trajectory, solve
@@ -20,7 +20,7 @@ from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from evaluation.detectors import DetectorOptions, open_detector
+from evaluation.detectors import DetectorOptions, check_images, open_detector
 from metrics.detectors import Detector
 from runtime.dist import World
 from runtime.errors import UserError
@@ -29,8 +29,6 @@ from runtime.log import progress
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
-from samplers.build import build
-from samplers.options import SamplerOptions
 
 NO_DETECTOR = "none"
 CHECK = 200  #: nodes of the Heun walk that checks the exact solutions
@@ -112,9 +110,9 @@ class SolverErrorJob:
         if detector is None and options.detector.detector != NO_DETECTOR:
             detector = open_detector(options.detector, here)
         for student in self.students:
-            student.to(here.device)
+            student.predictor.to(here.device)
         harness = ErrorHarness(detector, self.seeds, options.batch, here)
-        harness.check_images(model, options.model.state_dtype)
+        check_images([] if detector is None else [detector], model, options.model.state_dtype, here)
         record = self.record(model.sha256, here)
         if here.is_main:
             record.write(options.outdir / RECORD)
@@ -177,9 +175,7 @@ def prepare(options: SolverErrorOptions) -> SolverErrorJob:
         rows += [row for row in learned if row.budget == budget]
     rows += ceiling_rows(card, rate) if options.ceilings else []
     if options.check:
-        asked = SamplerOptions(sampler="edm", num_steps=CHECK, guidance_rate=rate)
-        fine = build(asked, card)
-        rows.append(Row(f"Heun-{fine.nfe}", "ceiling", None, fine, f"{CHECK} nodes and 0"))
+        rows.append(heun_ceiling_row(CHECK, card, rate))
     solutions, skipped = lay_out(distinct(rows))
     if not solutions:
         raise UserError("no row is left that solves the ODE: add --budgets or --predictors")
@@ -191,13 +187,13 @@ def lay_out(rows: Iterable[Row]) -> tuple[list[SharedSolutions], list[SkippedRow
     by_start: dict[float, list[Row]] = {}
     skipped = []
     for row in rows:
-        if walks(row.sampler) is None:
+        if not walks(row.sampler):
             skipped.append(SkippedRow(row.method, STOCHASTIC))
         else:
             by_start.setdefault(level(row.sampler.start), []).append(row)
     solutions = []
     for start, sharing in by_start.items():
-        levels = {t for row in sharing for t in times(walks(row.sampler) or [])}
+        levels = {t for row in sharing for t in times(walks(row.sampler))}
         levels |= set(curve(levels))
         visited = tuple(sorted(levels, reverse=True))
         solutions.append(SharedSolutions(start, visited, tuple(sharing)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from comparison.solver_error.results import (
 from comparison.solver_error.walks import WalkErrors, level, measure_errors, times, walk, walks
 from denoisers.protocol import Model
 from metrics.statistics import Statistics
-from runtime.typed import read_earlier, write_result
+from runtime.typed import read_earlier, to_plain, write_result
 from solvers.grids import get_grid
 
 CURVE = 33  #: points of a trajectory that its plane is fitted to, on the usual polynomial grid
@@ -111,7 +110,7 @@ def measure_row(
         tick(len(harness.seeds))
         return earlier
     begin = time.perf_counter()
-    levels = times(walks(row.sampler) or [])
+    levels = times(walks(row.sampler))
     whole = harness.gather(_distances(row, exact, harness, tick), 2 * len(levels))
     along, local, features = whole[: len(levels)], whole[len(levels) : -1], whole[-1]
     detected = harness.detector is not None
@@ -143,7 +142,7 @@ def _distances(
     row: Row, exact: Exact, harness: ErrorHarness, tick: Tick
 ) -> Iterator[tuple[int, Tensor]]:
     """For each of this process's groups, along the walk, by interval, and in features."""
-    solves = walks(row.sampler) or []
+    solves = walks(row.sampler)
     for position, group in harness.own_groups:
         errors = measure_errors(solves, exact, group)
         if errors.nfe != row.sampler.nfe:
@@ -165,7 +164,7 @@ def _feature_distance(harness: ErrorHarness, errors: WalkErrors, model: Model) -
 
 
 def _identity(row: Row, exact: Exact, harness: ErrorHarness) -> ErrorIdentity:
-    described = json.loads(json.dumps(row.sampler.describe()))  # equal to its copy on disk
+    described = to_plain(row.sampler.describe())  # equal to its copy on disk
     detector = harness.detector.sha256 if harness.detector else None
     return ErrorIdentity(described, exact.identity(harness.groups), detector)
 
@@ -187,7 +186,7 @@ def shown_trajectory(harness: ErrorHarness, exact: Exact, rows: Sequence[Row]) -
 
     paths = {}
     for row in rows:
-        path = walk(walks(row.sampler) or [], *exact.problem.begin(group[:1]))
+        path = walk(walks(row.sampler), *exact.problem.begin(group[:1]))
         paths[row.key] = projected(path[:, 0])
     return ShownTrajectory(
         seed=group[0],

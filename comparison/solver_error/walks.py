@@ -25,13 +25,13 @@ class WalkErrors(NamedTuple):
     nfe: int  #: metered, of the walk itself
 
 
-def walks(sampler: Sampler) -> list[Solve] | None:
-    """The segments of a sampler that is deterministic; None for a stochastic one.
+def walks(sampler: Sampler) -> list[Solve]:
+    """The segments of a sampler that is deterministic; none for a stochastic one.
 
     A path with fresh noise solves no ODE, so there is no exact solution to compare it with.
     """
     solves = [segment for segment in sampler.plan if isinstance(segment, Solve)]
-    return solves if len(solves) == len(sampler.plan) else None
+    return solves if len(solves) == len(sampler.plan) else []
 
 
 def times(solves: Sequence[Solve]) -> list[float]:

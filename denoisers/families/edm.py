@@ -14,7 +14,14 @@ from torch import Tensor
 
 from checkpoints.pickles.files import read
 from checkpoints.snapshots import find_network, read_edm
-from checkpoints.weights import Unfilled, constructing, fill, read_config, read_safetensors
+from checkpoints.weights import (
+    Unfilled,
+    constructing,
+    fill,
+    read_config,
+    read_metadata,
+    read_safetensors,
+)
 from denoisers.cards import Card
 from denoisers.families.common import LoadedModel, check_batch, check_samples
 from denoisers.families.precond import build
@@ -115,14 +122,13 @@ def describe_edm(name: str, path: Path) -> Card:
 
     Raises UserError for a file that cannot be read or does not hold the settings of its network.
     """
-    checkpoint = read_checkpoint(path)
-    config = checkpoint.config
+    config, bottleneck = read_settings(path)
     if config is None:
         raise UserError(
             f"{path} does not hold the settings of its network; give --dataset_name the name of "
             "the published model that it belongs to"
         )
-    net = make_network(config, checkpoint.bottleneck, path)
+    net = make_network(config, bottleneck, path)
     return card_of(net, config, name, "edm", path, sha256_file(path))
 
 
@@ -160,7 +166,7 @@ def is_edm(path: Path) -> bool:
             return False
         return True
     try:
-        return "class_name" in (read_checkpoint(path).config or {})
+        return "class_name" in (read_settings(path)[0] or {})
     except UserError:
         return False
 
@@ -176,6 +182,17 @@ def read_checkpoint(path: Path) -> EDMCheckpoint:
         return EDMCheckpoint(tensors, config, metadata.get("bottleneck_module"))
     snapshot = read_edm(path)
     return EDMCheckpoint(snapshot.tensors, snapshot.config)
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The ``config`` and ``bottleneck`` of `read_checkpoint`; no weights of safetensors are read.
+
+    Raises UserError as `read_checkpoint`.
+    """
+    if _is_pickle(path):
+        return read_edm(path).config, None
+    metadata = read_metadata(path)
+    return read_config(metadata, path), metadata.get("bottleneck_module")
 
 
 def _is_pickle(path: Path) -> bool:

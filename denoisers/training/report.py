@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from denoisers.cards import Card
-from denoisers.families.edm import HIGHEST, LOWEST, EDMDenoiser, describe_edm
+from denoisers.families.edm import HIGHEST, LOWEST, EDMDenoiser, card_of
 from denoisers.training.batches import TrainingBatch
 from denoisers.training.trainer import Trainer
 from runtime.errors import UserError
-from runtime.files import atomic_write, write_json
+from runtime.files import atomic_write, sha256_file, write_json
 from runtime.images import image_grid, to_uint8
 from runtime.log import JsonLines, TextLog, read_json_lines, tensorboard
 from runtime.noise import SeedNoise
@@ -68,7 +68,7 @@ def write_model(folder: Path, trainer: Trainer, network: TrainedNetwork, record:
     with atomic_write(file) as temporary:
         save_file(tensors, temporary, metadata)
     standard = {f.name: f.default for f in fields(Card)}
-    card = vars(describe_edm("", file))
+    card = vars(card_of(trainer.ema, network.config, "", "edm", file, sha256_file(file)))
     entry = {k: v for k, v in card.items() if v not in (standard[k], {}) and k != "name"}
     write_json(folder / "card.json", entry)
 

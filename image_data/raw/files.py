@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from image_data.containers import FileContainer
-from image_data.formats import CONVERTIBLE, DAMAGE, damage_of, decode, reason
+from image_data.formats import CONVERTIBLE, DAMAGE, damage_of, decode
 from image_data.labels import TABLE, parse_labels
 from image_data.raw.dataset import BrokenImage, RawDataset, RawImage
-from runtime.errors import UserError
+from runtime.errors import UserError, reason
 
 SHOWN = 10  #: class names that a message lists
 
