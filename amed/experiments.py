@@ -57,6 +57,10 @@ class TrainedStudent:
             digest.update(key.encode() + value.detach().cpu().to(torch.float32).numpy().tobytes())
         return digest.hexdigest()
 
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move the predictor to ``device`` and ``dtype``, where given."""
+        self.predictor.to(device=device, dtype=dtype)
+
     def describe(self, sampler: str | None = None) -> dict[str, Json]:
         """The student's part of a sampler's record; ``sampler`` is None for its own solver."""
         settings: dict[str, Json] = self.settings.to_options()

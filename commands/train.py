@@ -1,12 +1,15 @@
-"""Train an AMED predictor: teacher trajectories supervise a student of about five evaluations."""
+"""Train a student of about five evaluations: an AMED predictor, or a whole NS solver."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from amed.job import TrainOptions, prepare
+import amed.job
+import ns.job
+from amed.job import TrainOptions
 from amed.settings import STUDENTS
 from commands.options import (
     POSITIVE,
@@ -19,7 +22,9 @@ from commands.options import (
 )
 from denoisers.cards import cards
 from runtime.job import execute
-from runtime.options import parse_options
+from ns.job import NsOptions
+from runtime.errors import UserError
+from runtime.options import flag_names, parse_options
 from solvers.grids import SCHEDULES
 from teachers.build import TARGETS, TEACHERS
 
@@ -30,7 +35,10 @@ Examples:
   torchrun --standalone --nproc_per_node=2 train.py --dataset_name=cifar10-small \\
       --sampler_stu=ipndm --sampler_tea=restart --num_steps=4 --M=2 --afs=True \\
       --scale_dir=0.01 --scale_time=0.2
+  python train.py --dataset_name=cifar10-small --sampler_stu=ns --nfe=5
 """
+NS = "ns"  #: the student that is a table
+Options = TypeVar("Options")
 FRACTION = click.FloatRange(0, 1, max_open=True)
 
 
@@ -54,7 +62,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 )
 @dtype_option
 # Solver
-@click.option("--sampler_stu", type=click.Choice(STUDENTS), default="amed")
+@click.option("--sampler_stu", type=click.Choice((*STUDENTS, NS)), default="amed")
 @click.option("--sampler_tea", type=click.Choice(TEACHERS), default="heun")
 @click.option("--num_steps", type=click.IntRange(2), default=4, help="nodes of the student's grid")
 @click.option("--M", "M", type=int, default=1, help="nodes the teacher inserts per interval")
@@ -77,11 +85,41 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option(
     "--S_noise", "S_noise", type=click.FloatRange(0), default=1.0, help="jump noise scale"
 )
+# NS solvers, --sampler_stu=ns
+@click.option("--nfe", type=click.IntRange(1), default=5, help="ns: network evaluations")
+@click.option("--trajectories", type=click.IntRange(1), default=512, help="ns: for refinement")
+@click.option("--search", type=click.IntRange(0), default=40, help="ns: tables to try for times")
+@click.option("--refine", type=click.IntRange(0), default=160, help="ns: updates; 0: calibrate only")
+@click.option(
+    "--exponent", type=click.FloatRange(0, 2), default=0.6, help="ns: of the spectrum in the loss"
+)
+@click.option("--report", type=click.IntRange(1), default=20, help="ns: updates between reports")
+@click.option("--checkpoint", is_flag=True, help="ns: recompute calls, to save memory")
 @device_option
 @dry_run_option
-def main(dry_run: bool, device: str | None, **flags: Any) -> None:
-    """Train a predictor for a few-step student of a pre-trained diffusion model.
+@click.pass_context
+def main(context: click.Context, dry_run: bool, device: str | None, **flags: Any) -> None:
+    """Train a few-step student of a pre-trained diffusion model.
 
-    Prints the run's folder at the end; losses go there and to TensorBoard.
+    The student is a predictor that guides a solver (amed and the plugins), or a whole solver as a
+    table (ns), whose own defaults are --batch 48 and --lr 0.05.  Prints the run's folder at the
+    end; losses go there and to TensorBoard.
     """
-    execute(prepare, parse_options(TrainOptions, flags), dry_run, device)
+    if flags["sampler_stu"] == NS:
+        execute(ns.job.prepare, _options(NsOptions, context, flags), dry_run, device)
+    else:
+        execute(amed.job.prepare, _options(TrainOptions, context, flags), dry_run, device)
+
+
+def _options(kind: type[Options], context: click.Context, flags: dict[str, Any]) -> Options:
+    """The options of one kind of student; UserError for a flag that only the other kind has."""
+    given = {n for n in flags if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+    takes = {*flag_names(kind), "sampler_stu"}
+    foreign = sorted(given - takes)
+    if foreign:
+        raise UserError(
+            f"--{foreign[0]} {flags[foreign[0]]} is not an option of --sampler_stu="
+            f"{flags['sampler_stu']}: leave it out"
+        )
+    return parse_options(kind, {name: flags[name] for name in given & {*flag_names(kind)}})
+

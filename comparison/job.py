@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from amed.experiments import TrainedStudent
 from comparison.baselines import completed
 from comparison.measure import measure
 from comparison.report.html import closing_line, write_page
@@ -18,6 +17,7 @@ from comparison.significance import with_gaps
 from comparison.students import learned_restart_rows, learned_rows, load_students, table_rate
 from denoisers.cards import Card
 from evaluation.harness import Harness, HarnessOptions, open_harness
+from ns.experiments import AnyStudent
 from plan_search.objectives import choose_restart, selection_cost
 from runtime.dist import World
 from runtime.errors import UserError
@@ -172,7 +172,7 @@ def prepare(options: CompareOptions) -> ComparisonJob:
 def _rows_by_budget(
     options: CompareOptions,
     budgets: Sequence[int],
-    students: Sequence[TrainedStudent],
+    students: Sequence[AnyStudent],
     card: Card,
     guidance_rate: float | None,
 ) -> dict[int, list[Row]]:
@@ -223,7 +223,7 @@ def check_conditions(
 
 def _extra_rows(
     options: CompareOptions,
-    students: Sequence[TrainedStudent],
+    students: Sequence[AnyStudent],
     card: Card,
     guidance_rate: float | None,
 ) -> list[Row]:

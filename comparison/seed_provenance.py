@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from amed.experiments import TrainedStudent
 from amed.trainer import STREAMS
+from ns.experiments import AnyStudent, TrainedTable
 from runtime.errors import UserError
 from runtime.options import Json
 from runtime.seeds import seed_ranges
 
 
 def seeds_section(
-    evaluation: Sequence[int], selection: Sequence[int], students: Iterable[TrainedStudent]
+    evaluation: Sequence[int], selection: Sequence[int], students: Iterable[AnyStudent]
 ) -> dict[str, Json]:
     """The section ``seeds`` of a record.
 
@@ -44,9 +44,11 @@ def seeds_section(
     }
 
 
-def _training(student: TrainedStudent) -> dict[str, Json] | None:
+def _training(student: AnyStudent) -> dict[str, Json] | None:
     """Seed and numbers of a training run; None where its record lacks them (published ones)."""
     options = student.record.options
+    if isinstance(student, TrainedTable):
+        return {"seed": options["seed"], "numbers": seed_ranges(range(student.latents))}
     if any(options.get(key) is None for key in ("seed", "batch", "total_kimg")):
         return None
     batches = -(-math.ceil(options["total_kimg"] * 1000) // options["batch"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from amed.experiments import TrainedStudent, load_predictor
+from amed.experiments import TrainedStudent
 from comparison.rows import Row, solver_title
 from denoisers.cards import Card
+from ns.experiments import AnyStudent, TrainedTable, load_student
 from restart.intervals import interval_json, resolve_intervals
 from runtime.errors import UserError
 from runtime.lists import parse_words
@@ -29,24 +30,24 @@ OWN_SOLVER = {"amed": "dpm", "euler": "euler", "dpm": "dpm", "dpmpp": "dpmpp", "
 SEGMENTS = {"main": "{} main", "restart": "{} descents", "both": "{}"}
 
 
-def load_students(specs: str, card: Card) -> list[TrainedStudent]:
-    """Read the predictors of ``--predictors``: numbers, folders or files, separated by commas.
+def load_students(specs: str, card: Card) -> list[AnyStudent]:
+    """Read the students of ``--predictors``: numbers, folders or files, separated by commas.
 
     Raises UserError for one that is missing or was trained for another model.
     """
-    students = []
+    students: list[AnyStudent] = []
     for spec in parse_words(specs):
-        student = load_predictor(spec, ROOT)
-        if student.settings.dataset_name != card.name:
+        student = load_student(spec, ROOT)
+        if student.dataset_name != card.name:
             raise UserError(
-                f"predictor {spec} was trained for {student.settings.dataset_name!r}, but this "
+                f"predictor {spec} was trained for {student.dataset_name!r}, but this "
                 f"comparison is on {card.name!r}; leave it out, or train one for this model"
             )
         students.append(student)
     return students
 
 
-def table_rate(asked: float | None, students: Sequence[TrainedStudent]) -> float | None:
+def table_rate(asked: float | None, students: Sequence[AnyStudent]) -> float | None:
     """The guidance rate of every row: the one that was asked for, or the students' own.
 
     Raises UserError where none was asked for and the students were trained with different ones.
@@ -55,7 +56,7 @@ def table_rate(asked: float | None, students: Sequence[TrainedStudent]) -> float
         return asked
     by_rate: dict[float | None, list[str]] = {}
     for student in students:
-        by_rate.setdefault(student.settings.guidance_rate, []).append(student.name)
+        by_rate.setdefault(student.guidance_rate, []).append(student.name)
     if len(by_rate) > 1:
         trained = "; ".join(
             f"{', '.join(names)}: {'none' if rate is None else f'{rate:g}'}"
@@ -69,18 +70,33 @@ def table_rate(asked: float | None, students: Sequence[TrainedStudent]) -> float
 
 
 def learned_rows(
-    students: Iterable[TrainedStudent], card: Card, guidance_rate: float | None = None
+    students: Iterable[AnyStudent], card: Card, guidance_rate: float | None = None
 ) -> list[Row]:
     """Each student by itself; its budget is what its sampler spends under this guidance."""
     rows = []
     for student in students:
-        settings = student.settings
         sampler = build_learned(SamplerOptions(guidance_rate=guidance_rate), student, card)
+        if isinstance(student, TrainedTable):
+            rows.append(_table_row(student, sampler))
+            continue
+        settings = student.settings
         own = solver_title(OWN_SOLVER[settings.sampler_stu], settings.afs)
         detail = f"{teacher_words(student)}; {training_length(student)}"
         title = TITLES[settings.sampler_stu]
         rows.append(Row(title, "learned", sampler.nfe, sampler, detail, own))
     return rows
+
+
+def _table_row(student: TrainedTable, sampler: Sampler) -> Row:
+    """A table, compared with iPNDM and a free first step, the table that its search begins with."""
+    options, plan = student.record.options, student.record.plan
+    words = [f"{options['sampler_tea']} teacher"]
+    if plan.get("teacher_nfe"):
+        words.append(f"{plan['teacher_nfe']} NFE")
+    length = f"{student.latents} trajectories, {options['refine']} updates"
+    detail = f"{', '.join(words)}; {length}"
+    own = solver_title("ipndm", afs=True)
+    return Row("NS solver", "learned", sampler.nfe, sampler, detail, own)
 
 
 def teacher_words(student: TrainedStudent) -> str:
@@ -101,7 +117,7 @@ def training_length(student: TrainedStudent) -> str:
 
 
 def learned_restart_rows(
-    students: Iterable[TrainedStudent],
+    students: Iterable[AnyStudent],
     card: Card,
     info: str | None = None,
     guidance_rate: float | None = None,
@@ -117,6 +133,8 @@ def learned_restart_rows(
     info = interval_json(intervals)
     rows: dict[tuple[str, int], Row] = {}
     for student in students:
+        if isinstance(student, TrainedTable):  # a whole sampler, which has no walk to lend
+            continue
         for which, words in SEGMENTS.items():
             nodes = (stated or student.settings.num_steps) if which == "restart" else None
             options = SamplerOptions(

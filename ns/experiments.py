@@ -58,6 +58,11 @@ class TrainedTable:
         return str(self.record.options["dataset_name"])
 
     @property
+    def latents(self) -> int:
+        """How many latents it was fitted and judged on; their numbers count from 0."""
+        return int(self.record.plan["latents"])
+
+    @property
     def guidance_rate(self) -> float | None:
         return self.record.options.get("guidance_rate")
 
@@ -73,6 +78,9 @@ class TrainedTable:
             [self.table.start, self.table.end, self.table.times.tolist(), self.table.ragged]
         )
         return hashlib.sha256(numbers.encode()).hexdigest()
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Nothing to move: a table is a few float64 numbers."""
 
     def describe(self, sampler: str | None = None) -> dict[str, Json]:
         """The table's part of a sampler's record."""

@@ -88,12 +88,13 @@ class NsJob:
             "sampler_stu": "ns",
             "prompts": self.conditions.describe(),
         }
+        refined = self.pairs.options.number if self.options.refine else 0
         plan: dict[str, Json] = {
             "nfe": self.options.nfe,
             "calls": self.calls,
             "numbers": self.calls + (self.calls + 1) * (self.calls + 2) // 2,
             "teacher_nfe": self.curves.nfe,
-            "latents": {"judged": JUDGED, "calibrated": CALIBRATED},
+            "latents": max(self.curves.options.number, refined),
         }
         return RunRecord.make(
             "train", resolved, {"name": self.card.name, "sha256": weights_sha256}, plan

@@ -39,7 +39,7 @@ class SpectralNorm:
         return self.whiten(error).square().flatten(1).mean(1)
 
     def whiten(self, x: Tensor) -> Tensor:
-        """``x`` (B, C, H, W) with its frequencies scaled by ``sqrt(w)``: its squares sum to the norm."""
+        """``x`` (B, C, H, W) with its frequencies scaled by ``sqrt(w)``."""
         root = self.weights.sqrt().to(x.device, x.dtype)
         return torch.fft.ifft2(torch.fft.fft2(x) * root).real
 

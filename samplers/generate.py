@@ -55,7 +55,7 @@ def generate(
     check_coupled(sampler, len(seeds), batch)
     device = torch.device(device)
     if sampler.student is not None:
-        sampler.student.predictor.to(device)
+        sampler.student.to(torch.device(device))
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
     return (
         _batch(sampler, model, tuple(chunk), device, dtype, resolved, keep_trajectory, watch)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amed.experiments import load_predictor
+from ns.experiments import TrainedTable, load_student
 from denoisers.families.diffusers.model import Bottleneck, Prediction
 from plans.plan import Solve
 from runtime.errors import UserError
@@ -35,7 +35,12 @@ def use_predictor(pipe: Any, spec: str | Path, root: str | Path = "exps") -> Wal
     the ``num_inference_steps`` of the returned scheduler, and with the ``guidance_scale`` that the
     predictor was trained with.  Raises UserError for a predictor of another model.
     """
-    student = load_predictor(str(spec), root)
+    student = load_student(str(spec), root)
+    if isinstance(student, TrainedTable):
+        raise UserError(
+            f"{student.label} is a table, which this scheduler cannot walk: give an AMED predictor, "
+            "or sample with sample.py"
+        )
     settings = student.settings
     schedule = Prediction.of(pipe.scheduler.config, type(pipe).__name__).schedule
     grid = replace(settings.grid, time_maps=TimeMaps(schedule.sigma, schedule.sigma_inv))

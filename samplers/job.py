@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from amed.experiments import TrainedStudent
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
@@ -187,8 +186,7 @@ def prepare(options: SampleOptions) -> SamplingJob:
         student = load_student(spec, "exps")
         source = options.model.named(student.dataset_name)
         card = source.card()
-        if isinstance(student, TrainedStudent):
-            student.predictor.to(source.state_dtype)
+        student.to(dtype=source.state_dtype)
         sampler = build_learned(options.sampler, student, card)
     rate = sampler.guidance_rate
     conditions = options.conditions.at(rate).resolve(card)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from amed.experiments import TrainedStudent
 from comparison.report.html import closing_line, write_page
 from comparison.rows import Row, ceiling_rows, classic_rows, distinct, heun_ceiling_row
 from comparison.solver_error.exact import Exact, Problem
@@ -22,6 +21,7 @@ from denoisers.protocol import Model
 from denoisers.registry import ModelSource
 from evaluation.detectors import DetectorOptions, check_images, open_detector
 from metrics.detectors import Detector
+from ns.experiments import AnyStudent
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.lists import parse_whole_numbers
@@ -73,7 +73,7 @@ class SolverErrorJob:
     conditions: Conditions  #: with the guidance rate of the table
     seeds: Sequence[int]
     budgets: Sequence[int]
-    students: Sequence[TrainedStudent]
+    students: Sequence[AnyStudent]
     solutions: Sequence[SharedSolutions]  #: nearly always one
     skipped: Sequence[SkippedRow]
 
@@ -110,7 +110,7 @@ class SolverErrorJob:
         if detector is None and options.detector.detector != NO_DETECTOR:
             detector = open_detector(options.detector, here)
         for student in self.students:
-            student.predictor.to(here.device)
+            student.to(here.device)
         harness = ErrorHarness(detector, self.seeds, options.batch, here)
         check_images([] if detector is None else [detector], model, options.model.state_dtype, here)
         record = self.record(model.sha256, here)

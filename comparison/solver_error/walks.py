@@ -11,8 +11,12 @@ from torch import Tensor
 
 from comparison.solver_error.exact import Exact
 from plans.plan import Solve
+from plans.table import TableWalk
 from samplers.sampler import Sampler
 from solvers.driver import Meter, State, advance, integrate, substeps_total
+from solvers.table import run_table
+
+Walk = Solve | TableWalk
 
 
 class WalkErrors(NamedTuple):
@@ -25,21 +29,32 @@ class WalkErrors(NamedTuple):
     nfe: int  #: metered, of the walk itself
 
 
-def walks(sampler: Sampler) -> list[Solve]:
+def walks(sampler: Sampler) -> list[Walk]:
     """The segments of a sampler that is deterministic; none for a stochastic one.
 
     A path with fresh noise solves no ODE, so there is no exact solution to compare it with.
     """
-    solves = [segment for segment in sampler.plan if isinstance(segment, Solve)]
+    solves = [segment for segment in sampler.plan if isinstance(segment, (Solve, TableWalk))]
     return solves if len(solves) == len(sampler.plan) else []
 
 
-def times(solves: Sequence[Solve]) -> list[float]:
+def nodes(part: Walk) -> Tensor:
+    """The noise levels of a walk's states, (T,) float64.
+
+    The states inside a table have no noise level of their own, so only its ends are compared.
+    """
+    if isinstance(part, TableWalk):
+        return torch.tensor([part.table.start, part.table.end], dtype=torch.float64)
+    return part.ts
+
+
+def times(solves: Sequence[Walk]) -> list[float]:
     """Every noise level that the walks visit, the start included.
 
     Rounded, so that grids which compute a common level in different ways agree on it.
     """
-    return [level(t) for t in [solves[0].ts[0], *(t for part in solves for t in part.ts[1:])]]
+    inner = (t for part in solves for t in nodes(part)[1:])
+    return [level(t) for t in [nodes(solves[0])[0], *inner]]
 
 
 def level(t: float | Tensor) -> float:
@@ -48,17 +63,21 @@ def level(t: float | Tensor) -> float:
 
 
 @torch.inference_mode()
-def walk(solves: Sequence[Solve], meter: Meter, x: Tensor) -> Tensor:
+def walk(solves: Sequence[Walk], meter: Meter, x: Tensor) -> Tensor:
     """All states (T, B, C, H, W) of the walks from ``x``, which is the first of them."""
     states = [x[None]]
     for part in solves:
-        walked = integrate(part.solver, meter, states[-1][-1], part.ts, part.guide, part.afs)
-        states.append(walked.x[1:])
+        begin = states[-1][-1]
+        if isinstance(part, TableWalk):
+            states.append(run_table(part.table, meter, begin).x[-1:])
+        else:
+            walked = integrate(part.solver, meter, begin, part.ts, part.guide, part.afs)
+            states.append(walked.x[1:])
     return torch.cat(states)
 
 
 @torch.inference_mode()
-def measure_errors(solves: Sequence[Solve], exact: Exact, seeds: Sequence[int]) -> WalkErrors:
+def measure_errors(solves: Sequence[Walk], exact: Exact, seeds: Sequence[int]) -> WalkErrors:
     """Walk from the latents of ``seeds``; then interval by interval from their exact states."""
     truth = exact.states(seeds, times(solves))
     meter, x = exact.problem.begin(seeds)
@@ -66,19 +85,22 @@ def measure_errors(solves: Sequence[Solve], exact: Exact, seeds: Sequence[int]) 
     nfe = meter.nfe
     local, at = [], 0
     for part in solves:
-        local.append(local_errors(part, meter, truth[at : at + len(part.ts)]))
-        at += len(part.ts) - 1
+        count = len(nodes(part))
+        local.append(local_errors(part, meter, truth[at : at + count]))
+        at += count - 1
     return WalkErrors(walked, truth, rms(walked - truth), torch.cat(local), nfe)
 
 
-def local_errors(part: Solve, meter: Meter, truth: Tensor) -> Tensor:
+def local_errors(part: Walk, meter: Meter, truth: Tensor) -> Tensor:
     """(T - 1, B): each interval from the exact state at its start, against the one at its end.
 
     ``truth`` (T, B, C, H, W) are the exact states at the nodes of ``part``.  The slopes that a
     multistep solver remembers are those at exact states too.  A node that a guide inserts lies
     where the solver puts it when it comes from the exact state before it, and an analytic first
-    slope stays analytic.
+    slope stays analytic.  A table is one interval.
     """
+    if isinstance(part, TableWalk):
+        return rms(walk([part], meter, truth[0])[-1] - truth[1])[None]
     total = substeps_total(part.solver, len(part.ts) - 1, part.guide)
     state, errors = State(truth[0]), []
     for i, (t, t_next) in enumerate(pairwise(part.ts)):
