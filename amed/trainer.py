@@ -28,11 +28,14 @@ from runtime.record import RunRecord
 from solvers.driver import Meter
 from solvers.types import Denoiser
 from teachers.supervision import Teacher, visit_variance
+from teachers.trajectory_files import TRAJECTORIES
 
 STATE = "training-state.pt"
 VARIANCE_SAMPLES, VARIANCE_DRAWS = 4, 4
+TRAIN, VARIANCE = "train", "variance"
+REPEATS = tuple(f"{VARIANCE}-{k}" for k in range(VARIANCE_DRAWS))
 #: First parts of the names of draws in training; draws of samplers have other names.
-STREAMS = ("train", "variance", *(f"variance-{k}" for k in range(VARIANCE_DRAWS)))
+STREAMS = (TRAIN, VARIANCE, *REPEATS, TRAJECTORIES)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Data:
     dtype: torch.dtype
     device: torch.device
 
-    def draw(self, numbers: Sequence[int], stream: str = STREAMS[0]) -> SeededBatch:
+    def draw(self, numbers: Sequence[int], stream: str = TRAIN) -> SeededBatch:
         """The samples with these numbers, with noise from one of the `STREAMS`."""
         noise, name = SeedNoise(numbers), (stream, self.seed)
         meter = Meter(self.bind(noise, name))
@@ -152,9 +155,9 @@ def _metrics(window: list[list[IntervalResult]], loop: Loop, world: World) -> di
 def _variance(teacher: Teacher, data: Data, it: int) -> list[float]:
     """Variance of the teacher's states over new draws from a few initial states."""
     numbers = range(it * VARIANCE_SAMPLES, (it + 1) * VARIANCE_SAMPLES)
-    first = data.draw(numbers, STREAMS[1])
+    first = data.draw(numbers, VARIANCE)
     x = first.start(first.card.sigma_max)
-    processes: list[Noise] = [data.draw(numbers, stream).process for stream in STREAMS[2:]]
+    processes: list[Noise] = [data.draw(numbers, stream).process for stream in REPEATS]
     return visit_variance(teacher, first.meter, x, processes).tolist()
 
 

@@ -65,6 +65,10 @@ COMMANDS: dict[str, Subcommand] = {
         "tools.converged",
         "Sample a model without solver error, by dopri5 on the probability-flow ODE.",
     ),
+    "trajectories": Subcommand(
+        "tools.trajectories",
+        "Compute a teacher's trajectories once, for every student that reads them.",
+    ),
     "convert": Subcommand("tools.convert", "Convert the checkpoint SOURCE to TARGET.safetensors."),
     "dataset": Subcommand(
         "tools.dataset_tool", "Convert a published image data set to EDM's layout."

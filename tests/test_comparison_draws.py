@@ -18,12 +18,16 @@ from amed.trainer import STREAMS
 from commands import train
 from comparison.seed_provenance import seeds_section
 from denoisers.conditions import Conditions
+from runtime.dist import World
 from runtime.errors import UserError
 from runtime.noise import Name, SeedNoise
 from runtime.seeds import SELECTION_START, selection_seeds
 from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SAMPLERS, SamplerOptions
+from teachers import trajectories
+from teachers.trajectories import TrajectoryOptions
+from teachers.trajectory_files import TRAJECTORIES
 from tests.sampler_models import trained
 from tests.tiny_model import TinySource, tiny_model
 
@@ -69,10 +73,17 @@ def test_no_key_of_training_is_one_of_sampling(
     out = tmp_path / "exps"
     done = CliRunner().invoke(train.main, [*TRAINED, f"--outdir={out}"], catch_exceptions=False)
     assert done.exit_code == 0
+    restart = TRAINED[-1].partition("=")[2]
+    asked = TrajectoryOptions(
+        TinySource(CLASSES, cache_dir=str(tmp_path)), teacher="restart", num_steps=5,
+        restart_info=restart, number=12,
+    )  # fmt: skip
+    trajectories.prepare(asked).run(World(0, 1, torch.device("cpu")))
     training = keys.take()
     assert {key[1] for key in training} == set(STREAMS)
+    for stream in ("train", TRAJECTORIES):
+        assert {key[3] for key in training if key[1] == stream} >= {"latent", "class", "restart"}
     assert {key[0] for key in training if key[1] == "train"} == set(range(12))
-    assert {key[3] for key in training} >= {"latent", "class", "restart"}
 
     model = tiny_model(CLASSES)
     churned = SamplerOptions(sampler="edm", num_steps=4, S_churn=30.0, S_max=50.0)
