@@ -21,9 +21,9 @@ from commands.options import (
     prompt_options,
 )
 from denoisers.cards import cards
-from runtime.job import execute
 from ns.job import NsOptions
 from runtime.errors import UserError
+from runtime.job import execute
 from runtime.options import flag_names, parse_options
 from solvers.grids import SCHEDULES
 from teachers.build import TARGETS, TEACHERS
@@ -89,7 +89,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--nfe", type=click.IntRange(1), default=5, help="ns: network evaluations")
 @click.option("--trajectories", type=click.IntRange(1), default=512, help="ns: for refinement")
 @click.option("--search", type=click.IntRange(0), default=40, help="ns: tables to try for times")
-@click.option("--refine", type=click.IntRange(0), default=160, help="ns: updates; 0: calibrate only")
+@click.option("--refine", type=click.IntRange(0), default=160, help="ns: updates; 0: none")
 @click.option(
     "--exponent", type=click.FloatRange(0, 2), default=0.6, help="ns: of the spectrum in the loss"
 )
@@ -122,4 +122,3 @@ def _options(kind: type[Options], context: click.Context, flags: dict[str, Any])
             f"{flags['sampler_stu']}: leave it out"
         )
     return parse_options(kind, {name: flags[name] for name in given & {*flag_names(kind)}})
-

@@ -37,11 +37,12 @@ class SeededBatch:
         seeds: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        stream: StreamName = (),
     ) -> SeededBatch:
         """The samples of ``seeds`` under ``conditions``."""
         noise = SeedNoise(seeds)
-        denoiser = conditions.bind(model, noise, device)
-        return cls(model.card, noise, Meter(denoiser), dtype, device)
+        denoiser = conditions.bind(model, noise, device, stream)
+        return cls(model.card, noise, Meter(denoiser), dtype, device, stream)
 
     @property
     def denoiser(self) -> Denoiser:

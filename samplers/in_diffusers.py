@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ns.experiments import TrainedTable, load_student
 from denoisers.families.diffusers.model import Bottleneck, Prediction
+from ns.experiments import TrainedTable, load_student
 from plans.plan import Solve
 from runtime.errors import UserError
 from solvers.driver import integrate, planned_nfe
@@ -38,8 +38,8 @@ def use_predictor(pipe: Any, spec: str | Path, root: str | Path = "exps") -> Wal
     student = load_student(str(spec), root)
     if isinstance(student, TrainedTable):
         raise UserError(
-            f"{student.label} is a table, which this scheduler cannot walk: give an AMED predictor, "
-            "or sample with sample.py"
+            f"{student.label} is a table, which this scheduler cannot walk: give an AMED "
+            "predictor, or sample with sample.py"
         )
     settings = student.settings
     schedule = Prediction.of(pipe.scheduler.config, type(pipe).__name__).schedule
