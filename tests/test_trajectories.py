@@ -30,6 +30,7 @@ from teachers.walks import TeacherWalk
 from tests.processes import run_command, together
 from tests.sampler_models import MEAN, VAR, ClassModel, GaussianModel, MixtureModel
 from tests.scripts import Script
+from tests.test_docs import code
 from tools import trajectories as tool
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -369,3 +370,22 @@ def test_a_dry_run_touches_nothing(script: Script, monkeypatch: pytest.MonkeyPat
     size = f"{each} bytes each, {NUMBER * each / 1e6:.1f} MB in all"
     assert end.strip() == f"{NUMBER} trajectories, 7 NFE each, {size}"
     assert done.code == 0 and not Path("cache").exists()
+
+
+def test_the_training_page_reads_trajectories() -> None:
+    names: dict = {}
+    exec(code("docs/training.md", "from denoisers.registry"), names)
+    batch, times = names["batch"], names["found"].times
+    assert len(names["found"]) == 128 and batch.numbers == tuple(range(96, 128))
+    node = names["job"].draw(MixtureModel(), batch.numbers, HERE).meter(batch.x[3], times[3])
+    assert torch.allclose(names["slopes"][3].float(), node.d, atol=1e-5)
+
+
+def test_what_is_not_finite_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = replace(MixtureModel().card, sigma_max=1e5)  # float16 ends at 65504
+    monkeypatch.setattr(ModelSource, "card", lambda *_: card)
+    assert len(prepare(options()).run(HERE, MixtureModel(card))) == 7
+    job = prepare(options(store="float16"))
+    with pytest.raises(UserError, match="latents 0 to 6 are not all finite in float16: give --st"):
+        job.run(HERE, MixtureModel(card))
+    assert not shard_bytes(job.folder(job.record(MixtureModel.sha256)))
