@@ -189,7 +189,7 @@ class TrajectoryJob:
         """Fill these shards, one after the other; batches may reach from one into the next."""
         rows = self._rows(model, [n for _, numbers in todo for n in numbers], here, bar)
         for shard, numbers in todo:
-            shard.append(list(islice(rows, len(numbers))), self.walk.times)
+            shard.extend(numbers, list(islice(rows, len(numbers))), self.walk.times)
 
     def _rows(
         self, model: Model, numbers: Sequence[int], here: World, bar: tqdm
