@@ -189,18 +189,24 @@ class TrajectoryJob:
         """Fill these shards, one after the other; batches may reach from one into the next."""
         rows = self._rows(model, [n for _, numbers in todo for n in numbers], here, bar)
         for shard, numbers in todo:
-            shard.append(list(islice(rows, len(numbers))), self.walk.times)
+            shard.extend(numbers, list(islice(rows, len(numbers))), self.walk.times)
 
     def _rows(
         self, model: Model, numbers: Sequence[int], here: World, bar: tqdm
     ) -> Iterator[StoredRow]:
-        share, dtype = here.share(self.options.batch), STORED[self.options.store]
+        share, store = here.share(self.options.batch), self.options.store
         for i in range(0, len(numbers), share):
             some = numbers[i : i + share]
             made = self.states(model, some, here)
             bar.update(min(len(some) * here.size, bar.total - bar.n))
-            x, x0 = (part.to("cpu", dtype).unbind(1) for part in (made.x, made.x0))
-            yield from (StoredRow(*pair, made.nfe) for pair in zip(x, x0, strict=True))
+            x, x0 = (part.to("cpu", STORED[store]) for part in (made.x, made.x0))
+            if not bool(x.isfinite().all() & x0.isfinite().all()):
+                raise UserError(
+                    f"the states of the latents {some[0]} to {some[-1]} are not all finite in "
+                    f"{store}: give --store float32, and another --dtype or grid if that fails too"
+                )
+            for pair in zip(x.unbind(1), x0.unbind(1), strict=True):
+                yield StoredRow(*pair, made.nfe)
 
 
 def prepare(options: TrajectoryOptions) -> TrajectoryJob:

@@ -77,10 +77,15 @@ class Shard:
                 for number, i in indices.items()
             }
 
-    def append(self, rows: Sequence[StoredRow], times: Tensor) -> None:
-        """Add ``rows`` after those that the file holds, whole or not at all."""
-        here = range(self.first, self.first + self.count())
-        rows = [*(self.rows(here).values() if here else ()), *rows]
+    def extend(self, numbers: range, rows: Sequence[StoredRow], times: Tensor) -> None:
+        """Add the ``rows`` of these numbers to those before them, whole or not at all.
+
+        Where another run has added them meanwhile, the file stays as it is: its rows are the same.
+        """
+        if self.first + self.count() >= numbers.stop:
+            return
+        before = range(self.first, numbers.start)
+        rows = [*(self.rows(before).values() if before else ()), *rows]
         tensors = {
             TIMES: times.contiguous(),
             X: torch.stack([row.x for row in rows]),

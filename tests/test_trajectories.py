@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,44 +14,27 @@ from denoisers.conditions import ConditionOptions
 from denoisers.registry import ModelSource
 from plans.plan import run_plan
 from runtime.dist import World
-from runtime.errors import UserError
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from samplers.build import build
 from samplers.options import SamplerOptions
 from solvers.driver import integrate
 from solvers.registry import make_solver
-from teachers import trajectory_files
 from teachers.trajectories import TrajectoryJob, TrajectoryOptions, prepare
-from teachers.trajectory_files import SHARD, Shard, TrajectorySet
+from teachers.trajectory_files import SHARD, Shard
 from teachers.walks import TeacherWalk
 from tests.processes import run_command, together
 from tests.sampler_models import MEAN, VAR, ClassModel, GaussianModel, MixtureModel
 from tests.scripts import Script
+from tests.trajectory_problems import HERE, NUMBER, options, shard_bytes, use_mixture
 from tools import trajectories as tool
 
-HERE = World(0, 1, torch.device("cpu"))
 GRID = ("heun", "dpm", "dpmpp", "euler", "ipndm")
-NUMBER = 2 * SHARD + 10
 
 
 @pytest.fixture(autouse=True)
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The mixture in place of a model's files, and a cache of the test's own."""
-    monkeypatch.setattr(ModelSource, "load", lambda *_: MixtureModel())
-    monkeypatch.setattr(ModelSource, "card", lambda *_: MixtureModel().card)
-    monkeypatch.setenv("AMED_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-
-
-def options(teacher: str = "heun", **more: Any) -> TrajectoryOptions:
-    """Few nodes of the mixture."""
-    asked = {"num_steps": 5, "number": 7, "keep": "all", **more}
-    return TrajectoryOptions(ModelSource("tiny", dtype="float64"), teacher=teacher, **asked)
-
-
-def shard_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_mixture(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -150,9 +131,8 @@ def test_half_precision_is_a_matter_of_the_disk(walked: list[int]) -> None:
 def test_batches_do_not_matter(teacher: str) -> None:
     found = []
     for batch in (1, 48, 1000):
-        asked = options(teacher, number=SHARD + 9, batch=batch)
-        model = ModelSource("tiny", dtype="float64", cache_dir=f"batch-{batch}")
-        found.append(shard_bytes(prepare(replace(asked, model=model)).run(HERE).folder))
+        asked = options(teacher, f"batch-{batch}", number=SHARD + 9, batch=batch)
+        found.append(shard_bytes(prepare(asked).run(HERE).folder))
     assert [*found[0]] == ["000000000.safetensors", f"{SHARD:09d}.safetensors"]
     assert found[0] == found[1] == found[2]
 
@@ -206,11 +186,8 @@ def test_more_latents_are_added_to_what_is_there(walked: list[int]) -> None:
         found = prepare(options(number=number)).run(HERE)
         assert walked == list(new) and len(found) == found.number == number
     assert len(list(Path("cache/trajectories").iterdir())) == 1
-    other = options(number=NUMBER)
-    model = ModelSource("tiny", dtype="float64", cache_dir="at-once")
-    assert shard_bytes(prepare(replace(other, model=model)).run(HERE).folder) == shard_bytes(
-        found.folder
-    )
+    at_once = prepare(options(cache="at-once", number=NUMBER)).run(HERE)
+    assert shard_bytes(at_once.folder) == shard_bytes(found.folder)
 
 
 @pytest.mark.parametrize(
@@ -262,34 +239,6 @@ def test_own_options_of_a_teacher_and_prompts_tell_folders_apart(
     assert len({job.folder(job.record("1")) for job in jobs}) == len(jobs) == 13
 
 
-def test_reading_opens_one_shard_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = prepare(options(number=NUMBER)).run(HERE)
-    whole = torch.cat([batch.x for batch in found.batches(NUMBER)], dim=1)
-    inner, now, opened = trajectory_files.safe_open, [0], []
-
-    @contextmanager
-    def counted(path: Path, **more: Any) -> Iterator[Any]:
-        opened.append(path.stem)
-        now[0] += 1
-        assert now[0] == 1
-        with inner(path, **more) as file:
-            yield file
-        now[0] -= 1
-
-    monkeypatch.setattr(trajectory_files, "safe_open", counted)
-    sizes = []
-    for batch in found.batches(SHARD // 2 + 1):
-        assert torch.equal(batch.x, whole[:, list(batch.numbers)])
-        sizes.append(len(batch.numbers))
-    assert sizes == [33, 33, 33, 33, 6]
-    assert [int(name) for name in opened] == [0, 0, 64, 64, 64, 128, 128]
-    opened.clear()
-    order = [NUMBER - 1, 0, SHARD, 3]
-    (batch,) = found.batches(10, order)
-    assert batch.numbers == tuple(order) and len(opened) == 3
-    assert torch.equal(batch.x, whole[:, order])
-
-
 def test_classes_belong_to_numbers() -> None:
     model = ClassModel()
     job = replace(prepare(options(number=9)), card=model.card)
@@ -302,30 +251,6 @@ def test_classes_belong_to_numbers() -> None:
     x0 = drawn.meter(batch.x[0].double(), found.times[0]).x0
     assert torch.equal(x0.float(), batch.x0[0])
     assert torch.equal(drawn.start(80.0).float(), batch.x[0])
-
-
-def test_damaged_and_missing_shards_are_one_sentence() -> None:
-    job = prepare(options(number=NUMBER))
-    found = job.run(HERE)
-    with pytest.raises(UserError, match=f"no trajectory {NUMBER}: .* numbers 0 to {NUMBER - 1}"):
-        found.read([0, NUMBER])
-    with pytest.raises(UserError, match=f"{NUMBER} of 999 trajectories: .*--number 999"):
-        TrajectorySet.open(found.folder, 999)
-    path = Shard(found.folder, SHARD).path
-    good = path.read_bytes()
-    for bad in (good[:-1], b"", b"\0" * 100):
-        path.write_bytes(bad)
-        for use in (lambda: job.run(HERE), lambda: found.read([SHARD])):
-            with pytest.raises(UserError, match=f"{path.name} cannot be read .*: delete it and"):
-                use()
-    path.unlink()
-    with pytest.raises(UserError, match=f"{path.name} is missing: compute the trajectories again"):
-        found.read([SHARD])
-    job.run(HERE)
-    assert path.read_bytes() == good
-    (found.folder / "run.json").write_text("{")
-    with pytest.raises(UserError, match="run.json is not valid JSON .*delete it"):
-        job.run(HERE)
 
 
 @pytest.mark.parametrize(
