@@ -45,6 +45,7 @@ class TableWalk:
         yield from run_table(self.table, meter, x).x[1:]
 
 
+@torch.no_grad()
 def tabulate(plan: AnyPlan) -> Table:
     """The table of a plan whose states are linear in the initial state and the denoised images.
 
