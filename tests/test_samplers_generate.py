@@ -56,7 +56,8 @@ def sampler(name: str, **options: object) -> Sampler:
 
 
 def learned() -> Sampler:
-    student = trained(sampler_stu="ipndm", afs=True).to(torch.device("cpu"), torch.float64)
+    student = trained(sampler_stu="ipndm", afs=True)
+    student.predictor.to(torch.float64)
     return build_learned(SamplerOptions(), student, make_card())
 
 
