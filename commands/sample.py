@@ -48,7 +48,7 @@ Examples:
 @click.option(
     "--sampler",
     metavar="NAME",
-    help=f"without a predictor, one of {', '.join(SAMPLERS)}; with one, restart takes it along",
+    help=f"one of {', '.join(SAMPLERS)}; with --predictor_path only restart, which then uses it",
 )
 @click.option(
     "--dataset_name",
@@ -119,7 +119,8 @@ Examples:
 @click.option(
     "--learned",
     type=click.Choice(LEARNED),
-    help="restart: what --predictor_path walks, the other by Heun  [default: main]",
+    help="restart with --predictor_path: the predictor walks the main grid, the descents "
+    "(restart) or both  [default: main]",
 )
 # Predictor-corrector
 @click.option("--speed_up", type=click.IntRange(1), help="pds: divides --num_steps  [default: 1]")

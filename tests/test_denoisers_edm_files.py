@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from denoisers.families import edm
 from denoisers.families.edm import describe_edm, is_edm, load_edm
 from denoisers.families.precond import build
 from denoisers.protocol import Files
@@ -120,6 +121,15 @@ def test_own_noise_levels_and_bottleneck_win(tmp_path: Path) -> None:
     assert (model.card.config, model.card.bottleneck) == (config, "8x8_block0")
     out = model.bind()(torch.randn(1, 2, 8, 8), torch.tensor(1.0))
     assert out.feat.shape == (1, 8, 8)
+
+
+def test_weights_are_not_read_to_describe_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("EDMPrecond")
+    path = write(tmp_path / "mine.safetensors", config, weights(config))
+    monkeypatch.setattr(edm, "read_safetensors", None)
+    assert is_edm(path) and describe_edm("mine", path).config == config
 
 
 def test_a_file_without_settings_takes_those_of_its_card(tmp_path: Path) -> None:

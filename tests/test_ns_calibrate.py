@@ -1,4 +1,4 @@
-"""NS solvers in closed form: on Gaussian data the best rows are known, and calibration finds them."""
+"""NS solvers in closed form: on Gaussian data the best rows are known, and found."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_whitened_coordinates_move_the_state_by_the_calibration_error() -> None:
         with torch.no_grad():
             whitened.delta[-1] = direction
         *_, after = whitened.table().states(denoiser(), fit.curves[0].x[0])
-        moved = float((after - before).square().mean().sqrt())
+        moved = (after - before).detach().square().mean().sqrt().item()
         assert moved == pytest.approx(float(calibration.errors[-1]), rel=0.02)
 
 

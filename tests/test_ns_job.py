@@ -14,9 +14,12 @@ import ns.refine
 from commands import sample, solver_error, train
 from denoisers.registry import ModelSource
 from ns.experiments import TrainedTable, load_student, read_table, save_table
+from plans.plan import run_plan
 from runtime.errors import UserError
 from runtime.log import read_json_lines
 from runtime.record import RunRecord
+from samplers.build import build
+from samplers.options import SamplerOptions
 from solvers.driver import Meter
 from solvers.table import run_table
 from tests.processes import run_command, together
@@ -25,7 +28,14 @@ from tests.tiny_model import TinySource, tiny_model
 
 #: A short run of the tiny model, with few latents.
 SHORT = (
-    *("--dataset_name=tiny", "--sampler_stu=ns", "--nfe=3", "--search=0", "--refine=6"),
+    *(
+        "--dataset_name=tiny",
+        "--sampler_stu=ns",
+        "--nfe=3",
+        "--search=0",
+        "--refine=6",
+        "--lr=0.02",
+    ),
     *("--trajectories=12", "--batch=4", "--report=2", "--dtype=float64", "--device=cpu"),
 )
 
@@ -33,10 +43,8 @@ SHORT = (
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model, few latents, and caches of this test's own."""
-    for owner in (TinySource, ModelSource):
-        monkeypatch.setattr(ModelSource, "card", TinySource.card)
-    monkeypatch.setattr(ModelSource, "known_sha256", TinySource.known_sha256)
-    monkeypatch.setattr(ModelSource, "load", TinySource.load)
+    for name in ("card", "known_sha256", "load"):
+        monkeypatch.setattr(ModelSource, name, vars(TinySource)[name])
     monkeypatch.setattr(ns.job, "JUDGED", 6)
     monkeypatch.setattr(ns.job, "CALIBRATED", 16)
     monkeypatch.setattr(ns.job, "SEARCHED", (8, 8))
@@ -86,10 +94,6 @@ def test_a_run_leaves_a_table_that_is_better_than_its_start(run: Any) -> None:
 
 def held_out(student: TrainedTable) -> float:
     """The error against Heun-35 on latents that no run has seen."""
-    from plans.plan import run_plan
-    from samplers.build import build
-    from samplers.options import SamplerOptions
-
     card = tiny_model("tiny").card
     heun = build(SamplerOptions(sampler="edm", num_steps=18), card)
     generator = torch.Generator().manual_seed(1)

@@ -43,7 +43,6 @@ import click, torch
 from runtime import cli
 from runtime.dist import world
 from runtime.errors import UserError
-cli.HEAD_START = 1.0
 @click.command()
 @click.argument("ranks")
 def main(ranks):

@@ -31,7 +31,8 @@ SEEDS = [3, 14, 15]
 def learned(which: str | None, student=None, info: str | None = INFO, **options) -> Sampler:
     student = student or trained("tiny", "amed", 4, True)
     asked = SamplerOptions(sampler="restart", learned=which, restart_info=info, **options)
-    student = replace(student, name="00007-tiny-4").to(torch.device("cpu"), torch.float64)
+    student = replace(student, name="00007-tiny-4")
+    student.predictor.to(torch.float64)
     return build_learned(asked, student, make_card())
 
 
