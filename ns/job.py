@@ -7,10 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from teachers.trajectories import TrajectoryJob, TrajectoryOptions
-from teachers.trajectories import prepare as prepare_trajectories
-from teachers.trajectory_files import TrajectorySet
-
 from amed.job import open_run
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
@@ -20,7 +16,7 @@ from ns.calibrate import Curves
 from ns.coordinates import WhitenedTable
 from ns.experiments import TABLE, save_table
 from ns.refine import STATE, Pair, Pairs, RefineLoop, read_state, refine
-from ns.search import Latents, calibrated, final_error, grid_times, search_times
+from ns.search import Latents, calibrated, final_error, polynomial_times, search_times
 from ns.spectrum import SpectralNorm
 from runtime.dist import World
 from runtime.errors import UserError
@@ -28,6 +24,9 @@ from runtime.log import note, progress
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from solvers.table import Table
+from teachers.trajectories import TrajectoryJob, TrajectoryOptions
+from teachers.trajectories import prepare as prepare_trajectories
+from teachers.trajectory_files import TrajectorySet
 
 JUDGED = 64  #: latents that tables are compared on, never fitted: the first numbers
 CALIBRATED = 256  #: latents of the closed form, the next numbers
@@ -115,8 +114,8 @@ class NsJob:
             note(f"already trained: {folder}")
             return folder
         fit, judge = self._latents(model, here)
-        norm = SpectralNorm.of((curves.images for curves in fit.curves), options.exponent)
-        norm = here.broadcast_object(norm)  # each process has seen its own images
+        images = [curves.images for curves in fit.curves]
+        norm = SpectralNorm.of(images, options.exponent, here.sum_)
 
         def error(table: Table) -> float:
             return final_error(table, judge, norm, here.sum_)
@@ -177,7 +176,7 @@ class NsJob:
     def _times(self, fit: Latents, norm: SpectralNorm, here: World) -> list[float]:
         levels = fit.curves[0].times
         if not self.options.search:
-            return grid_times(self.calls, float(levels[-1]), float(levels[0]), "polynomial", 7.0)
+            return polynomial_times(self.calls, float(levels[-1]), float(levels[0]))
         batches = [-(-count // (SHARE * here.size)) for count in SEARCHED]
         ends = batches[0], sum(batches)
         some = Latents(fit.curves[: ends[0]], fit.meters[: ends[0]])

@@ -124,7 +124,7 @@ class _Run:
         total = torch.zeros((), dtype=torch.float64)
         flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
         for pair in pairs:
-            image = final_state(self.current.table(), pair, self.loop.checkpointed)
+            image = final_state(self._table(), pair, self.loop.checkpointed)
             loss = norm(image - pair.images).to(torch.float64).sum() / self.loop.batch
             gradients = torch.autograd.grad(loss, parameters)
             flat += torch.cat([g.flatten() for g in gradients])
@@ -133,12 +133,8 @@ class _Run:
         here.sum_(total)
         for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = piece.view_as(p).clone()
-        norm_of = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        if not bool(torch.isfinite(norm_of)):
-            raise UserError(
-                f"update {self.done + 1} has no finite gradient: give a smaller --lr than "
-                f"{self.loop.lr:g}; the last saved table is kept"
-            )
+        if not bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, CLIP))):
+            raise self._diverged()
         self.optimizer.step()
         self.schedule.step()
         with torch.no_grad():
@@ -146,6 +142,18 @@ class _Run:
                 mean.lerp_(p, 1 - AVERAGE)
         self.done += 1
         return float(total)
+
+    def _table(self) -> Table:
+        try:
+            return self.current.table()
+        except ValueError:  # a weight or a time that is not finite
+            raise self._diverged() from None
+
+    def _diverged(self) -> UserError:
+        return UserError(
+            f"update {self.done + 1} finds no finite table or gradient: give a smaller --lr than "
+            f"{self.loop.lr:g}; the last saved table is kept"
+        )
 
     def compare(self, judge: Callable[[Table], float]) -> None:
         """Judge the averaged table, and keep it if it is the best so far."""

@@ -19,8 +19,9 @@ from solvers.grids import get_grid
 from solvers.registry import make_solver
 from solvers.table import Table, run_table
 
-#: Grids whose inner nodes are tried first: schedule and exponent.
-STARTS = (("polynomial", 7.0), ("polynomial", 4.0), ("logsnr", None))
+#: Where the search starts: the inner nodes of a polynomial grid, and times of equal ratios between
+#: two levels, the middle of the walk, where trajectories bend (as GITS finds, arXiv:2405.11326).
+POLYNOMIAL, RATIOS = 7.0, ((20.0, 0.05), (10.0, 0.1))
 STEP = 0.2  #: first change of the logarithm of a time
 
 
@@ -41,11 +42,9 @@ def prior_table(times: Sequence[float], start: float, sigma_min: float) -> Table
     return Table(start, 0.0, table.times, table.rows)
 
 
-def grid_times(
-    calls: int, sigma_min: float, sigma_max: float, schedule: str, rho: float | None
-) -> list[float]:
+def polynomial_times(calls: int, sigma_min: float, sigma_max: float) -> list[float]:
     """The inner nodes of a grid of ``calls`` + 2 nodes: the levels of a solver with AFS."""
-    return get_grid(schedule, calls + 2, sigma_min, sigma_max, rho)[1:-1].tolist()
+    return get_grid("polynomial", calls + 2, sigma_min, sigma_max, POLYNOMIAL)[1:-1].tolist()
 
 
 @torch.no_grad()
@@ -71,7 +70,7 @@ def search_times(
 ) -> list[float]:
     """The times whose calibrated table is nearest to the teacher on the latents of ``judge``.
 
-    Starts from the best of `STARTS` and goes on by Nelder and Mead's simplex in log sigma, within
+    Starts from the best of three guesses and goes on by Nelder and Mead's simplex in log sigma, within
     the teacher's noise levels, for at most ``evaluations`` calibrations in all.  ``watch`` is
     called with the error of each.
     """
@@ -87,7 +86,8 @@ def search_times(
         watch(found)
         return found
 
-    starts = [np.log(grid_times(calls, low, high, *grid)) for grid in STARTS[: max(1, evaluations)]]
+    starts = [np.log(polynomial_times(calls, low, high))]
+    starts += [np.linspace(*np.log(ends), calls) for ends in RATIOS]
     errors = [error(start) for start in starts]
     best = starts[int(np.argmin(errors))]
     left = evaluations - len(starts)

@@ -6,7 +6,7 @@ Divided by a power of the images' own spectrum, an error in fine structure count
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,22 @@ class SpectralNorm:
     weights: Tensor  #: (H, W) float64, for the frequencies of ``fft2``
 
     @classmethod
-    def of(cls, batches: Iterable[Tensor], exponent: float) -> SpectralNorm:
-        """The norm for images like those of ``batches``, (B, C, H, W) each."""
-        total, count = torch.zeros((), dtype=torch.float64), 0
+    def of(
+        cls,
+        batches: Sequence[Tensor],
+        exponent: float,
+        reduce: Callable[[Tensor], object] = lambda _: None,
+    ) -> SpectralNorm:
+        """The norm for images like those of ``batches``, (B, C, H, W) each.
+
+        ``reduce`` sums a tensor over processes in place.
+        """
+        power = torch.zeros(batches[0].shape[-2:], dtype=torch.float64)
         for batch in batches:
             spectrum = torch.fft.fft2(batch.to("cpu", torch.float64), norm="ortho")
-            total = total + spectrum.abs().square().mean(1).sum(0)
-            count += len(batch)
-        weights = radial_mean(total / count) ** -exponent
+            power += spectrum.abs().square().mean(1).sum(0)
+        reduce(power)  # its scale, the number of images, cancels
+        weights = radial_mean(power) ** -exponent
         return cls(weights / weights.mean())
 
     def __call__(self, error: Tensor) -> Tensor:

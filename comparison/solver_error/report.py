@@ -130,6 +130,8 @@ def _local(figure: Figure, rows: Rows) -> None:
         axes = figure.add_subplot(lines, columns, index + 1, sharey=first)
         for row in (r for r in rows if r.budget == nfe):
             ends = [(t, e) for t, e in zip(row.times[1:], row.local, strict=True) if t > 0]
+            if not ends:  # a table that leads to 0 is one interval
+                continue
             name = short_name(row)
             levels, errors = zip(*ends, strict=True)
             axes.loglog(levels, errors, STYLES[row.group], color=each[name], lw=1, ms=4, label=name)
