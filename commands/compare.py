@@ -38,7 +38,7 @@ Examples:
     "extra",
     type=click.Choice(EXTRA),
     multiple=True,
-    help="rows at budgets of their own",
+    help="more rows: pds and learned-restart at budgets of their own",
 )
 @click.option(
     "--restart_info",
