@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from commands.options import harness_options, image_options, mask_options
+from commands.options import harness_options, image_options, mask_options, times_option
 from comparison.job import EXTRA, CompareOptions, prepare
 from runtime.job import execute
 from runtime.options import parse_options
@@ -50,6 +50,7 @@ Examples:
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )
+@times_option("classic rows on these noise levels too, such as those of tools.gits")
 @harness_options("samples/compare")
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Compare samplers at matched budgets, on the same seeds, through one FID harness.

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from commands.options import condition_options, seeds_option, work_options
+from commands.options import condition_options, seeds_option, times_option, work_options
 from comparison.solver_error.job import NO_DETECTOR, SolverErrorOptions, prepare
 from metrics.detectors import DETECTORS
 from runtime.job import execute
@@ -35,6 +35,7 @@ Examples:
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )
+@times_option("classic rows on these noise levels too, such as those of tools.gits")
 @click.option("--batch", type=click.IntRange(1), default=8, help="images that are solved together")
 @condition_options
 @work_options("samples/errors", (*DETECTORS, NO_DETECTOR))

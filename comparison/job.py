@@ -20,6 +20,7 @@ from comparison.rows import (
     distinct,
     pds_rows,
     restart_row,
+    timed_rows,
 )
 from comparison.seed_provenance import seeds_section
 from comparison.significance import with_gaps
@@ -64,6 +65,7 @@ class CompareOptions:
     freq_mask_path: str | None = None
     space_mask_path: str | None = None
     schedule_type: str | None = None
+    times: tuple[float, ...] | None = None  #: of more classic rows
     outdir: Path = Path("samples/compare")
 
 
@@ -196,9 +198,11 @@ def _rows_by_budget(
     library = "diffusers" in options.extra
     if library and not budgets:
         raise UserError("--with diffusers has rows only at --budgets: give some, or leave it out")
+    timed = timed_rows(options.times, budgets, card, guidance_rate)
     return {
         budget: [
             *classic_rows(budget, card, guidance_rate, options.schedule_type),
+            *timed[budget],
             *(diffusers_rows(budget, card, guidance_rate) if library else ()),
             *(row for row in learned if row.budget == budget),
         ]
