@@ -42,7 +42,7 @@ EXAMPLES = """\b
 Examples:
   python -m tools.gits --num_steps 6
   python -m tools.gits --num_steps 5,6,7 --dataset_name mine --model_path FILE --dest times.json
-  python sample.py --sampler=ipndm --times 80,10.9,3.5,1.4,0.4,0.002
+  python sample.py --sampler=ipndm --times 80,6.66,2.16,0.68,0.17,0.002
 """
 
 
