@@ -60,6 +60,10 @@ COMMANDS: dict[str, Subcommand] = {
         "tools.plan_search",
         "Find the best Restart plan of exactly --nfe evaluations on a model.",
     ),
+    "gits": Subcommand(
+        "tools.gits",
+        "Find the noise levels of a model's grid by geometry-inspired time scheduling (GITS).",
+    ),
     "report": Subcommand("tools.report", "Write report.html again from the results in FOLDER."),
     "converged": Subcommand(
         "tools.converged",

@@ -12,6 +12,7 @@ from commands.options import (
     image_options,
     mask_options,
     predictors_option,
+    times_option,
 )
 from comparison.job import EXTRA, CompareOptions, prepare
 from runtime.job import execute
@@ -41,7 +42,7 @@ Examples:
     "extra",
     type=click.Choice(EXTRA),
     multiple=True,
-    help="rows at budgets of their own",
+    help="more rows: pds and learned-restart at budgets of their own",
 )
 @click.option(
     "--restart_info",
@@ -51,6 +52,7 @@ Examples:
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
 @mask_options
 @classic_schedule_option
+@times_option("classic rows on these noise levels too, such as those of tools.gits")
 @harness_options("samples/compare")
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Compare samplers at matched budgets, on the same seeds, through one FID harness.

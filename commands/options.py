@@ -12,6 +12,7 @@ from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
+from runtime.lists import parse_numbers
 from runtime.seeds import SELECTION_START
 from solvers.grids import SCHEDULES
 
@@ -136,6 +137,15 @@ def mask_options(function: F) -> F:
             help=f"pds: .npy, 'bundled' or 'none'  [default: {default}]",
         )(function)
     return function
+
+
+def times_option(help: str) -> Callable[[F], F]:
+    """``--times``: noise levels one by one."""
+
+    def parse(context: click.Context, option: click.Parameter, text: str | None) -> object:
+        return None if text is None else parse_numbers("--times", text)
+
+    return click.option("--times", metavar="LIST", callback=parse, help=help)
 
 
 # What is measured

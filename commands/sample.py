@@ -18,6 +18,7 @@ from commands.options import (
     model_options,
     prompt_options,
     seeds_option,
+    times_option,
 )
 from denoisers.cards import cards
 from restart.tables import configurations
@@ -87,6 +88,7 @@ Examples:
 )
 @click.option("--sigma_min", type=POSITIVE, help="last noise level  [default: the model's]")
 @click.option("--sigma_max", type=POSITIVE, help="first noise level  [default: the model's]")
+@times_option("noise levels one by one, decreasing, instead of a schedule")
 # Solver
 @click.option("--max_order", type=click.IntRange(1, 4), help="[default: ipndm 4, dpmpp 3]")
 @click.option("--predict_x0", type=bool, help="dpmpp: data form  [default: True]")

@@ -12,6 +12,7 @@ from commands.options import (
     condition_options,
     predictors_option,
     seeds_option,
+    times_option,
     work_options,
 )
 from comparison.solver_error.job import NO_DETECTOR, SolverErrorOptions, prepare
@@ -37,6 +38,7 @@ Examples:
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35")
 @classic_schedule_option
+@times_option("classic rows on these noise levels too, such as those of tools.gits")
 @click.option("--batch", type=click.IntRange(1), default=8, help="images that are solved together")
 @condition_options
 @work_options("samples/errors", (*DETECTORS, NO_DETECTOR))

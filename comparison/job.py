@@ -11,7 +11,16 @@ from comparison.measure import measure
 from comparison.report.html import closing_line, write_page
 from comparison.report.table import markdown
 from comparison.report.write import write_report
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows, restart_row
+from comparison.rows import (
+    Row,
+    ceiling_rows,
+    classic_rows,
+    diffusers_rows,
+    distinct,
+    pds_rows,
+    restart_row,
+    timed_rows,
+)
 from comparison.seed_provenance import seeds_section
 from comparison.significance import with_gaps
 from comparison.students import learned_restart_rows, learned_rows, load_students, table_rate
@@ -31,6 +40,7 @@ from samplers.options import SamplerOptions
 
 #: What ``--with`` adds, and the options that require it.
 EXTRA: dict[str, tuple[str, ...]] = {
+    "diffusers": (),
     "pds": ("iterations", "freq_mask_path", "space_mask_path"),
     "learned-restart": ("restart_info",),
 }
@@ -55,6 +65,7 @@ class CompareOptions:
     freq_mask_path: str | None = None
     space_mask_path: str | None = None
     schedule_type: str | None = None
+    times: tuple[float, ...] | None = None  #: of more classic rows
     outdir: Path = Path("samples/compare")
 
 
@@ -176,7 +187,7 @@ def _rows_by_budget(
     card: Card,
     guidance_rate: float | None,
 ) -> dict[int, list[Row]]:
-    """Classic and learned rows; UserError for a student that spends none of the budgets."""
+    """Rows at the budgets; UserError for a student that spends none of them."""
     learned = learned_rows(students, card, guidance_rate)
     for student, row in zip(students, learned, strict=True):
         if row.budget not in budgets and "learned-restart" not in options.extra:
@@ -184,9 +195,15 @@ def _rows_by_budget(
                 f"predictor {student.name} spends {row.budget} NFE, which is not among --budgets "
                 f"{options.budgets}: add it, or leave the predictor out"
             )
+    library = "diffusers" in options.extra
+    if library and not budgets:
+        raise UserError("--with diffusers has rows only at --budgets: give some, or leave it out")
+    timed = timed_rows(options.times, budgets, card, guidance_rate)
     return {
         budget: [
             *classic_rows(budget, card, guidance_rate, options.schedule_type),
+            *timed[budget],
+            *(diffusers_rows(budget, card, guidance_rate) if library else ()),
             *(row for row in learned if row.budget == budget),
         ]
         for budget in budgets

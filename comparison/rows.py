@@ -12,6 +12,7 @@ from runtime.errors import UserError
 from samplers.build import build
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
+from samplers.schedulers import diffusers_samplers
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Row:
     """What is to be measured for one line of the table."""
 
     method: str  #: ``iPNDM(4) + AFS``
-    group: str  #: classic, learned, restart, ode, sde, pds or ceiling
+    group: str  #: classic, diffusers, learned, restart, ode, sde, pds or ceiling
     budget: int | None  #: network evaluations; None for a ceiling
     sampler: Sampler
     detail: str = ""  #: schedule, teacher or the chosen plan, in words
@@ -90,6 +91,43 @@ def classic_rows(
             detail = f"{options.schedule_type}, {sampler.options.num_steps} nodes"
             rows.append(Row(str(solver_title(name, afs)), "classic", budget, sampler, detail))
     return rows
+
+
+def timed_rows(
+    times: tuple[float, ...] | None,
+    budgets: Sequence[int],
+    card: Card,
+    guidance_rate: float | None = None,
+) -> dict[int, list[Row]]:
+    """The listed solvers on the given noise levels, by budget; they are compared with their own.
+
+    Raises ValueError for levels that are no grid, and UserError if they spend none of the budgets.
+    """
+    rows: dict[int, list[Row]] = {budget: [] for budget in budgets}
+    if times is None:
+        return rows
+    asked, cost = SamplerOptions(times=times, guidance_rate=guidance_rate), card.cost(guidance_rate)
+    for name in LISTED:
+        for afs in (False, True) if len(times) > 2 else (False,):
+            sampler = build(replace(asked, sampler=name, afs=afs), card)
+            own, detail = str(solver_title(name, afs)), f"{len(times)} given noise levels"
+            if sampler.nfe in rows:
+                row = Row(f"{own}, given levels", "classic", sampler.nfe, sampler, detail, own)
+                rows[sampler.nfe].append(row)
+    if not any(rows.values()):
+        raise UserError(
+            f"--times has {len(times)} noise levels, and no solver on them spends one of --budgets "
+            f"{','.join(map(str, budgets))}: give --budgets {cost * (len(times) - 1)}"
+        )
+    return rows
+
+
+def diffusers_rows(budget: int, card: Card, guidance_rate: float | None = None) -> list[Row]:
+    """The schedulers of ``diffusers`` at ``budget``; UserError where it is not installed."""
+    return [
+        Row(f"diffusers {title}", "diffusers", budget, sampler, str(sampler.plan[0]))
+        for title, sampler in diffusers_samplers(budget, card, guidance_rate).items()
+    ]
 
 
 def pds_rows(

@@ -70,8 +70,8 @@ def search_times(
 ) -> list[float]:
     """The times whose calibrated table is nearest to the teacher on the latents of ``judge``.
 
-    Starts from the best of three guesses and goes on by Nelder and Mead's simplex in log sigma, within
-    the teacher's noise levels, for at most ``evaluations`` calibrations in all.  ``watch`` is
+    Starts from the best of three guesses and goes on by Nelder and Mead's simplex in log sigma,
+    within the teacher's noise levels, for at most ``evaluations`` calibrations in all.  ``watch`` is
     called with the error of each.
     """
     levels = fit.curves[0].times

@@ -20,6 +20,20 @@ def parse_whole_numbers(flag: str, text: str, least: int) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
+def parse_numbers(flag: str, text: str) -> tuple[float, ...]:
+    """``"80,9.5,0.002"`` -> the numbers in the order written.
+
+    Raises UserError, naming ``flag``, for an empty list and for anything but numbers.
+    """
+    try:
+        numbers = tuple(float(part) for part in parse_words(text))
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        raise UserError(f"{flag} {text!r} is not a list of numbers; give {flag} 80,9.5,0.002")
+    return numbers
+
+
 def parse_words(text: str) -> list[str]:
     """``"a, b"`` -> ["a", "b"]; empty parts are left out."""
     return [part.strip() for part in text.split(",") if part.strip()]

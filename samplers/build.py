@@ -10,7 +10,7 @@ from samplers.builders.classic import classic_sampler
 from samplers.builders.pds import pds_sampler
 from samplers.builders.restart import restart_sampler
 from samplers.builders.stochastic import ddpm_sampler, edm_sampler
-from samplers.options import ACCEPTS, SamplerOptions, check_accepted, check_length
+from samplers.options import ACCEPTS, SamplerOptions, check_accepted, check_grid
 from samplers.sampler import Sampler
 from solvers.registry import CLASSIC, SOLVERS
 
@@ -37,5 +37,5 @@ def build(options: SamplerOptions, card: Card) -> Sampler:
     if name not in BUILDERS:
         raise UserError(f"unknown sampler {name!r}; choose one of {', '.join(BUILDERS)}")
     check_accepted(options, ACCEPTS[name], f"sampler {name!r}")
-    check_length(options)
+    check_grid(options)
     return BUILDERS[name](options, card)

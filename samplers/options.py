@@ -29,6 +29,7 @@ class SamplerOptions:
     schedule_rho: float | None = None
     sigma_min: float | None = None
     sigma_max: float | None = None
+    times: tuple[float, ...] | None = None  #: the noise levels of the (main) grid, without a 0
     max_order: int | None = None
     predict_x0: bool | None = None
     lower_order_final: bool | None = None
@@ -57,7 +58,9 @@ class SamplerOptions:
 
     @property
     def grid(self) -> Grid:
-        """The (main) time grid."""
+        """The (main) time grid; ValueError for ``times`` that are none."""
+        if self.times is not None:
+            return Grid.explicit(self.times)
         schedule = self.schedule_type or "polynomial"
         return Grid(schedule, self.num_steps, self.schedule_rho, self.sigma_min, self.sigma_max)
 
@@ -92,7 +95,8 @@ class SamplerOptions:
 
 
 #: Options of every sampler.
-_ANY = frozenset({"num_steps", "nfe", "schedule_rho", "sigma_min", "sigma_max", "guidance_rate"})
+_GRID = {"num_steps", "nfe", "schedule_rho", "sigma_min", "sigma_max", "times"}
+_ANY = frozenset(_GRID | {"guidance_rate"})
 _NOISE = {"S_churn", "S_min", "S_max", "S_noise"}
 _RESTART = {"restart_info", "restart_config", "main_solver", "restart_solver", "restart_gamma"}
 _RESTART |= {"schedule_type", "afs", "final_zero"}
@@ -103,10 +107,14 @@ ACCEPTS: dict[str, frozenset[str]] = {
     "ddpm": _ANY | {"schedule_type", "eta"},
     "edm": _ANY | _NOISE,
     "restart": _ANY | _NOISE | _RESTART,
-    "pds": _ANY - {"schedule_rho"} | _PDS,
+    "pds": _ANY - {"schedule_rho", "times"} | _PDS,
 }
 #: Options that are not fixed by a published configuration.
-CONFIG_ACCEPTS = _ANY - {"num_steps", "nfe"} | {"restart_config", "main_solver", "restart_solver"}
+CONFIG_ACCEPTS = _ANY - {"num_steps", "nfe", "times"} | {
+    "restart_config",
+    "main_solver",
+    "restart_solver",
+}
 #: Options that are not fixed by a predictor.
 LEARNED_ACCEPTS = frozenset({"guidance_rate"})
 #: Options of Restart that are not fixed by the predictor of its main walk, descents, or both.
@@ -137,10 +145,22 @@ def check_accepted(
         )
 
 
-def check_length(options: SamplerOptions) -> None:
-    """Raise UserError if both the number of nodes and the NFE are given."""
+def check_grid(options: SamplerOptions) -> None:
+    """Raise UserError for options that contradict each other about the grid."""
     if options.num_steps is not None and options.nfe is not None:
         raise UserError(
             f"--num_steps {options.num_steps} and --nfe {options.nfe} both set the number of "
             "steps: give one of them"
         )
+    if options.times is None:
+        return
+    grid = options.grid
+    same = ("num_steps", grid.num_steps), ("schedule_type", grid.schedule_type)
+    ends = ("sigma_min", grid.sigma_min), ("sigma_max", grid.sigma_max)
+    for name, value in (*same, ("schedule_rho", None), *ends):
+        given = getattr(options, name)
+        if given not in (None, value):
+            raise UserError(
+                f"--{name} {given} and --times {','.join(f'{t:g}' for t in options.times)} both "
+                "set the grid: give one of them"
+            )

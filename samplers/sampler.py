@@ -14,7 +14,7 @@ from runtime.options import Json
 from samplers.options import ACCEPTS, SamplerOptions
 
 #: Options that are recorded in another form, or that are resolved into others.
-_NOT_RECORDED = {"nfe", "guidance_rate", "freq_mask_path", "space_mask_path"}
+_NOT_RECORDED = {"nfe", "times", "guidance_rate", "freq_mask_path", "space_mask_path"}
 
 
 @dataclass(frozen=True, eq=False)  # plans compare by identity

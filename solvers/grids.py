@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ DEFAULT_RHO: dict[str, float | None] = {
     "discrete": 1.0,
 }
 SCHEDULES = tuple(DEFAULT_RHO)
+EXPLICIT = "explicit"  #: the schedule of a grid whose noise levels are given one by one
 
 #: Smallest time of the VP process behind ``time_uniform`` (Song et al. 2021, arXiv:2011.13456).
 VP_EPSILON = 1e-3
@@ -50,7 +51,8 @@ class Grid:
     """The settings of a time grid, as given on the command line and kept in records.
 
     None means the default: the exponent of the schedule, the noise levels of the model.
-    ``resolve`` fills the defaults in; a grid has nodes only once it is resolved.
+    ``resolve`` fills the defaults in; a grid has nodes only once it is resolved.  A grid of given
+    noise levels is made by ``explicit``.
     """
 
     schedule_type: str = "polynomial"
@@ -59,6 +61,21 @@ class Grid:
     sigma_min: float | None = None
     sigma_max: float | None = None
     time_maps: TimeMaps | None = None
+    times: tuple[float, ...] | None = None  #: the noise levels themselves
+
+    @classmethod
+    def explicit(cls, times: Sequence[float]) -> Grid:
+        """The grid of these noise levels.
+
+        Raises ValueError unless they are two or more, finite, positive and decreasing.
+        """
+        pairs = zip(times, times[1:], strict=False)
+        if len(times) < 2 or not all(0 < b < a < math.inf for a, b in pairs):
+            raise ValueError(
+                f"the noise levels {', '.join(f'{t:g}' for t in times) or '()'} are no grid: give "
+                "two or more that decrease and stay above 0"
+            )
+        return cls(EXPLICIT, len(times), None, times[-1], times[0], times=tuple(times))
 
     def resolve(self, card: NoiseRange) -> Grid:
         """The same grid with every default filled in from the schedule and from ``card``."""
@@ -82,6 +99,13 @@ class Grid:
         count = self.num_steps if num_steps is None else num_steps
         if count is None:
             raise ValueError("num_steps is not set: give the number of nodes")
+        if self.times is not None:
+            if count != len(self.times):
+                raise ValueError(
+                    f"a grid of {len(self.times)} given noise levels has no {count} nodes: give "
+                    "a schedule instead"
+                )
+            return torch.tensor(self.times, dtype=torch.float64)
         return get_grid(self.schedule_type, count, *self.ends, self.rho, self.time_maps)
 
     def closed(self, num_steps: int | None = None) -> Tensor:

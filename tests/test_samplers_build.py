@@ -180,6 +180,7 @@ USERS: dict[str, tuple[object, set[str]]] = {
     "schedule_rho": (6.0, set(SAMPLERS) - {"pds"}),
     "sigma_min": (0.01, set(SAMPLERS)),
     "sigma_max": (70.0, set(SAMPLERS)),
+    "times": ((80.0, 5.0, 1.0, 0.3, 0.05, 0.002), set(SAMPLERS) - {"pds"}),
     "guidance_rate": (1.0, set(SAMPLERS)),
     "afs": (True, {*CLASSIC, "restart"}),
     "schedule_type": ("logsnr", {*CLASSIC, "ddpm", "restart"}),

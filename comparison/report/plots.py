@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Color = tuple[float, float, float, float]
 #: Marker and line of a group of rows.
 STYLES = {
-    "learned": "o-", "restart": "s--", "classic": "^:", "pds": "D-.", "ode": "^:", "sde": "v-.",
+    "learned": "o-", "restart": "s--", "classic": "^:", "diffusers": "x:", "pds": "D-.",
+    "ode": "^:", "sde": "v-.",
 }  # fmt: skip
 DASHES = ("--", ":", "-.")  #: of the ceilings, in turn
 WIDE = 20  #: from this ratio of largest to smallest budget on, the axis of NFE is logarithmic

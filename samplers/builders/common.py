@@ -21,6 +21,14 @@ def resolve_length(
 
     ``stated`` is the number of main nodes in ``--restart_info``, if any.
     """
+    if options.times is not None:
+        given = len(options.times)
+        if stated not in (None, given):
+            raise UserError(
+                f"--times has {given} noise levels, but --restart_info has {stated} main nodes: "
+                "leave that number out"
+            )
+        stated = given
     if options.nfe is None:
         num_steps = options.num_steps
         if None not in (num_steps, stated) and num_steps != stated:

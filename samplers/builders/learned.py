@@ -18,7 +18,7 @@ from samplers.options import (
     LEARNED_RESTART_ACCEPTS,
     SamplerOptions,
     check_accepted,
-    check_length,
+    check_grid,
 )
 from samplers.sampler import Sampler
 
@@ -77,7 +77,7 @@ def _restart(
     which = options.learned or "main"
     what = f"--learned {which}, which uses the predictor's"
     check_accepted(options, LEARNED_RESTART_ACCEPTS[which], what, "use --learned restart")
-    check_length(options)
+    check_grid(options)
     options, descent = replace(options, learned=None), replace(walk, afs=False)
     if which == "restart":
         sampler = restart_sampler(options, card, descent=descent)
