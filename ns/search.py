@@ -71,8 +71,8 @@ def search_times(
     """The times whose calibrated table is nearest to the teacher on the latents of ``judge``.
 
     Starts from the best of three guesses and goes on by Nelder and Mead's simplex in log sigma,
-    within the teacher's noise levels, for at most ``evaluations`` calibrations in all.  ``watch`` is
-    called with the error of each.
+    within the teacher's noise levels, for at most ``evaluations`` calibrations in all.
+    ``watch`` is called with the error of each.
     """
     levels = fit.curves[0].times
     high, low = float(levels[0]), float(levels[-1])
@@ -87,7 +87,8 @@ def search_times(
         return found
 
     starts = [np.log(polynomial_times(calls, low, high))]
-    starts += [np.linspace(*np.log(ends), calls) for ends in RATIOS]
+    starts += [np.log(np.geomspace(first, last, calls)) for first, last in RATIOS]
+    starts = starts[:evaluations]
     errors = [error(start) for start in starts]
     best = starts[int(np.argmin(errors))]
     left = evaluations - len(starts)
