@@ -124,7 +124,7 @@ def walk(case: Case, intervals: int) -> tuple[float, float, int]:
     denoiser, start = problem()
     solver, meter = make_solver(case.name, **case.options), Meter(denoiser)
     ts = GRIDS[case.grid](intervals + 1)
-    known = solver.max_order - 1 if case.exact_start else 0
+    known = solver.kept_nodes if case.exact_start else 0
     nodes = tuple(meter(denoiser.solution(start, ts[0], t), t) for t in ts[:known])
     state = State(denoiser.solution(start, ts[0], ts[known]), nodes, substeps=known)
     spent = meter.nfe
