@@ -21,6 +21,7 @@ from solvers.unipc import UniPC
 from tests.solver_problem import grid, mixture, relative_error, start
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers
 
 
 def alpha(sigma: Tensor) -> Tensor:
@@ -69,7 +70,6 @@ def test_unipc_to_zero(order: int) -> None:
     assert_same_walk(scheduler, UniPC(order), grid(6, zero=True))
 
 
-@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("taper", [False, True])
 @pytest.mark.parametrize("steps", [6, 12])

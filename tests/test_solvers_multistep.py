@@ -42,6 +42,20 @@ def test_equal_steps_have_the_weights_of_adams_and_bashforth():
         assert ours == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_published_third_order_of_ipndm_v_needs_equal_steps(equal):
+    """The weights of the published code, its bracket as it is: the second moment is lost."""
+    h, h1, h2 = (1.0, 1.0, 1.0) if equal else (1.0, 2.0, 3.0)
+    third = (1 - h / (3 * (h + h1)) * (h * (h + h1)) / (h1 * (h1 + h2))) / 2
+    published = [1 + h / h1 / 2 + third, -h / h1 / 2 - (1 + h1 / h2) * third, third * h1 / h2]
+    places = [0.0, -h1 / h, -(h1 + h2) / h]
+    moments = [sum(w * s**k for w, s in zip(published, places, strict=True)) for k in range(3)]
+    assert moments[:2] == pytest.approx([1, 1 / 2], rel=1e-12)
+    assert (abs(moments[2] - 1 / 3) < 1e-12) == equal
+    ours = weights(places, [1, 1 / 2, 1 / 3])
+    assert (ours == pytest.approx(published, rel=1e-12)) == equal
+
+
 class Chosen:
     """A denoiser that returns a function of sigma, whatever the state."""
 
@@ -96,13 +110,10 @@ def test_first_orders_are_euler():
     euler = sample(make_solver("euler"), grid(20))
     for name in ("ipndm_v", "deis"):
         assert relative_error(sample(make_solver(name, max_order=1), grid(20)), euler) < 1e-12
-    for solver in UNIPC.values():  # UniPC's first step, and any step of its order 1
-        assert (
-            relative_error(sample(solver, grid(2)), sample(make_solver("euler"), grid(2))) < 1e-12
-        )
-        node = Meter(mixture())(start(2.0), STEPS[2])
-        ours = solver.predict((node, node, node), STEPS[3], 1)
-        assert relative_error(ours, make_solver("euler").predict((node,), STEPS[3], 1)) < 1e-12
+    node = Meter(mixture())(start(2.0), STEPS[2])
+    step = make_solver("euler").predict((node,), STEPS[3], 1)
+    for solver in UNIPC.values():  # its predictor alone; the corrector makes it another method
+        assert relative_error(solver.predict((node, node, node), STEPS[3], 1), step) < 1e-12
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -157,7 +168,7 @@ def test_the_corrector_of_order_1_by_hand():
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_corrector_is_exact_for_one_degree_more_than_the_predictor(order):
-    """``x0 = (p + L) L^(p-1)`` has the solution ``x = L^p``, where ``L = -ln t`` and ``x' = x0 - x``."""
+    """``x0 = (p + L) L^(p-1)`` has the solution ``x = L^p``: ``dx/dL = x0 - x``, ``L = -ln t``."""
     solver, one = make_solver("unipc", max_order=order), torch.ones(1, 1, 1, 1).double()
     for power in (order, order + 1):
         exact = lambda t, p=power: one * (-torch.log(t)) ** p  # noqa: E731
@@ -181,8 +192,8 @@ def test_a_given_state_is_not_corrected():
     kept = advance(solver, meter, state._replace(order=0), ts[1], ts[2])
     assert torch.equal(kept.history[-1].x, state.x)
     revised = advance(solver, meter, state, ts[1], ts[2])
-    assert relative_error(revised.history[-1].x, state.x) > 1e-3
-    assert relative_error(revised.x, kept.x) > 1e-3
+    assert relative_error(revised.history[-1].x, state.x) > 1e-4
+    assert relative_error(revised.x, kept.x) > 1e-4
 
 
 def test_analytic_first_node():
@@ -212,7 +223,7 @@ def test_rules_are_linear_in_states_and_denoised_states(name):
     def nodes(seed: int) -> tuple[Node, ...]:
         drawn = torch.Generator().manual_seed(seed)
         pairs = torch.randn(len(times), 2, 3, 1, 2, 2, generator=drawn, dtype=torch.float64)
-        return tuple(Node(t, *pair, None) for t, pair in zip(times, pairs, strict=True))
+        return tuple(Node(t, x, x0, None) for t, (x, x0) in zip(times, pairs, strict=True))
 
     def rule(nodes: tuple[Node, ...]) -> Tensor:
         revised = solver.revise(nodes, solver.max_order)
