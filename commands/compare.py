@@ -8,6 +8,7 @@ import click
 
 from commands.options import harness_options, image_options, mask_options
 from comparison.job import EXTRA, CompareOptions, prepare
+from comparison.rows import DEFAULT_SOLVERS, LISTED
 from runtime.job import execute
 from runtime.options import parse_options
 from solvers.grids import SCHEDULES
@@ -47,6 +48,12 @@ Examples:
 )
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
 @mask_options
+@click.option(
+    "--solvers",
+    default=DEFAULT_SOLVERS,
+    metavar="LIST",
+    help=f"classic rows, of {', '.join(LISTED)}",
+)
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )

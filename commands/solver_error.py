@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from commands.options import condition_options, seeds_option, work_options
+from comparison.rows import DEFAULT_SOLVERS, LISTED
 from comparison.solver_error.job import NO_DETECTOR, SolverErrorOptions, prepare
 from metrics.detectors import DETECTORS
 from runtime.job import execute
@@ -32,6 +33,12 @@ Examples:
     "--check", type=bool, default=False, help="also Heun with 200 nodes: is the solution exact?"
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35")
+@click.option(
+    "--solvers",
+    default=DEFAULT_SOLVERS,
+    metavar="LIST",
+    help=f"classic rows, of {', '.join(LISTED)}",
+)
 @click.option(
     "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )

@@ -12,7 +12,15 @@ from comparison.measure import measure
 from comparison.report.html import closing_line, write_page
 from comparison.report.table import markdown
 from comparison.report.write import write_report
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct, pds_rows, restart_row
+from comparison.rows import (
+    DEFAULT_SOLVERS,
+    Row,
+    ceiling_rows,
+    classic_rows,
+    distinct,
+    pds_rows,
+    restart_row,
+)
 from comparison.seed_provenance import seeds_section
 from comparison.significance import with_gaps
 from comparison.students import learned_restart_rows, learned_rows, load_students, table_rate
@@ -55,6 +63,7 @@ class CompareOptions:
     freq_mask_path: str | None = None
     space_mask_path: str | None = None
     schedule_type: str | None = None
+    solvers: str = DEFAULT_SOLVERS  #: of the classic rows
     outdir: Path = Path("samples/compare")
 
 
@@ -186,7 +195,7 @@ def _rows_by_budget(
             )
     return {
         budget: [
-            *classic_rows(budget, card, guidance_rate, options.schedule_type),
+            *classic_rows(budget, card, guidance_rate, options.schedule_type, options.solvers),
             *(row for row in learned if row.budget == budget),
         ]
         for budget in budgets

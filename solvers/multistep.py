@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.quadrature import exponential_moments, integral
+from solvers.quadrature import exponential_moments, integral, uniform_moments
 from solvers.rules import ScaledStep
 from solvers.types import Guide, Node
 
@@ -31,7 +31,7 @@ class VariableAdamsBashforth(ScaledStep):
         newest, used = nodes[-1], nodes[-order:]
         h = t - newest.t
         places = [(node.t - newest.t) / h for node in used]
-        slope = integral([node.d for node in used], places, [1 / (k + 1) for k in range(order)])
+        slope = integral([node.d for node in used], places, uniform_moments(h, order))
         return newest.x + scale * h * slope
 
 

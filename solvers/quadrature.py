@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def integral(
-    values: Sequence[Tensor], places: Sequence[Tensor], moments: Sequence[Tensor | float]
+    values: Sequence[Tensor], places: Sequence[Tensor], moments: Sequence[Tensor]
 ) -> Tensor:
     """The integral of the polynomial through ``values`` (B, C, H, W) at ``places``.
 
-    The places are 0-d or (B, 1, 1, 1); ``moments[k]`` is the integral of ``s**k``.
+    Places and moments are 0-d or (B, 1, 1, 1); ``moments[k]`` is the integral of ``s**k``.
     """
     first, *others = weights(places, moments)
     total = first * values[0]
@@ -22,21 +22,20 @@ def integral(
     return total
 
 
-def weights(
-    places: Sequence[Tensor | float], moments: Sequence[Tensor | float]
-) -> list[Tensor | float]:
-    """The weights of the values in `integral`.
+def weights(places: Sequence[Tensor], moments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The weights ``w`` of the values in `integral`: ``sum_j w_j s_j^k = moments[k]``.
 
-    ``sum_j w_j p(s_j)`` is exact for every polynomial ``p`` of a degree below the number of places.
+    As many moments as places; polynomials of a lower degree than their number are integrated
+    exactly.
     """
-    result: list[Tensor | float] = []
-    for j, own in enumerate(places):
-        basis: list[Tensor | float] = [1.0]  # coefficients of the Lagrange polynomial, lowest first
-        for other in (*places[:j], *places[j + 1 :]):
-            pairs = zip([0.0, *basis], [*basis, 0.0], strict=True)
-            basis = [(lower - other * same) / (own - other) for lower, same in pairs]
-        result.append(sum(c * moment for c, moment in zip(basis, moments, strict=True)))
-    return result
+    s = torch.stack(list(places), -1)
+    powers = torch.stack([s**k for k in range(len(places))], -2)
+    return torch.linalg.solve(powers, torch.stack(list(moments), -1)).unbind(-1)
+
+
+def uniform_moments(h: Tensor, count: int) -> list[Tensor]:
+    """The integrals of ``s^k`` over [0, 1] for ``k < count``, shaped like ``h``."""
+    return [torch.ones_like(h) / (k + 1) for k in range(count)]
 
 
 def exponential_moments(g: Tensor, count: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amed.experiments import TrainedStudent
 from comparison.report.html import closing_line, write_page
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct
+from comparison.rows import DEFAULT_SOLVERS, Row, ceiling_rows, classic_rows, distinct
 from comparison.solver_error.exact import Exact, Problem
 from comparison.solver_error.harness import ErrorHarness
 from comparison.solver_error.measure import curve, measure_row, shown_trajectory, solve
@@ -53,6 +53,7 @@ class SolverErrorOptions:
     check: bool = False
     ceilings: bool = True
     schedule_type: str | None = None
+    solvers: str = DEFAULT_SOLVERS  #: of the classic rows
     batch: int = 8  #: images that are solved together
     outdir: Path = Path("samples/errors")
 
@@ -173,7 +174,7 @@ def prepare(options: SolverErrorOptions) -> SolverErrorJob:
     rows: list[Row] = []
     for budget in sorted({*budgets, *(row.sampler.nfe for row in learned)}):
         if budget in budgets:
-            rows += classic_rows(budget, card, rate, options.schedule_type)
+            rows += classic_rows(budget, card, rate, options.schedule_type, options.solvers)
         rows += [row for row in learned if row.budget == budget]
     rows += ceiling_rows(card, rate) if options.ceilings else []
     if options.check:
