@@ -183,7 +183,7 @@ def prepare(options: TrainOptions) -> TrainingJob:
         stride,
         solver=settings.teacher_solver(),
         restart=RestartSupervision(intervals, options.restart_target, options.S_noise),
-        histories=settings.solver().max_order > 1,
+        histories=settings.solver().kept_nodes > 0,
     )
     student = Student(settings.solver(), grid.nodes(), settings.afs)
     _warn_if_equal_to_heun(teacher, student)

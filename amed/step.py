@@ -108,13 +108,13 @@ def next_state(student: Student, micro: MicroBatch, out: State, n: int, guide: G
     supervision = micro.supervision
     if n + 1 >= len(supervision.start):
         return State(out.x.detach())
-    if student.solver.max_order == 1:
+    if student.solver.kept_nodes == 0:
         return State(supervision.start[n + 1])
     origin = supervision.origins[n + 1] if supervision.origins else None
     if origin is None:
         return _detached(out)
     new = _from_sigma_max(student, micro, origin, n + 1, guide)
-    return new._replace(x=supervision.start[n + 1])
+    return new._replace(x=supervision.start[n + 1], order=0)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def _detached(state: State) -> State:
         feat = None if node.feat is None else node.feat.detach()
         return Node(node.t.detach(), node.x.detach(), node.x0.detach(), feat)
 
-    return State(state.x.detach(), tuple(map(detached, state.history)), state.substeps)
+    return state._replace(x=state.x.detach(), history=tuple(map(detached, state.history)))
 
 
 def _reduce_gradients(predictor: nn.Module, reduce: Callable[[Tensor], object]) -> int:

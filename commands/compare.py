@@ -15,6 +15,7 @@ from commands.options import (
     times_option,
 )
 from comparison.job import EXTRA, CompareOptions, prepare
+from comparison.rows import DEFAULT_SOLVERS, LISTED
 from runtime.job import execute
 from runtime.options import parse_options
 
@@ -51,6 +52,12 @@ Examples:
 )
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
 @mask_options
+@click.option(
+    "--solvers",
+    default=DEFAULT_SOLVERS,
+    metavar="LIST",
+    help=f"classic rows, of {', '.join(LISTED)}",
+)
 @classic_schedule_option
 @times_option("classic rows on these noise levels too, such as those of tools.gits")
 @harness_options("samples/compare")

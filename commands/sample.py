@@ -28,6 +28,7 @@ from samplers.job import DEFAULT_DATASET, SampleOptions, prepare
 from samplers.options import LEARNED, SAMPLERS
 from solvers.grids import SCHEDULES
 from solvers.registry import CLASSIC
+from solvers.unipc import VARIANTS
 
 EXAMPLES = """\b
 Examples:
@@ -90,9 +91,16 @@ Examples:
 @click.option("--sigma_max", type=POSITIVE, help="first noise level  [default: the model's]")
 @times_option("noise levels one by one, decreasing, instead of a schedule")
 # Solver
-@click.option("--max_order", type=click.IntRange(1, 4), help="[default: ipndm 4, dpmpp 3]")
+@click.option(
+    "--max_order",
+    type=click.IntRange(1, 4),
+    help="[default: ipndm, ipndm_v 4; dpmpp, deis, unipc 3]",
+)
 @click.option("--predict_x0", type=bool, help="dpmpp: data form  [default: True]")
-@click.option("--lower_order_final", type=bool, help="dpmpp: taper the order  [default: True]")
+@click.option(
+    "--lower_order_final", type=bool, help="dpmpp, unipc: taper the order  [default: True]"
+)
+@click.option("--variant", type=click.Choice(VARIANTS), help="unipc: B(h)  [default: bh2]")
 @click.option("--thresholding", type=bool, help="dpmpp: dynamic thresholding  [default: False]")
 @click.option(
     "--r",

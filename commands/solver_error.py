@@ -15,6 +15,7 @@ from commands.options import (
     times_option,
     work_options,
 )
+from comparison.rows import DEFAULT_SOLVERS, LISTED
 from comparison.solver_error.job import NO_DETECTOR, SolverErrorOptions, prepare
 from metrics.detectors import DETECTORS
 from runtime.job import execute
@@ -37,6 +38,12 @@ Examples:
     "--check", type=bool, default=False, help="also Heun with 200 nodes: is the solution exact?"
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35")
+@click.option(
+    "--solvers",
+    default=DEFAULT_SOLVERS,
+    metavar="LIST",
+    help=f"classic rows, of {', '.join(LISTED)}",
+)
 @classic_schedule_option
 @times_option("classic rows on these noise levels too, such as those of tools.gits")
 @click.option("--batch", type=click.IntRange(1), default=8, help="images that are solved together")

@@ -12,6 +12,7 @@ from comparison.report.html import closing_line, write_page
 from comparison.report.table import markdown
 from comparison.report.write import write_report
 from comparison.rows import (
+    DEFAULT_SOLVERS,
     Row,
     ceiling_rows,
     classic_rows,
@@ -65,6 +66,7 @@ class CompareOptions:
     freq_mask_path: str | None = None
     space_mask_path: str | None = None
     schedule_type: str | None = None
+    solvers: str = DEFAULT_SOLVERS  #: of the classic rows
     times: tuple[float, ...] | None = None  #: of more classic rows
     outdir: Path = Path("samples/compare")
 
@@ -198,10 +200,10 @@ def _rows_by_budget(
     library = "diffusers" in options.extra
     if library and not budgets:
         raise UserError("--with diffusers has rows only at --budgets: give some, or leave it out")
-    timed = timed_rows(options.times, budgets, card, guidance_rate)
+    timed = timed_rows(options.times, budgets, card, guidance_rate, options.solvers)
     return {
         budget: [
-            *classic_rows(budget, card, guidance_rate, options.schedule_type),
+            *classic_rows(budget, card, guidance_rate, options.schedule_type, options.solvers),
             *timed[budget],
             *(diffusers_rows(budget, card, guidance_rate) if library else ()),
             *(row for row in learned if row.budget == budget),

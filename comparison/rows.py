@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from denoisers.cards import Card
 from runtime.errors import UserError
+from runtime.lists import parse_words
 from samplers.build import build
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
@@ -24,13 +25,18 @@ class ListedSolver:
 
 
 #: The grids are those of the AMED paper (arXiv:2312.00094, appendix): polynomial for solvers that
-#: work with slopes in sigma, uniform in log-SNR for those that work in lambda.
+#: work with slopes in sigma, uniform in log-SNR for those that work in lambda.  DEIS works with
+#: slopes in lambda; at five evaluations its solver error is smaller on the polynomial grid.
 LISTED = {
     "euler": ListedSolver("Euler", "polynomial"),
     "dpm": ListedSolver("DPM-Solver-2", "logsnr"),
     "dpmpp": ListedSolver("DPM-Solver++(3)", "logsnr"),
     "ipndm": ListedSolver("iPNDM(4)", "polynomial"),
+    "ipndm_v": ListedSolver("iPNDM_v(4)", "polynomial"),
+    "deis": ListedSolver("DEIS(3)", "polynomial"),
+    "unipc": ListedSolver("UniPC(3)", "logsnr"),
 }
+DEFAULT_SOLVERS = "euler,dpm,dpmpp,ipndm"  #: of ``--solvers``
 SLUG = 200  #: characters of a row's name in a file name; most file systems allow 255
 CEILING_STEPS = 18  #: nodes of the ceilings, a final 0 not counted: EDM's setting for CIFAR-10
 
@@ -67,15 +73,29 @@ def solver_title(solver: str, afs: bool) -> str | None:
     return f"{LISTED[solver].title} + AFS" if afs else LISTED[solver].title
 
 
+def parse_solvers(text: str) -> list[str]:
+    """The solvers of ``--solvers``; UserError for one that tables do not list."""
+    names = parse_words(text)
+    unlisted = [name for name in names if name not in LISTED]
+    if unlisted or not names:
+        raise UserError(f"--solvers {text!r} is not a list of {', '.join(LISTED)}; separate by ','")
+    return list(dict.fromkeys(names))
+
+
 def classic_rows(
-    budget: int, card: Card, guidance_rate: float | None = None, schedule: str | None = None
+    budget: int,
+    card: Card,
+    guidance_rate: float | None = None,
+    schedule: str | None = None,
+    solvers: str = DEFAULT_SOLVERS,
 ) -> list[Row]:
-    """Each listed solver without and with AFS, where a grid spends exactly ``budget``.
+    """Each of ``solvers`` (by comma) without and with AFS, where a grid spends exactly ``budget``.
 
     ``schedule`` replaces the one that each solver is published with.
     """
     rows = []
-    for name, listed in LISTED.items():
+    for name in parse_solvers(solvers):
+        listed = LISTED[name]
         for afs in (False, True):
             options = SamplerOptions(
                 sampler=name,
@@ -98,8 +118,9 @@ def timed_rows(
     budgets: Sequence[int],
     card: Card,
     guidance_rate: float | None = None,
+    solvers: str = DEFAULT_SOLVERS,
 ) -> dict[int, list[Row]]:
-    """The listed solvers on the given noise levels, by budget; they are compared with their own.
+    """``solvers`` on the given noise levels, by budget; they are compared with their own rows.
 
     Raises ValueError for levels that are no grid, and UserError if they spend none of the budgets.
     """
@@ -107,7 +128,7 @@ def timed_rows(
     if times is None:
         return rows
     asked, cost = SamplerOptions(times=times, guidance_rate=guidance_rate), card.cost(guidance_rate)
-    for name in LISTED:
+    for name in parse_solvers(solvers):
         for afs in (False, True) if len(times) > 2 else (False,):
             sampler = build(replace(asked, sampler=name, afs=afs), card)
             own, detail = str(solver_title(name, afs)), f"{len(times)} given noise levels"

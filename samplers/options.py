@@ -35,6 +35,7 @@ class SamplerOptions:
     lower_order_final: bool | None = None
     thresholding: bool | None = None
     r: float | None = None  #: position of the node that DPM-Solver-2 inserts
+    variant: str | None = None  #: B(h) of unipc
     eta: float | None = None  #: scale of the noise of ddpm; 0 is DDIM
     restart_info: str | None = None
     restart_config: str | None = None
@@ -67,7 +68,7 @@ class SamplerOptions:
     @property
     def solver_options(self) -> SolverOptions:
         form = self.predict_x0, self.lower_order_final, self.thresholding
-        return SolverOptions(self.max_order, *form, self.r)
+        return SolverOptions(self.max_order, *form, self.r, self.variant)
 
     @property
     def churn(self) -> Churn:

@@ -34,8 +34,9 @@ class State(NamedTuple):
     """The state of an integration: `advance` takes one and returns the next, never in place."""
 
     x: Tensor  #: (B, C, H, W)
-    history: tuple[Node, ...] = ()  #: newest last, at most ``max_order - 1`` nodes
+    history: tuple[Node, ...] = ()  #: newest last, at most the solver's ``kept_nodes``
     substeps: int = 0  #: solver steps since the integration (re)started
+    order: int = 0  #: of the step that predicted ``x``; 0 if ``x`` is given, not predicted
 
 
 def analytic_node(x: Tensor, t: Tensor) -> Node:
@@ -76,21 +77,24 @@ def advance(
     node = analytic_node(state.x, t) if analytic_first else meter(state.x, t)
     if t_next == 0:
         return State(node.x0)
-    nodes = (*state.history, node)
+    nodes = solver.revise((*state.history, node), state.order)
     substep = state.substeps + 1
+    order = order_at(solver, substep, total)
     if guide is None:
-        x_next = solver.predict(nodes, t_next, order_at(solver, substep, total))
+        x_next = solver.predict(nodes, t_next, order)
     else:
         mid = guide(node, t_next)
         for stage in solver.stages:
             r = stage * mid.r
             t_mid = t_next**r * t ** (1 - r)
-            x_mid = solver.predict(nodes, t_mid, order_at(solver, substep, total))
-            nodes = (*nodes, meter(x_mid, t_mid, network_time=mid.a * t_mid))
+            x_mid = solver.predict(nodes, t_mid, order)
+            inserted = meter(x_mid, t_mid, network_time=mid.a * t_mid)
+            nodes = solver.revise((*nodes, inserted), order)
             substep += 1
-        x_next = solver.correct(nodes, t_next, order_at(solver, substep, total), mid)
-    keep = solver.max_order - 1
-    return State(x_next, nodes[-keep:] if keep else (), substep)
+            order = order_at(solver, substep, total)
+        x_next = solver.correct(nodes, t_next, order, mid)
+    keep = solver.kept_nodes
+    return State(x_next, nodes[-keep:] if keep else (), substep, order)
 
 
 def substeps_total(solver: Solver, num_intervals: int, guide: Guide | None) -> int:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from solvers.dpmpp import DPMpp
+from solvers.multistep import DEIS, VariableAdamsBashforth
 from solvers.rules import AdamsBashforth, FixedRatio, ThreeStage, TwoStage
 from solvers.types import Solver
+from solvers.unipc import UniPC
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ SOLVERS: Mapping[str, SolverKind] = {
     "dpmpp": SolverKind(DPMpp, _FORM | {"max_order"}),
     "dpmpp3c": SolverKind(lambda **form: DPMpp(max_order=3, corrected=True, **form), _FORM),
     "ipndm": SolverKind(AdamsBashforth, frozenset({"max_order"})),
+    "ipndm_v": SolverKind(VariableAdamsBashforth, frozenset({"max_order"})),
+    "deis": SolverKind(DEIS, frozenset({"max_order"})),
+    "unipc": SolverKind(UniPC, frozenset({"max_order", "lower_order_final", "variant"})),
     "amed": SolverKind(lambda: TwoStage(None, midpoint=True), needs_guide=True),
 }
 
@@ -40,18 +45,19 @@ CLASSIC = tuple(name for name, kind in SOLVERS.items() if not kind.needs_guide)
 class SolverOptions:
     """The options of all solvers; None means the solver's default."""
 
-    max_order: int | None = None  #: dpmpp, ipndm
+    max_order: int | None = None  #: dpmpp, ipndm, ipndm_v, deis, unipc
     predict_x0: bool | None = None  #: dpmpp, dpmpp3c: data form instead of noise form
-    lower_order_final: bool | None = None  #: dpmpp, dpmpp3c
+    lower_order_final: bool | None = None  #: dpmpp, dpmpp3c, unipc
     thresholding: bool | None = None  #: dpmpp, dpmpp3c: dynamic thresholding
     r: float | None = None  #: dpm: position of the inserted node
+    variant: str | None = None  #: unipc: B(h), bh1 or bh2
 
     def make(self, name: str) -> Solver:
         """The solver ``name`` with those of the options that it accepts."""
         return make_solver(name, **{key: getattr(self, key) for key in _kind(name).options})
 
 
-def make_solver(name: str, **options: int | float | bool | None) -> Solver:
+def make_solver(name: str, **options: int | float | bool | str | None) -> Solver:
     """The solver ``name``, such as ``make_solver("ipndm", max_order=3)``.
 
     None means the solver's default; `SOLVERS` lists the options.  Raises ValueError for an

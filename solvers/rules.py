@@ -14,7 +14,20 @@ from torch import Tensor
 from solvers.types import Guide, InsertedNode, Node
 
 
-class ScaledStep:
+class Rule:
+    """Base of rules that correct no evaluated state, and step from ``max_order`` nodes."""
+
+    max_order: int
+
+    @property
+    def kept_nodes(self) -> int:
+        return self.max_order - 1
+
+    def revise(self, nodes: tuple[Node, ...], order: int) -> tuple[Node, ...]:
+        return nodes
+
+
+class ScaledStep(Rule):
     """Base of rules whose `predict` and `correct` are one formula, `step`.
 
     `correct` multiplies the change of the state by the guide's ``c``.
@@ -48,7 +61,7 @@ class FixedRatio:
 
 
 @dataclass(frozen=True)
-class TwoStage:
+class TwoStage(Rule):
     """One slope at the start and one at the inserted node: ``x + c (t' - t)(w_a d_a + w_b d_b)``.
 
     ``midpoint=False``: ``w = (1 - 1/(2r), 1/(2r))``, which is DPM-Solver-2 (arXiv:2206.00927,

@@ -79,12 +79,25 @@ class Solver(Protocol):
         """Inserted nodes as fractions of the guide's ``r``; the last one is 1."""
         ...
 
+    @property
+    def kept_nodes(self) -> int:
+        """Nodes that are carried from one interval to the next."""
+        ...
+
     def predict(self, nodes: tuple[Node, ...], t: Tensor, order: int) -> Tensor:
         """The state at ``t``, extrapolated from ``nodes`` (newest last)."""
         ...
 
     def correct(self, nodes: tuple[Node, ...], t: Tensor, order: int, mid: InsertedNode) -> Tensor:
         """The state at the end ``t`` of the interval; ``nodes[-1]`` is the last inserted node."""
+        ...
+
+    def revise(self, nodes: tuple[Node, ...], order: int) -> tuple[Node, ...]:
+        """``nodes`` with the state of the newest corrected by the evaluation at it.
+
+        ``order`` is that of the step that predicted the state, 0 if no step did.  Only UniPC
+        corrects anything.
+        """
         ...
 
 

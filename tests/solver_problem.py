@@ -21,6 +21,10 @@ DPMPP = {
     for data in (True, False)
     for lower in (True, False)
 }
+UNIPC = {
+    f"unipc-o{order}-{variant}": make_solver("unipc", max_order=order, variant=variant)
+    for order, variant in ((1, "bh1"), (2, "bh1"), (2, "bh2"), (3, "bh2"))
+}
 MULTISTEP: dict[str, Solver] = {
     "euler": make_solver("euler"),
     **{f"ipndm-o{order}": make_solver("ipndm", max_order=order) for order in (1, 2, 3, 4)},
@@ -28,6 +32,9 @@ MULTISTEP: dict[str, Solver] = {
     "dpmpp-threshold": make_solver("dpmpp", thresholding=True),
     "dpmpp3c-data": make_solver("dpmpp3c"),
     "dpmpp3c-noise": make_solver("dpmpp3c", predict_x0=False),
+    **{f"ipndm_v-o{order}": make_solver("ipndm_v", max_order=order) for order in (2, 4)},
+    **{f"deis-o{order}": make_solver("deis", max_order=order) for order in (2, 3)},
+    **UNIPC,
 }
 TWO_STAGE: dict[str, Solver] = {
     "heun": make_solver("heun"),

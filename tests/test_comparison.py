@@ -61,6 +61,22 @@ def test_classic_rows_spend_exactly_the_budget(budget):
     assert others == {*names, *(f"{name} + AFS" for name in names)}
 
 
+def test_the_classic_solvers_can_be_chosen():
+    chosen = classic_rows(5, CARD, solvers="unipc,deis, ipndm_v,deis")
+    assert [(row.method, row.detail) for row in chosen] == [
+        ("UniPC(3)", "logsnr, 6 nodes"), ("UniPC(3) + AFS", "logsnr, 7 nodes"),
+        ("DEIS(3)", "polynomial, 6 nodes"), ("DEIS(3) + AFS", "polynomial, 7 nodes"),
+        ("iPNDM_v(4)", "polynomial, 6 nodes"), ("iPNDM_v(4) + AFS", "polynomial, 7 nodes"),
+    ]  # fmt: skip
+    assert all(row.sampler.nfe == 5 for row in chosen)
+    options = CompareOptions(OPTIONS, budgets="5", solvers="unipc", num=8)
+    methods = [row.method for row in prepare_comparison(options).rows[5]]
+    assert methods == ["UniPC(3)", "UniPC(3) + AFS"]
+    for bad in ("unipc,heun", ""):
+        with pytest.raises(UserError, match=f"--solvers '{bad}' is not a list of euler, dpm"):
+            classic_rows(5, CARD, solvers=bad)
+
+
 def test_ceilings_are_the_published_budgets():
     assert [(r.method, r.sampler.nfe) for r in ceiling_rows(CARD)] == [
         ("Heun-35", 35),

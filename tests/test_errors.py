@@ -151,6 +151,18 @@ def test_local_errors_of_multistep_solvers_have_exact_history(max_order: int) ->
     assert math.log2(last[0] / last[1]) == pytest.approx(max_order + 1, abs=0.2)
 
 
+def test_local_errors_of_unipc_are_those_of_its_predictor() -> None:
+    """An exact state is not corrected, and the predictor is DPM-Solver++ of true third order."""
+    x = torch.linspace(-2, 2, 48, dtype=torch.float64).reshape(1, *SHAPE)
+    ts = torch.tensor([9.0, 6.0, 3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    truth = torch.stack([solution(x, 9.0, float(t)) for t in ts])
+    ours, other = (
+        local_errors(Solve(make_solver(name), ts), Meter(GaussianDenoiser(MEAN, VAR)), truth)
+        for name in ("unipc", "dpmpp3c")
+    )
+    torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-12)
+
+
 def test_stochastic_rows_are_left_out_with_a_reason() -> None:
     card = make_card()
     rows = [*classic_rows(5, card), *ceiling_rows(card)]

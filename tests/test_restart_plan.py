@@ -168,7 +168,7 @@ def test_an_image_depends_on_its_seed_alone():
     torch.testing.assert_close(images([7, 3, 9]), apart, atol=1e-12, rtol=0)
 
 
-SOLVERS = ("euler", "heun", "dpm", "dpm3", "ipndm", "dpmpp", "dpmpp3c")
+SOLVERS = ("euler", "heun", "dpm", "dpm3", "ipndm", "dpmpp", "dpmpp3c", "unipc", "deis")
 
 
 @st.composite

@@ -14,6 +14,7 @@ from solvers.driver import Meter, State, advance, integrate
 from solvers.registry import SolverOptions, make_solver
 from solvers.rules import ADAMS_BASHFORTH, AdamsBashforth, FixedRatio, ThreeStage, TwoStage
 from solvers.types import Denoised, InsertedNode
+from solvers.unipc import UniPC
 from tests.solver_problem import (
     MULTISTEP,
     SOLVERS,
@@ -189,8 +190,10 @@ def test_c_scales_the_change_and_nothing_else(name):
     if isinstance(solver, TwoStage | ThreeStage):
         base = state.x
     else:  # the second half step starts at the inserted node
-        base = solver.predict((*state.history, node), t_mid, solver.max_order)
-        if isinstance(solver, DPMpp) and solver.predict_x0:
+        nodes = solver.revise((*state.history, node), state.order)
+        mid = Meter(mixture())(solver.predict(nodes, t_mid, solver.max_order), t_mid)
+        base = solver.revise((*nodes, mid), solver.max_order)[-1].x
+        if isinstance(solver, UniPC) or (isinstance(solver, DPMpp) and solver.predict_x0):
             base = ts[3] / t_mid * base
     assert relative_error(step(1.3), base + 1.3 * (step(1.0) - base)) < 1e-12
     assert relative_error(step(0.0), base) < 1e-12

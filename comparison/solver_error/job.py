@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from comparison.report.html import closing_line, write_page
-from comparison.rows import Row, ceiling_rows, classic_rows, distinct, heun_ceiling_row, timed_rows
+from comparison.rows import (
+    DEFAULT_SOLVERS,
+    Row,
+    ceiling_rows,
+    classic_rows,
+    distinct,
+    heun_ceiling_row,
+    timed_rows,
+)
 from comparison.solver_error.exact import Exact, Problem
 from comparison.solver_error.harness import ErrorHarness
 from comparison.solver_error.measure import curve, measure_row, shown_trajectory, solve
@@ -51,6 +59,7 @@ class SolverErrorOptions:
     check: bool = False
     ceilings: bool = True
     schedule_type: str | None = None
+    solvers: str = DEFAULT_SOLVERS  #: of the classic rows
     times: tuple[float, ...] | None = None  #: of more classic rows
     batch: int = 8  #: images that are solved together
     outdir: Path = Path("samples/errors")
@@ -169,10 +178,12 @@ def prepare(options: SolverErrorOptions) -> SolverErrorJob:
     conditions = options.conditions.at(rate).resolve(card)
     conditions.check(card, seeds)
     learned = learned_rows(students, card, rate)
-    rows, timed = list[Row](), timed_rows(options.times, budgets, card, rate)
+    rows: list[Row] = []
+    timed = timed_rows(options.times, budgets, card, rate, options.solvers)
     for budget in sorted({*budgets, *(row.sampler.nfe for row in learned)}):
         if budget in budgets:
-            rows += classic_rows(budget, card, rate, options.schedule_type) + timed[budget]
+            rows += classic_rows(budget, card, rate, options.schedule_type, options.solvers)
+            rows += timed[budget]
         rows += [row for row in learned if row.budget == budget]
     rows += ceiling_rows(card, rate) if options.ceilings else []
     if options.check:

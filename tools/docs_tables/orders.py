@@ -9,7 +9,7 @@ the error is the largest absolute error over the pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,7 +65,7 @@ def _ipndm(order: int, truth: int, grid: str, title: str = "", **more: object) -
 
 def _dpmpp(order: int, truth: int, form: str, *, corrected: bool = False, **more: object) -> Case:
     label = "`dpmpp3c`" if corrected else f"DPM-Solver++ ({order})"
-    inserted = ", inserted node r = 0.4" if "guide" in more else ""
+    inserted = _inserted(more)
     source = {1: "2010.02502 (DDIM)", 2: "2211.01095, alg. 2"}.get(order, "2211.01095, its code")
     options: dict[str, object] = {"predict_x0": form == "data", "lower_order_final": False}
     if not corrected:
@@ -79,6 +79,29 @@ def _dpmpp(order: int, truth: int, form: str, *, corrected: bool = False, **more
         options,
         **more,  # type: ignore[arg-type]
     )
+
+
+def _unipc(
+    order: int, truth: int, variant: str = "bh2", grid: str = "logsnr", **more: object
+) -> Case:
+    options = {"max_order": order, "variant": variant, "lower_order_final": False}
+    title = f"UniPC ({order}), {variant}{_inserted(more)}"
+    return Case(title, "unipc", truth, grid, "2302.04867", options, **more)  # type: ignore[arg-type]
+
+
+def _deis(order: int, truth: int, grid: str = "logsnr", **more: object) -> Case:
+    title, options = f"DEIS ({order}){_inserted(more)}", {"max_order": order}
+    return Case(title, "deis", truth, grid, "2204.13902", options, **more)  # type: ignore[arg-type]
+
+
+def _ipndm_v(order: int, truth: int, **more: object) -> Case:
+    title, options = f"iPNDM_v ({order}){_inserted(more)}", {"max_order": order}
+    source = "Adams-Bashforth, true steps"
+    return Case(title, "ipndm_v", truth, "polynomial", source, options, **more)  # type: ignore[arg-type]
+
+
+def _inserted(more: Mapping[str, object]) -> str:
+    return ", inserted node r = 0.4" if "guide" in more else ""
 
 
 def _amed(truth: int, r: float) -> Case:
@@ -108,6 +131,14 @@ CASES: tuple[Case, ...] = (
     _dpmpp(3, 2, "data", corrected=True, exact_start=False),
     _dpmpp(2, 2, "data", guide=FixedRatio(0.4)),
     _dpmpp(3, 3, "data", corrected=True, guide=FixedRatio(0.4)),
+    *(_unipc(k, k + 1, variant) for k, variant in ((1, "bh2"), (2, "bh1"), (2, "bh2"), (3, "bh2"))),
+    *(_unipc(k, 3, exact_start=False) for k in (2, 3)),
+    _unipc(3, 4, grid="polynomial", guide=FixedRatio(0.4)),
+    *(_deis(k, k) for k in (2, 3)),
+    _deis(3, 2, exact_start=False),
+    *(_ipndm_v(k, k) for k in (2, 3, 4)),
+    _ipndm_v(4, 2, exact_start=False),
+    _ipndm_v(4, 4, guide=FixedRatio(0.4)),
 )
 
 
@@ -124,7 +155,7 @@ def walk(case: Case, intervals: int) -> tuple[float, float, int]:
     denoiser, start = problem()
     solver, meter = make_solver(case.name, **case.options), Meter(denoiser)
     ts = GRIDS[case.grid](intervals + 1)
-    known = solver.max_order - 1 if case.exact_start else 0
+    known = solver.kept_nodes if case.exact_start else 0
     nodes = tuple(meter(denoiser.solution(start, ts[0], t), t) for t in ts[:known])
     state = State(denoiser.solution(start, ts[0], ts[known]), nodes, substeps=known)
     spent = meter.nfe
