@@ -8,8 +8,8 @@ USAGE="Usage: ./launch.sh [RECIPE] [--gpus N] [--dry-run]
 
 Sets up .venv on first use and runs a recipe:
 
-  default           five students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
-                    classic solvers; 15 to 20 minutes on two cores
+  default           six students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
+                    classic solvers; 20 to 30 minutes on two cores
   full              the same at 3, 5, 7 and 9 NFE, published training lengths, 50,000 images
   cifar10           published AMED settings: train, sample 50,000 images, FID
   ffhq              the same, FFHQ 64x64
@@ -39,6 +39,8 @@ recipe_default() { # budget 5 only
     note "published lengths, 50,000 images and 3 to 9 NFE: ./launch.sh full"
     predictors=""
     small_students 4 --batch=16 --total_kimg=0.256 --tick=0.064
+    keep student_ns cifar10-small 5 --dtype="$DTYPE" --search=30 --refine=100 --batch=32 \
+        --trajectories=256
     small_report default 5 --num_images="$IMAGES" --select=32,128
 }
 
@@ -46,11 +48,13 @@ recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
     predictors=""
     for num_steps in 3 4 5 6; do
         small_students "$num_steps" --batch=128 --total_kimg=10
+        keep student_ns cifar10-small $((2 * num_steps - 3)) --dtype="$DTYPE" --search=100 \
+            --refine=1000 --batch=64 --trajectories=2048
     done
     small_report full 3,5,7,9 --num_images=50000
 }
 
-small_students() { # NUM_STEPS FLAG...: both students of the bundled model under each of their
+small_students() { # NUM_STEPS FLAG...: AMED's two students of the bundled model under each of their
     # teachers, Heun at about Restart's evaluations; appends the runs' folders to $predictors.
     # Each is on the grid that its own solver is published with. Flow targets need a restart that
     # reaches a noise level which an interval starts from: the log-SNR grid has one, the other not.
@@ -90,6 +94,10 @@ student_amed() { # DATASET TEACHER NUM_STEPS M FLAG...: AMED-Solver as published
 student_plugin() { # DATASET TEACHER NUM_STEPS M FLAG...: the AMED plugin on iPNDM as published
     train --dataset_name="$1" --sampler_stu=ipndm --sampler_tea="$2" --num_steps="$3" --M="$4" \
         --afs=True --scale_dir=0.01 --scale_time=0.2 --max_order=4 "${@:5}"
+}
+
+student_ns() { # DATASET NFE FLAG...: a whole solver as a table
+    train --dataset_name="$1" --sampler_stu=ns --nfe="$2" "${@:3}"
 }
 
 # Published recipes. Batch and length of the training, and the images to make:

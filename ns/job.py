@@ -46,7 +46,7 @@ class NsOptions:
     seed: int = 0
     nfe: int = 5  #: network evaluations of the student
     sampler_tea: str = "heun"
-    trajectories: int = 512  #: pairs of the refinement
+    trajectories: int = 512  #: pairs of the refinement; the first 256 serve the closed form too
     search: int = 40  #: calibrations that the search for times may try; 0 takes a polynomial grid
     refine: int = 160  #: updates through all calls; 0 leaves the calibrated table
     batch: int = 48  #: pairs per update, over all processes
@@ -65,7 +65,7 @@ class NsJob:
     card: Card
     conditions: Conditions
     curves: TrajectoryJob  #: teacher trajectories at all nodes, for the closed form
-    pairs: TrajectoryJob  #: latents and images, for the refinement
+    pairs: TrajectoryJob  #: latents and images, for the refinement; ``curves`` if they suffice
 
     @property
     def calls(self) -> int:
@@ -226,8 +226,8 @@ def prepare(options: NsOptions) -> NsJob:
         teacher=options.sampler_tea,
         seed=options.seed,
     )
-    curves = replace(common, number=JUDGED + CALIBRATED, keep="all")
-    pairs = replace(common, number=JUDGED + options.trajectories, keep="ends")
-    return NsJob(
-        options, card, conditions, prepare_trajectories(curves), prepare_trajectories(pairs)
-    )
+    curves = pairs = replace(common, number=JUDGED + CALIBRATED, keep="all")
+    if options.trajectories > CALIBRATED:
+        pairs = replace(common, number=JUDGED + options.trajectories, keep="ends")
+    jobs = prepare_trajectories(curves), prepare_trajectories(pairs)
+    return NsJob(options, card, conditions, *jobs)

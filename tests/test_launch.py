@@ -165,11 +165,14 @@ def test_a_try_is_short_and_takes_own_weights(recipe: str) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "steps"), [("default", "4"), ("full", "3456")])
-def test_main_job_trains_both_students_under_each_teacher_and_compares(
+def test_main_job_trains_every_student_under_each_teacher_and_compares(
     recipe: str, steps: str
 ) -> None:
     *trained, (compared, arguments), (judged, exactly) = scripts(recipe)
-    kinds = [flags(a) for _, a in trained]
+    every = [flags(a) for _, a in trained]
+    tables = [k for k in every if k["--sampler_stu"] == "ns"]
+    assert [k["--nfe"] for k in tables] == [str(2 * int(n) - 3) for n in steps]
+    kinds = [k for k in every if k not in tables]
     assert {(k["--num_steps"], k["--sampler_stu"], k["--sampler_tea"]) for k in kinds} == {
         (n, student, teacher)
         for n in steps
@@ -181,7 +184,7 @@ def test_main_job_trains_both_students_under_each_teacher_and_compares(
             ("ipndm", "restart"),
         ]
     }
-    assert {k["--dataset_name"] for k in kinds} == {"cifar10-small"}
+    assert {k["--dataset_name"] for k in every} == {"cifar10-small"}
     assert (compared, judged) == ("compare.py", "solver_error.py")
     given, same = flags(arguments), {"--predictors", "--budgets", "--dtype", "--outdir"}
     assert {given[name] == flags(exactly)[name] for name in same} == {True}
@@ -333,7 +336,7 @@ def test_setup_installs_once_and_folders_reach_the_comparison(
         assert done.returncode == 0, done.stderr
         *installed, compared = said.read_text().splitlines()
         assert installed == installs
-        assert " --predictors=exps/1,exps/2,exps/3,exps/4,exps/5 " in compared
+        assert " --predictors=exps/1,exps/2,exps/3,exps/4,exps/5,exps/6 " in compared
         assert "tick 1" in done.stderr
         said.unlink()
         (elsewhere / "trained").unlink()
