@@ -28,7 +28,7 @@ class Subcommand(NamedTuple):
 COMMANDS: dict[str, Subcommand] = {
     "train": Subcommand(
         "commands.train",
-        "Train a predictor for a few-step student of a pre-trained diffusion model.",
+        "Train a few-step student of a pre-trained diffusion model.",
     ),
     "sample": Subcommand(
         "commands.sample", "Sample images, one PNG per seed, with a record of how they were made."

@@ -38,7 +38,7 @@ def test_the_tool_writes_what_is_outdated_and_checks_without_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(tool, "TABLES", {"api": tool.Table("a.md", lambda: "| x |")})
+    monkeypatch.setattr(tool, "TABLES", {"api": tool.PageTable("a.md", lambda: "| x |")})
     page = tmp_path / "a.md"
     page.write_text("<!-- api:begin -->\n<!-- api:end -->\n")
     done = CliRunner().invoke(tool.main, ["--check", "api"])

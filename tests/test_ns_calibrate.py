@@ -164,7 +164,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
             for step in (1e-4, -1e-4):
                 with torch.no_grad():
                     parameter[at] += step
-                sides.append(float(loss()))
+                sides.append(float(loss().detach()))
                 with torch.no_grad():
                     parameter[at] -= step
             slope = (sides[0] - sides[1]) / 2e-4

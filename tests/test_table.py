@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,6 +87,26 @@ def test_the_first_column_of_afs_is_the_analytic_slope() -> None:
     table = tabulate((Solve(make_solver("euler"), ts, afs=True),))
     assert table.calls == 1 and table.times.tolist() == [2.0]
     assert table.ragged[0][0] == pytest.approx(1 - 6 / 65**0.5, rel=1e-15)
+
+
+def test_the_page_walks_a_table_in_ten_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of docs/ns.md needs nothing of this toolkit."""
+    monkeypatch.chdir(tmp_path)
+    table = tabulate((solve("ipndm", 6, "polynomial", True),))
+    content = {"times": table.times.tolist(), "rows": table.ragged}
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    page = (Path(__file__).parent.parent / "docs/ns.md").read_text()
+    program: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], program)
+    x = start() * 20
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        return mixture()(x, torch.tensor(sigma, dtype=torch.float64)).x0
+
+    expected = run_table(table, mixture(), x).x[-1]
+    assert torch.allclose(program["sample"](denoise, x), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(

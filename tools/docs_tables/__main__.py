@@ -20,7 +20,7 @@ Examples:
 """
 
 
-class Table(NamedTuple):
+class PageTable(NamedTuple):
     """A generated table and its page."""
 
     page: str  #: relative to the root of the repository
@@ -28,11 +28,11 @@ class Table(NamedTuple):
 
 
 #: By the name in the markers of the page.
-TABLES: dict[str, Table] = {
-    "api": Table("docs/api.md", api.table),
-    "models": Table("docs/models.md", models.table),
-    "options": Table("docs/options.md", options.table),
-    "orders": Table("docs/solvers.md", orders.table),
+TABLES: dict[str, PageTable] = {
+    "api": PageTable("docs/api.md", api.table),
+    "models": PageTable("docs/models.md", models.table),
+    "options": PageTable("docs/options.md", options.table),
+    "orders": PageTable("docs/solvers.md", orders.table),
 }
 
 
