@@ -31,7 +31,7 @@ from teachers.trajectory_files import TrajectorySet
 JUDGED = 64  #: latents that tables are compared on, never fitted: the first numbers
 CALIBRATED = 256  #: latents of the closed form, the next numbers
 SEARCHED = (96, 64)  #: latents of the search: fitted and judged on, among the calibrated ones
-SHARE = 32  #: latents in a batch of the calibration, in each process
+SHARE = 32  #: latents in a batch of the calibration, in each process, at most
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class NsJob:
         self, model: Model, stored: TrajectorySet, numbers: Sequence[int], here: World
     ) -> Latents:
         curves, meters = [], []
-        for batch in stored.batches(SHARE, here.shard(numbers)):
+        for batch in stored.batches(_share(here), here.shard(numbers)):
             states, x0 = (part.to(here.device) for part in (batch.x, batch.x0))
             curves.append(Curves(stored.times, states, x0))
             meters.append(self.curves.draw(model, batch.numbers, here).meter)
@@ -177,7 +177,7 @@ class NsJob:
         levels = fit.curves[0].times
         if not self.options.search:
             return polynomial_times(self.calls, float(levels[-1]), float(levels[0]))
-        batches = [-(-count // (SHARE * here.size)) for count in SEARCHED]
+        batches = [-(-count // (_share(here) * here.size)) for count in SEARCHED]
         ends = batches[0], sum(batches)
         some = Latents(fit.curves[: ends[0]], fit.meters[: ends[0]])
         other = Latents(fit.curves[ends[0] : ends[1]], fit.meters[ends[0] : ends[1]])
@@ -200,6 +200,11 @@ class NsJob:
                 yield Pair(batch.x[0].to(here.device), batch.x0[-1].to(here.device), denoiser)
 
         return pairs
+
+
+def _share(here: World) -> int:
+    """Latents in a batch: few enough that the search finds its batches in every process."""
+    return max(1, min(SHARE, CALIBRATED // (8 * here.size)))
 
 
 def prepare(options: NsOptions) -> NsJob:

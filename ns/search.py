@@ -87,7 +87,9 @@ def search_times(
         return found
 
     starts = [np.log(polynomial_times(calls, low, high))]
-    starts += [np.log(np.geomspace(first, last, calls)) for first, last in RATIOS]
+    for first, last in RATIOS:
+        ends = min(first, 0.9 * high), max(last, 1.1 * low)
+        starts.append(np.log(np.geomspace(*ends, calls)))
     starts = starts[:evaluations]
     errors = [error(start) for start in starts]
     best = starts[int(np.argmin(errors))]
