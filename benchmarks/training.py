@@ -1,8 +1,9 @@
-"""The cost of the trainer: its time over the time of the network calls that it makes.
+"""The cost of the trainers: their time over the time of the network calls that they make.
 
 One update of `amed.trainer.train`, from drawing the noise to saving the state, is compared with as
 many calls of the bare U-Net on inputs that already have its dtype: forward alone for the teacher
 and for the nodes of the student's grid, forward and backward to the input for the inserted nodes.
+So is one update of `ns.refine.refine`, all of whose calls have a backward pass.
 Each round times network calls, the trainer, network calls, so that changes in the machine's speed
 affect both; a row gives medians over the rounds.
 """
@@ -34,9 +35,14 @@ from benchmarks.sampling import (
     raw_forward,
 )
 from denoisers.families.edm import EDMModel
+from ns.coordinates import WhitenedTable
+from ns.refine import Pair, RefineLoop, refine
+from ns.search import polynomial_times, prior_table
+from ns.spectrum import SpectralNorm
 from runtime import cli
 from runtime.dist import World
 from runtime.record import RunRecord
+from solvers.table import Table
 from solvers.types import Denoised, Denoiser
 from teachers.build import build_teacher
 
@@ -110,6 +116,33 @@ def trainer(
     return update
 
 
+def refiner(model: EDMModel, batch: int, device: torch.device) -> Callable[[Denoiser], None]:
+    """A function that does one update of an NS solver of five calls with a denoiser."""
+    card = model.card
+    times = polynomial_times(5, card.sigma_min, card.sigma_max)
+    table = prior_table(times, card.sigma_max, card.sigma_min)
+    directions = torch.full((6, 6, 6), 1e-3, dtype=torch.float64).tril()
+    x, images = torch.randn(2, batch, *card.shape).to(device)
+    norm = SpectralNorm.of([images], 0.6)
+    loop = RefineLoop(updates=1, batch=batch, report=1, lr=0.05)
+
+    def update(denoiser: Denoiser) -> None:
+        pair = Pair(card.sigma_max * x, images, denoiser)
+        start = WhitenedTable(table, directions)
+        out, err = contextlib.redirect_stdout(StringIO()), contextlib.redirect_stderr(StringIO())
+        with tempfile.TemporaryDirectory() as folder, out, err:
+            here, path = World(0, 1, device), Path(folder)
+            pairs, numbers = (lambda _: iter([pair])), range(batch)
+            refine(start, pairs, numbers, _no_error, norm, loop, path, here, _no_error)
+
+    return update
+
+
+def _no_error(table: Table) -> float:
+    """In the place of judging and of saving a table."""
+    return 0.0
+
+
 Row = tuple[str, str, int, int, float, float, float, float]
 
 
@@ -127,8 +160,10 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
         return first, watch(backward)
 
     raw()  # the first call prepares kernels
-    for row in ROWS:
-        update, denoiser = trainer(model, row, batch, watch.device), model.bind()
+    updates_of = {row[:2]: trainer(model, row, batch, watch.device) for row in ROWS}
+    updates_of["ns", "stored"] = refiner(model, batch, watch.device)
+    denoiser = model.bind()
+    for row, update in updates_of.items():
         counter = Counter(denoiser)
         update(counter)
         f, b = counter.forwards, counter.backwards
