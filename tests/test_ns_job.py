@@ -12,14 +12,19 @@ import torch
 import ns.job
 import ns.refine
 from commands import sample, solver_error, train
+from comparison.students import learned_restart_rows, learned_rows
+from denoisers.cards import cards
+from denoisers.conditions import ConditionOptions
 from denoisers.registry import ModelSource
 from ns.experiments import TrainedTable, load_student, read_table, save_table
+from ns.job import NsOptions
 from ns.search import prior_table
 from plans.plan import run_plan
 from runtime.errors import UserError
 from runtime.log import read_json_lines
 from runtime.record import RunRecord
 from samplers.build import build
+from samplers.builders.learned import build_learned
 from samplers.options import SamplerOptions
 from solvers.table import Table, run_table
 from tests.processes import run_command, together
@@ -138,6 +143,26 @@ def test_a_table_samples_and_is_measured_like_every_student(run: Any, script: Sc
     arguments = ("--budgets=3", "--predictors=1", "--seeds=0-3", "--detector=none", "--outdir=e")
     done = script(solver_error.main, "--dataset_name=tiny", *arguments, "--device=cpu")
     assert done.code == 0 and "NS solver" in done.out, done.err
+
+
+def test_a_comparison_sets_a_table_against_its_prior(run: Any) -> None:
+    student = load_student(str(folder(run("--refine=0"))), "exps")
+    card = tiny_model("tiny").card
+    (row,) = learned_rows([student], card)
+    assert (row.method, row.budget, row.own_solver) == ("NS solver", 3, "iPNDM(4) + AFS")
+    assert row.detail == "heun teacher, 35 NFE; 56 trajectories, 0 updates"
+    assert learned_restart_rows([student], card) == []
+    with pytest.raises(UserError, match="cannot be part of --sampler restart"):
+        build_learned(SamplerOptions(sampler="restart"), student, card)
+
+
+def test_guidance_takes_two_evaluations_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelSource, "card", lambda _: cards()["ms_coco"])
+    model, conditions = ModelSource("ms_coco"), ConditionOptions(guidance_rate=7.5)
+    job = ns.job.prepare(NsOptions(model, conditions, nfe=10))
+    assert job.calls == 5 and job.curves.nfe == 70 and job.name == "ms_coco-5-10-ns-heun"
+    with pytest.raises(UserError, match="--nfe 5 is odd.*give --nfe 6"):
+        ns.job.prepare(NsOptions(model, conditions, nfe=5))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
