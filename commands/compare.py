@@ -7,15 +7,13 @@ from typing import Any
 import click
 
 from commands.options import (
-    classic_schedule_option,
+    classic_options,
     harness_options,
     image_options,
     mask_options,
     predictors_option,
-    times_option,
 )
 from comparison.job import EXTRA, CompareOptions, prepare
-from comparison.rows import DEFAULT_SOLVERS, LISTED
 from runtime.job import execute
 from runtime.options import parse_options
 
@@ -52,14 +50,7 @@ Examples:
 )
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
 @mask_options
-@click.option(
-    "--solvers",
-    default=DEFAULT_SOLVERS,
-    metavar="LIST",
-    help=f"classic rows, of {', '.join(LISTED)}",
-)
-@classic_schedule_option
-@times_option("classic rows on these noise levels too, such as those of tools.gits")
+@classic_options
 @harness_options("samples/compare")
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Compare samplers at matched budgets, on the same seeds, through one FID harness.

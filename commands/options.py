@@ -150,11 +150,29 @@ def times_option(help: str) -> Callable[[F], F]:
 
 # What is measured
 
+
+def classic_options(function: F) -> F:
+    """The classic rows of a table: ``--solvers``, ``--schedule_type``, ``--times``."""
+    from comparison.rows import DEFAULT_SOLVERS, LISTED  # only for commands that compare
+
+    return combine(
+        click.option(
+            "--solvers",
+            default=DEFAULT_SOLVERS,
+            metavar="LIST",
+            help=f"classic rows, of {', '.join(LISTED)}",
+        ),
+        click.option(
+            "--schedule_type",
+            type=click.Choice(SCHEDULES),
+            help="of all classic rows  [default: own]",
+        ),
+        times_option("classic rows on these noise levels too, such as those of tools.gits"),
+    )(function)
+
+
 predictors_option = click.option(
     "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
-)
-classic_schedule_option = click.option(
-    "--schedule_type", type=click.Choice(SCHEDULES), help="of all classic rows  [default: own]"
 )
 detector_path_option = click.option(
     "--detector-path",

@@ -8,14 +8,12 @@ import click
 
 from commands.options import (
     POSITIVE,
-    classic_schedule_option,
+    classic_options,
     condition_options,
     predictors_option,
     seeds_option,
-    times_option,
     work_options,
 )
-from comparison.rows import DEFAULT_SOLVERS, LISTED
 from comparison.solver_error.job import NO_DETECTOR, SolverErrorOptions, prepare
 from metrics.detectors import DETECTORS
 from runtime.job import execute
@@ -38,14 +36,7 @@ Examples:
     "--check", type=bool, default=False, help="also Heun with 200 nodes: is the solution exact?"
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35")
-@click.option(
-    "--solvers",
-    default=DEFAULT_SOLVERS,
-    metavar="LIST",
-    help=f"classic rows, of {', '.join(LISTED)}",
-)
-@classic_schedule_option
-@times_option("classic rows on these noise levels too, such as those of tools.gits")
+@classic_options
 @click.option("--batch", type=click.IntRange(1), default=8, help="images that are solved together")
 @condition_options
 @work_options("samples/errors", (*DETECTORS, NO_DETECTOR))
