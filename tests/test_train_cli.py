@@ -11,6 +11,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import click
 import pytest
 import safetensors.torch
 import torch
@@ -18,12 +19,15 @@ import torch
 import amed.experiments
 import amed.job
 from amed.experiments import create_run, list_runs, load_predictor, save_predictor
+from amed.job import TrainOptions
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import train
 from denoisers.cards import cards
+from ns.job import NsOptions
 from runtime import cli
 from runtime.log import read_json_lines
+from runtime.options import flat_options, parse_options
 from runtime.record import SCHEMA, RunRecord
 from tests.processes import finish, python, run_command, start, together, torchrun
 from tests.scripts import Done
@@ -299,3 +303,18 @@ def test_an_unknown_number_lists_the_known_ones(tmp_path):
     assert load_predictor("1", tmp_path).settings == settings()
     with pytest.raises(ValueError, match=r"no run 2 .*\(runs: 1\)"):
         load_predictor("2", tmp_path)
+
+
+# Help
+
+
+def test_the_defaults_in_the_help_are_those_of_the_options() -> None:
+    """Flags that are not given leave the options' own defaults in place."""
+    context = click.Context(train.main)
+    shown = {p.name: p.get_default(context) for p in train.main.params}
+    amed = flat_options(parse_options(TrainOptions, {"dataset_name": None}))
+    table = flat_options(parse_options(NsOptions, {"dataset_name": None}))
+    assert amed.pop("label", table.pop("label")) is None  # a class, which has no flag here
+    assert len(amed) > 30 and {name: shown[name] for name in amed} == amed
+    own = {name for name in table if shown[name] != table[name]}
+    assert own == {"batch", "lr"}  # named in the text above the flags
