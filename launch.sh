@@ -39,8 +39,7 @@ recipe_default() { # budget 5 only
     note "published lengths, 50,000 images and 3 to 9 NFE: ./launch.sh full"
     predictors=""
     small_students 4 --batch=16 --total_kimg=0.256 --tick=0.064
-    keep student_ns cifar10-small 5 --dtype="$DTYPE" --search=30 --refine=100 --batch=32 \
-        --trajectories=256
+    keep student_ns cifar10-small 5 --dtype="$DTYPE" --refine=120 --batch=32 --trajectories=256
     small_report default 5 --num_images="$IMAGES" --select=32,128
 }
 
