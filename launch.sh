@@ -205,7 +205,7 @@ recipe_test() {
     call "$VENV_PYTHON" -m ruff check .
     call "$VENV_PYTHON" -m ruff format --check .
     call "$VENV_PYTHON" -m mypy
-    OMP_NUM_THREADS=1 call "$VENV_PYTHON" -m pytest -q -n "$workers"
+    OMP_NUM_THREADS=1 call "$VENV_PYTHON" -m pytest -q -n "$workers" --dist worksteal
 }
 
 # ---------------------------------------------------------------- machinery
