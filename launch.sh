@@ -9,7 +9,7 @@ USAGE="Usage: ./launch.sh [RECIPE] [--gpus N] [--dry-run]
 Sets up .venv on first use and runs a recipe:
 
   default           six students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
-                    classic solvers; 20 to 30 minutes on two cores
+                    classic solvers; 25 to 50 minutes on two cores
   full              the same at 3, 5, 7 and 9 NFE, published training lengths, 50,000 images
   cifar10           published AMED settings: train, sample 50,000 images, FID
   ffhq              the same, FFHQ 64x64
@@ -213,7 +213,7 @@ recipe_test() {
 RECIPES="default full cifar10 ffhq imagenet64 lsun_bedroom_ldm ms_coco sd_restart toy test help"
 CAPTIONS=data/MS-COCO_val2014_30k_captions.csv
 VENV_PYTHON=.venv/bin/python
-IMAGES=1500 # a row of the default report: the most that leaves two cores a margin to 20 minutes
+IMAGES=1500 # a row of the default report: enough to tell most rows apart
 # The bundled network is twice as fast in bfloat16 where the processor has it; the change of an
 # image is far below what a solver of few steps gets wrong.
 DTYPE=float32
