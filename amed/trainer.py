@@ -31,6 +31,7 @@ from teachers.supervision import Teacher, visit_variance
 from teachers.trajectory_files import TRAJECTORIES
 
 STATE = "training-state.pt"
+SAVED = ("done", "predictor", "optimizer")  #: entries of the state
 VARIANCE_SAMPLES, VARIANCE_DRAWS = 4, 4
 TRAIN, VARIANCE = "train", "variance"
 REPEATS = tuple(f"{VARIANCE}-{k}" for k in range(VARIANCE_DRAWS))
@@ -184,7 +185,7 @@ def _save(
 
 def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Optimizer) -> int:
     """Restore predictor and optimizer from a saved state, if any; the iterations done so far."""
-    state = _read_state(path)
+    state = read_state(path, SAVED)
     if not state:
         return 0
     predictor.load_state_dict(state["predictor"])
@@ -194,16 +195,19 @@ def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Opt
 
 def is_finished(folder: Path, loop: Loop) -> bool:
     """Whether the run in ``folder`` is complete."""
-    return int(_read_state(folder / STATE).get("done", 0)) >= loop.iterations
+    return int(read_state(folder / STATE, SAVED).get("done", 0)) >= loop.iterations
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """The state written by `_save`; empty if there is none."""
+def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The entries ``keys`` of a saved training state; empty if there is none.
+
+    Raises UserError for a file that is damaged or lacks one of them.
+    """
     if not path.is_file():
         return {}
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        return {key: state[key] for key in ("done", "predictor", "optimizer")}
+        return {key: state[key] for key in keys}
     except Exception as error:  # a damaged file may raise any error
         raise UserError(
             f"{path} cannot be read ({type(error).__name__}); delete it to start that run from the "

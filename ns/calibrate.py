@@ -61,9 +61,7 @@ class Calibration:
     """A calibrated table, with what refinement needs to know of every row."""
 
     table: Table
-    errors: (
-        Tensor  #: (K + 1,), root of the mean squared error of every state, the last one whitened
-    )
+    errors: Tensor  #: (K + 1,), root mean square error of every state, the last one whitened
     grams: tuple[Tensor, ...]  #: (k, k) for k = 1 .. K + 1: mean products of each row's columns
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amed.job import open_run
+from amed.trainer import read_state
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
@@ -15,7 +16,7 @@ from denoisers.registry import ModelSource
 from ns.calibrate import Curves
 from ns.coordinates import WhitenedTable
 from ns.experiments import TABLE, save_table
-from ns.refine import STATE, Pair, Pairs, RefineLoop, read_state, refine
+from ns.refine import SAVED, STATE, Pair, Pairs, RefineLoop, refine
 from ns.search import Latents, calibrated, final_error, polynomial_times, search_times
 from ns.spectrum import SpectralNorm
 from runtime.dist import World
@@ -109,7 +110,7 @@ class NsJob:
         record = self.record(model.sha256)
         options = self.options
         folder = open_run(options.outdir, options.resume, self.name, record, here)
-        state = read_state(folder / STATE)
+        state = read_state(folder / STATE, SAVED)
         if (folder / TABLE).exists() and state.get("done", 0) >= options.refine:
             note(f"already trained: {folder}")
             return folder

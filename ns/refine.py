@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from amed.trainer import read_state
 from ns.coordinates import WhitenedTable
 from ns.spectrum import SpectralNorm
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import JsonLines, TextLog, progress, tensorboard
-from solvers.table import Table, combine
-from solvers.types import Denoiser
+from solvers.table import Table
+from solvers.types import Denoised, Denoiser
 
 STATE = "refine-state.pt"
+NUMBERS = ("done", "error", "best_error")
+PARTS = ("current", "average", "best", "optimizer", "schedule")
+SAVED = (*NUMBERS, *PARTS)  #: entries of the state
 CLIP = 1.0  #: largest norm of a gradient in whitened coordinates
 BETAS = (0.9, 0.99)  #: of Adam: runs are of hundreds of updates
 AVERAGE = 0.9  #: decay of the exponential moving average of the coordinates
@@ -119,12 +123,12 @@ class _Run:
 
     def update(self, pairs: Iterator[Pair], norm: SpectralNorm, here: World) -> float:
         """One step on this rank's pairs of a batch; the loss over all ranks."""
-        self.optimizer.zero_grad(set_to_none=False)
         parameters = list(self.current.parameters())
         total = torch.zeros((), dtype=torch.float64)
         flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
         for pair in pairs:
-            image = final_state(self._table(), pair, self.loop.checkpointed)
+            denoiser = Recomputed(pair.denoiser) if self.loop.checkpointed else pair.denoiser
+            *_, image = self._table().states(denoiser, pair.latents)
             loss = norm(image - pair.images).to(torch.float64).sum() / self.loop.batch
             gradients = torch.autograd.grad(loss, parameters)
             flat += torch.cat([g.flatten() for g in gradients])
@@ -163,22 +167,20 @@ class _Run:
             self.best.load_state_dict(self.average.state_dict())
 
     def save(self, path: Path) -> None:
-        state: dict[str, Any] = {
-            name: getattr(self, name) for name in ("done", "error", "best_error")
-        }
-        for name in ("current", "average", "best", "optimizer", "schedule"):
-            state[name] = getattr(self, name).state_dict()
+        state = {name: getattr(self, name) for name in NUMBERS}
+        state |= {name: getattr(self, name).state_dict() for name in PARTS}
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
 
     def restore(self, path: Path) -> None:
         """Continue from a saved state, if there is one."""
-        state = read_state(path)
-        for name in ("done", "error", "best_error"):
-            setattr(self, name, state.get(name, getattr(self, name)))
-        for name in ("current", "average", "best", "optimizer", "schedule"):
-            if name in state:
-                getattr(self, name).load_state_dict(state[name])
+        state = read_state(path, SAVED)
+        if not state:
+            return
+        for name in NUMBERS:
+            setattr(self, name, state[name])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
 
 
 class _Board:
@@ -198,19 +200,19 @@ class _Board:
             self._writer.close()
 
 
-def final_state(table: Table, pair: Pair, checkpointed: bool) -> Tensor:
-    """The image of a table with gradients through every call, (B, C, H, W)."""
+@dataclass(frozen=True, eq=False)
+class Recomputed:
+    """A denoiser whose calls are recomputed in the backward pass instead of being kept."""
 
-    def call(x: Tensor, time: Tensor) -> Tensor:
-        return pair.denoiser(x, time).x0
+    inner: Denoiser
 
-    columns = [pair.latents]
-    for row, time in zip(table.rows, table.times, strict=False):
-        x = combine(row, columns)
-        columns.append(
-            checkpoint(call, x, time, use_reentrant=False) if checkpointed else call(x, time)
-        )
-    return combine(table.rows[-1], columns)
+    @property
+    def cost(self) -> int:
+        return self.inner.cost
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        denoised: Denoised = checkpoint(self.inner, x, sigma, use_reentrant=False)
+        return denoised
 
 
 def _batch(numbers: Sequence[int], loop: RefineLoop, update: int) -> list[int]:
@@ -229,17 +231,3 @@ def _batch(numbers: Sequence[int], loop: RefineLoop, update: int) -> list[int]:
 
 def _detached(table: Table) -> Table:
     return Table(table.start, table.end, table.times.detach(), table.rows.detach())
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """A saved state; empty if there is none, UserError for a damaged one."""
-    if not path.is_file():
-        return {}
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        return {**state, "done": int(state["done"])}
-    except Exception as error:  # a damaged file may raise any error
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}); delete it to start that run from the "
-            "beginning"
-        ) from None

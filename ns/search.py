@@ -17,7 +17,7 @@ from plans.table import tabulate
 from solvers.driver import Meter
 from solvers.grids import get_grid
 from solvers.registry import make_solver
-from solvers.table import Table, run_table
+from solvers.table import Table
 
 #: Where the search starts: the inner nodes of a polynomial grid, and times of equal ratios between
 #: two levels, the middle of the walk, where trajectories bend (as GITS finds, arXiv:2405.11326).
@@ -48,11 +48,14 @@ def polynomial_times(calls: int, sigma_min: float, sigma_max: float) -> list[flo
 
 
 @torch.no_grad()
-def final_error(table: Table, latents: Latents, norm: SpectralNorm, reduce: Reduce) -> float:
+def final_error(
+    table: Table, latents: Latents, norm: SpectralNorm, reduce: Reduce = lambda _: None
+) -> float:
     """Root of the mean norm of the differences to the teacher's images."""
     sums = torch.zeros(2, dtype=torch.float64)
     for curves, meter in zip(*latents, strict=True):
-        error = norm(run_table(table, meter, curves.x[0]).x[-1] - curves.images)
+        *_, images = table.states(meter, curves.x[0])
+        error = norm(images - curves.images)
         sums += torch.tensor([float(error.double().sum()), len(error)], dtype=torch.float64)
     reduce(sums)
     return float((sums[0] / sums[1]).sqrt())
@@ -81,8 +84,7 @@ def search_times(
         times = np.clip(np.exp(logs), low * 1.001, high * 0.999).tolist()
         if len(set(times)) < len(times):
             return float("inf")
-        table = calibrate(prior_table(times, high, low), *fit, norm, reduce).table
-        found = final_error(table, judge, norm, reduce)
+        found = final_error(calibrated(times, fit, norm, reduce).table, judge, norm, reduce)
         watch(found)
         return found
 

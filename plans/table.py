@@ -42,7 +42,9 @@ class TableWalk:
         return self.table.calls * cost
 
     def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
-        yield from run_table(self.table, meter, x).x[1:]
+        states = self.table.states(meter, x)
+        next(states)  # of the first evaluation, which has no time of its own in `times`
+        yield from states
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def pairs(numbers: Sequence[int]) -> Iterator[Pair]:
 
 
 def judge(table: Table) -> float:
-    return final_error(table, OTHER, PLAIN, len)
+    return final_error(table, OTHER, PLAIN)
 
 
 def start() -> WhitenedTable:

@@ -33,7 +33,7 @@ from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options, parse_options
 from runtime.record import RunRecord
-from runtime.seeds import SELECTION_START
+from runtime.seeds import SELECTION_START, selection_seeds
 from runtime.typed import SCHEMA, write_result
 from solvers.gits import best_path, euler_errors
 from solvers.grids import SCHEDULES, Grid
@@ -134,7 +134,7 @@ class GitsJob:
 
     def _seeds(self, here: World | None = None) -> Sequence[int]:
         """Seeds of selections, which no table reports on; those of this process."""
-        seeds = range(SELECTION_START, SELECTION_START + self.options.number)
+        seeds = selection_seeds(self.options.number)
         return seeds if here is None else here.shard(seeds)
 
 
@@ -151,7 +151,7 @@ def prepare(options: GitsOptions) -> GitsJob:
         )
     card = options.model.card()
     conditions = options.conditions.resolve(card)
-    conditions.check(card, range(SELECTION_START, SELECTION_START + options.number))
+    conditions.check(card, selection_seeds(options.number))
     ts = Grid(options.schedule_type, options.fine).resolve(card).nodes()
     return GitsJob(options, card, conditions, lengths, ts)
 
