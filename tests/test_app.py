@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from commands import app
 from commands.app import COMMANDS
 from runtime import __version__
-from tests.processes import python
+from tests.processes import finish, python, start
 from tests.test_architecture import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +109,13 @@ def test_help_names_subcommands_where_it_names_scripts_otherwise() -> None:
         (["report", "nowhere"], 1, "error: nowhere holds no results.json: give the --outdir of"),
     ],
 )
-def test_errors_are_one_sentence(arguments: list[str], code: int, message: str) -> None:
-    done = amed(*arguments)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.splitlines()[-1].startswith(message), done.stderr
+def test_errors_are_one_sentence(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    def work() -> None:
+        sys.argv = ["amed", *arguments]
+        app.main()
+
+    done = finish(start(work, tmp_path / "log"), tmp_path / "log")
+    assert (done.code, done.out) == (code, "")
+    assert done.err.splitlines()[-1].startswith(message), done.err

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
+from runtime import cli
 from runtime.dist import World, choose_device, world
 from runtime.errors import UserError
-from tests.processes import together, torchrun
+from tests.processes import run_command, together, torchrun
 
 
 def sum_and_share(folder: Path) -> None:
@@ -38,31 +40,34 @@ def test_two_processes_sum_float64_exactly(tmp_path: Path, monkeypatch: pytest.M
     assert [result["shard"] for result in ranks] == [[0, 2, 4], [1, 3]]
 
 
-FAIL = """
-import click, torch
-from runtime import cli
-from runtime.dist import world
-from runtime.errors import UserError
 @click.command()
 @click.argument("ranks")
-def main(ranks):
+def fails(ranks: str) -> None:
     with world("cpu") as w:
         if str(w.rank) in ranks:
             raise UserError(f"sentence of rank {w.rank}")
         w.sum_(torch.zeros(1))
-cli.run(main)
-"""
 
 
-@pytest.mark.parametrize(("ranks", "speaker"), [("01", 0), ("0", 0), ("1", 1)])
-def test_a_failure_is_one_sentence_and_an_exit_code(
-    tmp_path: Path, ranks: str, speaker: int
+SCRIPT = "from runtime import cli\nfrom tests.test_runtime_dist import fails\ncli.run(fails)\n"
+
+
+def test_rank_0_is_the_first_to_report_what_all_ranks_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "script.py").write_text(FAIL)
-    done = torchrun(tmp_path / "script.py", ranks)
-    assert done.code != 0
-    said = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert said == [f"error: sentence of rank {speaker}"]
+    """So torchrun, which ends the others then, leaves one sentence."""
+    monkeypatch.setattr(cli, "HEAD_START", 0.5)
+    done = together(lambda: run_command(fails, "01"), tmp_path)
+    assert [rank.code for rank in done] == [1, 1]
+    assert [rank.err for rank in done] == [f"error: sentence of rank {r}\n" for r in (0, 1)]
+    spoke = [(tmp_path / f"rank-{rank}.err").stat().st_mtime for rank in (0, 1)]
+    assert spoke[1] - spoke[0] > 0.3
+
+
+def test_a_failure_under_torchrun_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = torchrun(tmp_path / "script.py", "1")
+    assert done.code != 0 and done.err.count("error: sentence of rank 1\n") == 1
     assert f'File "{tmp_path}' not in done.err  # no traceback of the script
 
 

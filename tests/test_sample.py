@@ -24,7 +24,7 @@ from runtime.record import RunRecord
 from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
-from tests.processes import run_command, start, torchrun
+from tests.processes import run_command, start, together
 from tests.sampler_models import ClassModel, GaussianModel, make_card, trained
 from tests.scripts import Script
 
@@ -280,9 +280,11 @@ def test_killed_and_continued_by_two_processes_is_as_never_killed(
     process.join()
     assert 3 <= len(images(killed)) < 8
     assert RunRecord.read(killed / "run.json").plan["nfe_metered"] is None
-    done = torchrun("sample.py", *arguments, f"--outdir={killed}")
-    assert done.code == 0, done.err
-    spoken = re.findall(r"(\d+) images made \((\d+) were there already\)", done.out)
+    both = (*arguments, "--device=cpu", f"--outdir={killed}")
+    done = together(lambda: run_command(sample.main, *both), tmp_path)
+    assert [rank.code for rank in done] == [0, 0], done
+    said = "".join(rank.out for rank in done)
+    spoken = re.findall(r"(\d+) images made \((\d+) were there already\)", said)
     assert len(spoken) == 1 and sum(map(int, spoken[0])) == 8  # one speaks, each image made once
     with pytest.raises(SystemExit) as left, monkeypatch.context() as patch:
         whole = tmp_path / "whole"
