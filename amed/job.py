@@ -33,7 +33,7 @@ from teachers.supervision import RestartTeacher, Teacher, teacher_nfe
 
 PREVIEW_SEEDS = range(16)
 #: Options that may differ between the start of a run and its continuation.
-IGNORED = ("outdir", "batch_gpu", "bench", "desc", "cache_dir", "resume", "checkpoint", "report")
+IGNORED = ("outdir", "batch_gpu", "bench", "desc", "cache_dir", "checkpoint", "report")
 
 
 @dataclass(frozen=True)

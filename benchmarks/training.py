@@ -36,6 +36,7 @@ from benchmarks.sampling import (
 )
 from denoisers.families.edm import EDMModel
 from ns.coordinates import WhitenedTable
+from ns.losses import spectral
 from ns.refine import Pair, RefineLoop, refine
 from ns.search import polynomial_times, prior_table
 from ns.spectrum import SpectralNorm
@@ -123,7 +124,7 @@ def refiner(model: EDMModel, batch: int, device: torch.device) -> Callable[[Deno
     table = prior_table(times, card.sigma_max, card.sigma_min)
     directions = torch.full((6, 6, 6), 1e-3, dtype=torch.float64).tril()
     x, images = torch.randn(2, batch, *card.shape).to(device)
-    norm = SpectralNorm.of([images], 0.6)
+    loss = spectral(SpectralNorm.of([images], 0.6))
     loop = RefineLoop(updates=1, batch=batch, report=1, lr=0.05)
 
     def update(denoiser: Denoiser) -> None:
@@ -133,7 +134,7 @@ def refiner(model: EDMModel, batch: int, device: torch.device) -> Callable[[Deno
         with tempfile.TemporaryDirectory() as folder, out, err:
             here, path = World(0, 1, device), Path(folder)
             pairs, numbers = (lambda _: iter([pair])), range(batch)
-            refine(start, pairs, numbers, _no_error, norm, loop, path, here, _no_error)
+            refine(start, pairs, numbers, _no_error, loss, loop, path, here, _no_error)
 
     return update
 

@@ -19,9 +19,11 @@ from commands.options import (
     guidance_options,
     model_options,
     prompt_options,
+    times_option,
 )
 from denoisers.cards import cards
-from ns.job import NsOptions
+from ns.losses import LOSSES
+from ns.options import EXPONENT, SEARCH, NsOptions
 from runtime.errors import UserError
 from runtime.job import execute
 from runtime.options import flag_names, parse_options
@@ -88,10 +90,19 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 # NS solvers, --sampler_stu=ns
 @click.option("--nfe", type=click.IntRange(1), default=5, help="ns: network evaluations")
 @click.option("--trajectories", type=click.IntRange(1), default=512, help="ns: for refinement")
-@click.option("--search", type=click.IntRange(0), default=40, help="ns: tables to try for times")
-@click.option("--refine", type=click.IntRange(0), default=160, help="ns: updates; 0: none")
 @click.option(
-    "--exponent", type=click.FloatRange(0, 2), default=0.6, help="ns: of the spectrum in the loss"
+    "--search", type=click.IntRange(0), help=f"ns: tables to try for times  [default: {SEARCH}]"
+)
+@times_option("ns: network times, between sigma_max and sigma_min, instead of a search")
+@click.option("--refine", type=click.IntRange(0), default=160, help="ns: updates; 0: none")
+@click.option("--loss", type=click.Choice(LOSSES), default="spectral", help="ns: of images")
+@click.option(
+    "--exponent",
+    type=click.FloatRange(0, 2),
+    help=f"ns: of the spectrum in the loss  [default: {EXPONENT}]",
+)
+@click.option(
+    "--unpaired", type=click.FloatRange(0), default=0.0, help="ns: weight of Restart's statistics"
 )
 @click.option("--report", type=click.IntRange(1), default=20, help="ns: updates between reports")
 @click.option("--checkpoint", is_flag=True, help="ns: recompute calls, to save memory")

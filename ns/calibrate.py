@@ -8,13 +8,14 @@ no iteration: each latent is evaluated once per call of the student.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ns.spectrum import SpectralNorm
+from ns.spectrum import Reduce, SpectralNorm
 from solvers.driver import Meter
 from solvers.table import Table, combine
 
@@ -56,6 +57,13 @@ class Curves:
         return self.x0[-1]
 
 
+class Latents(NamedTuple):
+    """Teacher trajectories in batches, with the denoisers bound to their samples."""
+
+    curves: Sequence[Curves]
+    meters: Sequence[Meter]
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """A calibrated table, with what refinement needs to know of every row."""
@@ -66,64 +74,65 @@ class Calibration:
 
 
 def calibrate(
-    prior: Table,
-    curves: Sequence[Curves],
-    meters: Sequence[Meter],
-    norm: SpectralNorm,
-    reduce: Callable[[Tensor], object] = lambda _: None,
+    prior: Table, latents: Latents, norm: SpectralNorm, reduce: Reduce = lambda _: None
 ) -> Calibration:
     """Fit the rows at the times of ``prior``, which must lie within those of the teacher.
 
-    ``curves`` are batches of teacher trajectories and ``meters`` the denoisers bound to their
-    samples.  The last row is fitted in ``norm``, the others in the mean squared error; all of them
-    lean towards the rows of ``prior`` where the samples do not determine them.  ``reduce`` sums a
-    tensor over processes in place.
+    The last row is fitted in ``norm``, the others in the mean squared error; all of them lean
+    towards the rows of ``prior`` where the latents do not determine them.
     """
-    calls = prior.calls
     rows, errors, grams = torch.zeros_like(prior.rows), [], []
-    columns = [[curve.x[0]] for curve in curves]
-    for k in range(calls + 1):
-        last = k == calls
-        gram, product, square = _normal_equations(columns, curves, prior, k, norm, reduce)
-        row, error = _solve(gram, product, square, prior.rows[k, : k + 1])
+    columns = [[curves.x[0]] for curves in latents.curves]
+    for k in range(prior.calls + 1):
+        if k < prior.calls:
+            targets = [curves.at(float(prior.times[k])) for curves in latents.curves]
+            sums = _normal_equations(columns, targets, None, reduce)
+        else:
+            targets = [curves.images for curves in latents.curves]
+            sums = _normal_equations(columns, targets, norm, reduce)
+        row, error = _solve(sums, prior.rows[k, : k + 1])
         rows[k, : k + 1] = row
         errors.append(error)
-        grams.append(gram)
-        if last:
-            break
-        for seen, meter in zip(columns, meters, strict=True):
-            seen.append(meter(combine(row, seen), prior.times[k]).x0)
+        grams.append(sums.gram)
+        if k < prior.calls:
+            for seen, meter in zip(columns, latents.meters, strict=True):
+                seen.append(meter(combine(row, seen), prior.times[k]).x0)
     table = Table(prior.start, prior.end, prior.times, rows)
     return Calibration(table, torch.stack(errors), tuple(grams))
 
 
+class _Sums(NamedTuple):
+    """Mean products per value."""
+
+    gram: Tensor  #: (n, n), of the columns
+    product: Tensor  #: (n,), of the columns and the target
+    square: Tensor  #: (), of the target
+
+
 def _normal_equations(
     columns: Sequence[Sequence[Tensor]],
-    curves: Sequence[Curves],
-    prior: Table,
-    k: int,
-    norm: SpectralNorm,
-    reduce: Callable[[Tensor], object],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean products per value: of the columns (n, n), with the target (n,), and of the target."""
-    n = k + 1
+    targets: Sequence[Tensor],
+    norm: SpectralNorm | None,
+    reduce: Reduce,
+) -> _Sums:
+    """The sums over all batches, in ``norm``, or plain."""
+    n = len(columns[0])
     sums = torch.zeros(n + 1, n + 1, dtype=torch.float64)
     count = torch.zeros((), dtype=torch.float64)
-    for seen, curve in zip(columns, curves, strict=True):
-        last = k == prior.calls
-        target = curve.images if last else curve.at(float(prior.times[k]))
+    for seen, target in zip(columns, targets, strict=True):
         both = [part.to(torch.float64) for part in (*seen, target)]
-        flat = torch.stack([(norm.whiten(part) if last else part).flatten() for part in both])
+        flat = torch.stack([(norm.whiten(part) if norm else part).flatten() for part in both])
         sums += (flat @ flat.T).cpu()
         count += flat.shape[1]
     reduce(sums)
     reduce(count)
     mean = sums / count
-    return mean[:n, :n], mean[:n, n], mean[n, n]
+    return _Sums(mean[:n, :n], mean[:n, n], mean[n, n])
 
 
-def _solve(gram: Tensor, product: Tensor, square: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+def _solve(sums: _Sums, prior: Tensor) -> tuple[Tensor, Tensor]:
     """The row and the root of its mean squared error."""
+    gram, product, square = sums
     scale = gram.diagonal().sqrt()  # columns of equal size: x_T is 100 times as large as an image
     ridge = RIDGE * torch.eye(len(gram), dtype=gram.dtype)
     scaled = gram / scale[:, None] / scale + ridge

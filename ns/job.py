@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from amed.job import open_run
 from amed.trainer import read_state
 from denoisers.cards import Card
-from denoisers.conditions import ConditionOptions, Conditions
+from denoisers.conditions import Conditions
 from denoisers.protocol import Model
-from denoisers.registry import ModelSource
-from ns.calibrate import Curves
+from ns.calibrate import Curves, Latents
 from ns.coordinates import WhitenedTable
 from ns.experiments import TABLE, save_table
+from ns.losses import (
+    EnergyDistance,
+    Loss,
+    feature_distance,
+    pseudo_huber,
+    spectral,
+)
+from ns.options import NsOptions, check_options
 from ns.refine import SAVED, STATE, Pair, Pairs, RefineLoop, refine
-from ns.search import Latents, calibrated, final_error, polynomial_times, search_times
+from ns.search import calibrated, final_error, polynomial_times, search_times
 from ns.spectrum import SpectralNorm
 from runtime.dist import World
 from runtime.errors import UserError
@@ -29,33 +36,11 @@ from teachers.trajectories import TrajectoryJob, TrajectoryOptions
 from teachers.trajectories import prepare as prepare_trajectories
 from teachers.trajectory_files import TrajectorySet
 
+UNPAIRED = 512  #: images of Restart that the energy distance compares with
 JUDGED = 64  #: latents that tables are compared on, never fitted: the first numbers
 CALIBRATED = 256  #: latents of the closed form, the next numbers
 SEARCHED = (96, 64)  #: latents of the search: fitted and judged on, among the calibrated ones
 SHARE = 32  #: latents in a batch of the calibration, in each process, at most
-
-
-@dataclass(frozen=True)
-class NsOptions:
-    """The options of ``train.py --sampler_stu=ns``, named like its flags."""
-
-    model: ModelSource
-    conditions: ConditionOptions = field(default_factory=ConditionOptions)
-    outdir: str = "exps"
-    desc: str | None = None
-    resume: str | None = None  #: ``auto``, or the number or folder of a run
-    seed: int = 0
-    nfe: int = 5  #: network evaluations of the student
-    sampler_tea: str = "heun"
-    trajectories: int = 512  #: pairs of the refinement; the first 256 serve the closed form too
-    search: int = 40  #: calibrations that the search for times may try; 0 takes a polynomial grid
-    refine: int = 160  #: updates through all calls; 0 leaves the calibrated table
-    batch: int = 48  #: pairs per update, over all processes
-    batch_gpu: int | None = None  #: pairs at a time per process; None means its whole share
-    lr: float = 0.05
-    exponent: float = 0.6  #: of the images' power spectrum in the loss; 0 is the squared error
-    report: int = 20  #: updates between reports
-    checkpoint: bool = False  #: recompute every call in the backward pass
 
 
 @dataclass(frozen=True)
@@ -67,6 +52,7 @@ class NsJob:
     conditions: Conditions
     curves: TrajectoryJob  #: teacher trajectories at all nodes, for the closed form
     pairs: TrajectoryJob  #: latents and images, for the refinement; ``curves`` if they suffice
+    unpaired: TrajectoryJob | None  #: images of Restart
 
     @property
     def calls(self) -> int:
@@ -86,8 +72,10 @@ class NsJob:
             **flat_options(self.options),
             "dataset_name": self.card.name,
             "sampler_stu": "ns",
+            "exponent": self.options.norm_exponent,
             "prompts": self.conditions.describe(),
         }
+        resolved.pop("resume")  # no option of training itself
         refined = self.pairs.options.number if self.options.refine else 0
         plan: dict[str, Json] = {
             "nfe": self.options.nfe,
@@ -116,10 +104,11 @@ class NsJob:
             return folder
         fit, judge = self._latents(model, here)
         images = [curves.images for curves in fit.curves]
-        norm = SpectralNorm.of(images, options.exponent, here.sum_)
+        norm = SpectralNorm.of(images, self.options.norm_exponent, here.sum_)
+        loss = self._loss(model, norm, here)
 
         def error(table: Table) -> float:
-            return final_error(table, judge, norm, here.sum_)
+            return final_error(table, judge, loss, here.sum_)
 
         start = self._calibrate(state, fit, norm, here)
 
@@ -141,7 +130,7 @@ class NsJob:
             options.checkpoint,
             options.seed,
         )
-        refine(start, pairs, numbers, error, norm, loop, folder, here, save)
+        refine(start, pairs, numbers, error, loss, loop, folder, here, save)
         return folder
 
     def _latents(self, model: Model, here: World) -> tuple[Latents, Latents]:
@@ -176,13 +165,15 @@ class NsJob:
 
     def _times(self, fit: Latents, norm: SpectralNorm, here: World) -> list[float]:
         levels = fit.curves[0].times
-        if not self.options.search:
+        if self.options.times is not None:
+            return [*self.options.times[1:-1]]
+        total = self.options.calibrations
+        if not total:
             return polynomial_times(self.calls, float(levels[-1]), float(levels[0]))
         batches = [-(-count // (_share(here) * here.size)) for count in SEARCHED]
         ends = batches[0], sum(batches)
         some = Latents(fit.curves[: ends[0]], fit.meters[: ends[0]])
         other = Latents(fit.curves[ends[0] : ends[1]], fit.meters[ends[0] : ends[1]])
-        total = self.options.search
         with progress(total, "searching", "tables", enabled=here.is_main) as bar:
 
             def watch(error: float) -> None:
@@ -190,6 +181,20 @@ class NsJob:
                 bar.set_postfix(error=f"{error:.4f}")
 
             return search_times(self.calls, some, other, norm, total, here.sum_, watch)
+
+    def _loss(self, model: Model, norm: SpectralNorm, here: World) -> Loss:
+        losses: dict[str, Loss] = {
+            "spectral": spectral(norm),
+            "l2": spectral(norm),  # whose exponent is 0
+            "huber": pseudo_huber,
+            "features": feature_distance,
+        }
+        pairs = losses[self.options.loss]
+        if self.unpaired is None:
+            return pairs
+        stored = self.unpaired.run(here, model)
+        images = (batch.x0[-1].to(here.device) for batch in stored.batches(SHARE))
+        return EnergyDistance.to(images, pairs, self.options.unpaired)
 
     def _pairs(self, model: Model, stored: TrajectorySet, here: World) -> Pairs:
         share = here.share(self.options.batch)
@@ -221,11 +226,7 @@ def prepare(options: NsOptions) -> NsJob:
             f"--nfe {options.nfe} is odd, but guidance takes {cost} evaluations per call: give "
             f"--nfe {options.nfe + 1}"
         )
-    if options.batch > options.trajectories:
-        raise UserError(
-            f"--batch {options.batch} exceeds --trajectories {options.trajectories}: give a "
-            "smaller batch or more trajectories"
-        )
+    check_options(options, options.nfe // cost, card)
     common = TrajectoryOptions(
         model=options.model,
         conditions=options.conditions,
@@ -236,4 +237,8 @@ def prepare(options: NsOptions) -> NsJob:
     if options.trajectories > CALIBRATED:
         pairs = replace(common, number=JUDGED + options.trajectories, keep="ends")
     jobs = prepare_trajectories(curves), prepare_trajectories(pairs)
-    return NsJob(options, card, conditions, *jobs)
+    unpaired = None
+    if options.unpaired:
+        other = replace(common, teacher="restart", seed=options.seed + 1, number=UNPAIRED)
+        unpaired = prepare_trajectories(other)
+    return NsJob(options, card, conditions, *jobs, unpaired)

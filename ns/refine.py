@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amed.trainer import read_state
 from ns.coordinates import WhitenedTable
-from ns.spectrum import SpectralNorm
+from ns.losses import Loss
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -61,7 +61,7 @@ def refine(
     pairs: Pairs,
     numbers: Sequence[int],
     judge: Callable[[Table], float],
-    norm: SpectralNorm,
+    loss: Loss,
     loop: RefineLoop,
     folder: Path,
     here: World,
@@ -87,7 +87,7 @@ def refine(
         losses: list[float] = []
         while run.done < loop.updates:
             chosen = here.shard(_batch(numbers, loop, run.done))
-            losses.append(run.update(pairs(chosen), norm, here))
+            losses.append(run.update(pairs(chosen), loss, here))
             bar.update(1)
             if run.done % loop.report and run.done < loop.updates:
                 continue
@@ -121,7 +121,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(start.parameters(), lr=loop.lr, betas=BETAS)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, loop.updates)
 
-    def update(self, pairs: Iterator[Pair], norm: SpectralNorm, here: World) -> float:
+    def update(self, pairs: Iterator[Pair], loss: Loss, here: World) -> float:
         """One step on this rank's pairs of a batch; the loss over all ranks."""
         parameters = list(self.current.parameters())
         total = torch.zeros((), dtype=torch.float64)
@@ -129,10 +129,11 @@ class _Run:
         for pair in pairs:
             denoiser = Recomputed(pair.denoiser) if self.loop.checkpointed else pair.denoiser
             *_, image = self._table().states(denoiser, pair.latents)
-            loss = norm(image - pair.images).to(torch.float64).sum() / self.loop.batch
-            gradients = torch.autograd.grad(loss, parameters)
+            errors = loss(image, pair.images, denoiser).to(torch.float64)
+            mean = errors.sum() / self.loop.batch
+            gradients = torch.autograd.grad(mean, parameters)
             flat += torch.cat([g.flatten() for g in gradients])
-            total += loss.detach().cpu()
+            total += mean.detach().cpu()
         here.sum_(flat)
         here.sum_(total)
         for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
 
-from ns.calibrate import Calibration, Curves, calibrate
-from ns.spectrum import SpectralNorm
+from ns.calibrate import Calibration, Latents, calibrate
+from ns.losses import Loss, spectral
+from ns.spectrum import Reduce, SpectralNorm
 from plans.plan import Solve
 from plans.table import tabulate
-from solvers.driver import Meter
 from solvers.grids import get_grid
 from solvers.registry import make_solver
 from solvers.table import Table
@@ -23,16 +22,6 @@ from solvers.table import Table
 #: two levels, the middle of the walk, where trajectories bend (as GITS finds, arXiv:2405.11326).
 POLYNOMIAL, RATIOS = 7.0, ((20.0, 0.05), (10.0, 0.1))
 STEP = 0.2  #: first change of the logarithm of a time
-
-
-class Latents(NamedTuple):
-    """Teacher trajectories in batches, with the denoisers bound to their samples."""
-
-    curves: Sequence[Curves]
-    meters: Sequence[Meter]
-
-
-Reduce = Callable[[Tensor], object]  #: sums a tensor over processes in place
 
 
 def prior_table(times: Sequence[float], start: float, sigma_min: float) -> Table:
@@ -49,16 +38,17 @@ def polynomial_times(calls: int, sigma_min: float, sigma_max: float) -> list[flo
 
 @torch.no_grad()
 def final_error(
-    table: Table, latents: Latents, norm: SpectralNorm, reduce: Reduce = lambda _: None
+    table: Table, latents: Latents, loss: Loss, reduce: Reduce = lambda _: None
 ) -> float:
-    """Root of the mean norm of the differences to the teacher's images."""
+    """Root of the mean loss of the table's images; negative where an unpaired term makes it so."""
     sums = torch.zeros(2, dtype=torch.float64)
     for curves, meter in zip(*latents, strict=True):
         *_, images = table.states(meter, curves.x[0])
-        error = norm(images - curves.images)
+        error = loss(images, curves.images, meter.denoiser)
         sums += torch.tensor([float(error.double().sum()), len(error)], dtype=torch.float64)
     reduce(sums)
-    return float((sums[0] / sums[1]).sqrt())
+    mean = float(sums[0] / sums[1])
+    return math.copysign(math.sqrt(abs(mean)), mean)
 
 
 @torch.no_grad()
@@ -84,7 +74,8 @@ def search_times(
         times = np.clip(np.exp(logs), low * 1.001, high * 0.999).tolist()
         if len(set(times)) < len(times):
             return float("inf")
-        found = final_error(calibrated(times, fit, norm, reduce).table, judge, norm, reduce)
+        table = calibrated(times, fit, norm, reduce).table
+        found = final_error(table, judge, spectral(norm), reduce)
         watch(found)
         return found
 
@@ -110,4 +101,4 @@ def calibrated(
     levels = latents.curves[0].times
     prior = prior_table([*times], float(levels[0]), float(levels[-1]))
     with torch.no_grad():
-        return calibrate(prior, *latents, norm, reduce)
+        return calibrate(prior, latents, norm, reduce)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Reduce = Callable[[Tensor], object]  #: sums a tensor over processes in place
+
 
 @dataclass(frozen=True, eq=False)
 class SpectralNorm:
@@ -25,15 +27,9 @@ class SpectralNorm:
 
     @classmethod
     def of(
-        cls,
-        batches: Sequence[Tensor],
-        exponent: float,
-        reduce: Callable[[Tensor], object] = lambda _: None,
+        cls, batches: Sequence[Tensor], exponent: float, reduce: Reduce = lambda _: None
     ) -> SpectralNorm:
-        """The norm for images like those of ``batches``, (B, C, H, W) each.
-
-        ``reduce`` sums a tensor over processes in place.
-        """
+        """The norm for images like those of ``batches``, (B, C, H, W) each."""
         power = torch.zeros(batches[0].shape[-2:], dtype=torch.float64)
         for batch in batches:
             spectrum = torch.fft.fft2(batch.to("cpu", torch.float64), norm="ortho")
@@ -52,15 +48,23 @@ class SpectralNorm:
         return torch.fft.ifft2(torch.fft.fft2(x) * root).real
 
 
-def radial_mean(power: Tensor) -> Tensor:
-    """``power`` (H, W) over the frequencies of ``fft2``, averaged over rings of equal radius.
+def rings(height: int, width: int) -> Tensor:
+    """The ring of every frequency of ``fft2``, (H, W): its radius in whole numbers.
 
-    Radii are rounded to multiples of the lowest frequency of the shorter side.
+    Radii are multiples of the lowest frequency of the shorter side, rounded.
     """
-    height, width = power.shape
     y, x = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None]
-    ring = (torch.hypot(y, x) * min(height, width)).round().to(torch.int64).flatten()
-    size = int(ring.max()) + 1
-    sums = torch.zeros(size, dtype=power.dtype).index_add_(0, ring, power.flatten())
-    counts = torch.bincount(ring, minlength=size)
-    return (sums / counts.clamp(min=1))[ring].reshape(power.shape)
+    return (torch.hypot(y, x) * min(height, width)).round().to(torch.int64)
+
+
+def ring_means(power: Tensor) -> Tensor:
+    """The means of ``power`` (..., H, W) over each ring, (..., R)."""
+    ring = rings(*power.shape[-2:]).flatten().to(power.device)
+    sums = power.new_zeros(*power.shape[:-2], int(ring.max()) + 1)
+    counts = torch.bincount(ring).clamp(min=1)
+    return sums.index_add(-1, ring, power.flatten(-2)) / counts
+
+
+def radial_mean(power: Tensor) -> Tensor:
+    """``power`` (H, W) over the frequencies of ``fft2``, averaged over each ring."""
+    return ring_means(power)[rings(*power.shape)]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from denoisers.analytic import GaussianDenoiser
-from ns.calibrate import Curves, calibrate
+from ns.calibrate import Curves, Latents, calibrate
 from ns.coordinates import WhitenedTable
-from ns.search import Latents, final_error, prior_table, search_times
+from ns.losses import spectral
+from ns.search import final_error, prior_table, search_times
 from ns.spectrum import SpectralNorm, radial_mean
 from runtime.dist import world
 from solvers.driver import Meter, integrate
@@ -23,6 +24,7 @@ HIGH, LOW = 20.0, 0.02
 SHAPE = (2, 4, 4)
 VARIANCES = torch.linspace(0.1, 4.0, 32, dtype=torch.float64).reshape(SHAPE)
 PLAIN = SpectralNorm(torch.ones(4, 4, dtype=torch.float64))
+LOSS = spectral(PLAIN)
 
 
 def denoiser() -> GaussianDenoiser:
@@ -61,7 +63,7 @@ def test_a_row_is_the_least_squares_solution() -> None:
     """Row by row against numpy's lstsq on the columns of the table's own walk."""
     fit = latents()
     prior = prior_table([7.0, 1.5, 0.3], HIGH, LOW)
-    table = calibrate(prior, *fit, PLAIN).table
+    table = calibrate(prior, fit, PLAIN).table
     (fine,), seen = fit.curves, [fit.curves[0].x[0]]
     for k, row in enumerate(table.ragged):
         target = fine.images if k == 3 else fine.at(float(prior.times[k]))
@@ -80,13 +82,13 @@ def test_a_row_is_the_least_squares_solution() -> None:
 def test_calibration_beats_the_solvers_on_its_nodes_on_other_latents() -> None:
     fit, other = latents(), latents(seed=1)
     prior = prior_table([7.0, 2.0, 0.6, 0.15], HIGH, LOW)
-    table = calibrate(prior, *fit, PLAIN).table
-    assert final_error(table, other, PLAIN) < 0.3 * final_error(prior, other, PLAIN)
+    table = calibrate(prior, fit, PLAIN).table
+    assert final_error(table, other, LOSS) < 0.3 * final_error(prior, other, LOSS)
     euler = integrate(
         make_solver("euler"), denoiser(), other.curves[0].x[0], get_grid("polynomial", 5, LOW, HIGH)
     )
     error = (euler.x[-1] - other.curves[0].images).square().mean().sqrt()
-    assert final_error(table, other, PLAIN) < 0.2 * float(error)
+    assert final_error(table, other, LOSS) < 0.2 * float(error)
 
 
 def test_as_many_variances_as_unknowns_are_solved_exactly() -> None:
@@ -101,7 +103,7 @@ def test_as_many_variances_as_unknowns_are_solved_exactly() -> None:
         times, states, torch.stack([exact(s, t).x0 for s, t in zip(states, times, strict=True)])
     )
     norm = SpectralNorm(torch.ones(2, 2, dtype=torch.float64))
-    found = calibrate(prior_table([5.0, 0.5], HIGH, LOW), [fine], [Meter(exact)], norm)
+    found = calibrate(prior_table([5.0, 0.5], HIGH, LOW), Latents([fine], [Meter(exact)]), norm)
     assert float(found.errors[-1]) < 1e-4 * float(fine.images.square().mean().sqrt())
 
 
@@ -111,12 +113,14 @@ def test_two_processes_fit_what_one_fits(tmp_path: Path) -> None:
 
     def work() -> None:
         with world("cpu") as here:
-            found = calibrate(prior, [parts[here.rank]], [Meter(denoiser())], PLAIN, here.sum_)
+            found = calibrate(
+                prior, Latents([parts[here.rank]], [Meter(denoiser())]), PLAIN, here.sum_
+            )
             torch.save((found.table.rows, found.errors), tmp_path / f"{here.rank}.pt")
 
     done = together(work, tmp_path)
     assert [rank.code for rank in done] == [0, 0], done
-    whole = calibrate(prior, parts, [Meter(denoiser())] * 2, PLAIN)
+    whole = calibrate(prior, Latents(parts, [Meter(denoiser())] * 2), PLAIN)
     for rank in (0, 1):
         rows, errors = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.allclose(rows, whole.table.rows, rtol=1e-6, atol=1e-9)
@@ -133,7 +137,7 @@ def test_the_search_lowers_the_error_on_kept_out_latents() -> None:
 def test_whitened_coordinates_move_the_state_by_the_calibration_error() -> None:
     """A unit step in any direction of a row changes its state by e (root mean square)."""
     fit = latents()
-    calibration = calibrate(prior_table([7.0, 1.5], HIGH, LOW), *fit, PLAIN)
+    calibration = calibrate(prior_table([7.0, 1.5], HIGH, LOW), fit, PLAIN)
     whitened = WhitenedTable.around(calibration)
     assert torch.equal(whitened.table().rows, calibration.table.rows)
     *_, before = whitened.table().states(denoiser(), fit.curves[0].x[0])
@@ -148,7 +152,7 @@ def test_whitened_coordinates_move_the_state_by_the_calibration_error() -> None:
 def test_gradients_are_those_of_finite_differences() -> None:
     """Through every call, in the rows and in the times."""
     fit = latents(4)
-    whitened = WhitenedTable.around(calibrate(prior_table([7.0, 1.5], HIGH, LOW), *fit, PLAIN))
+    whitened = WhitenedTable.around(calibrate(prior_table([7.0, 1.5], HIGH, LOW), fit, PLAIN))
 
     def loss() -> Tensor:
         *_, image = whitened.table().states(denoiser(), fit.curves[0].x[0])

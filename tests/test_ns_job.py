@@ -17,7 +17,7 @@ from denoisers.cards import cards
 from denoisers.conditions import ConditionOptions
 from denoisers.registry import ModelSource
 from ns.experiments import TrainedTable, load_student, read_table, save_table
-from ns.job import NsOptions
+from ns.options import NsOptions
 from ns.search import prior_table
 from plans.plan import run_plan
 from runtime.errors import UserError
@@ -207,11 +207,39 @@ def test_a_damaged_table_is_one_sentence(run: Any, change: Any, sentence: str) -
         (("--batch=25",), "--batch 25 exceeds --trajectories 24"),
         (("--resume=7",), "no run 7"),
         (("--sampler_stu=amed",), "is not an option of --sampler_stu=amed"),
+        (("--loss=l2", "--exponent=0.5"), "--exponent 0.5 is not an option of --loss l2"),
+        (("--unpaired=1", "--refine=0"), "--unpaired 1 is a term of the refinement"),
+        (("--times=80,3,0.002",), "--times 80,3,0.002 has 3 noise levels: give both ends and 3"),
+        (("--times=70,9,3,1,0.002",), "must begin and end where the teacher does: at 80 and 0.002"),
+        (("--times=80,3,9,1,0.002",), "are no grid"),
+        (("--times=80,9,3,1,0.002", "--search=4"), "--search 4 and --times"),
     ],
 )
 def test_nonsense_is_one_sentence(run: Any, flags: tuple[str, ...], sentence: str) -> None:
     done = run(*flags, code=1)
     assert sentence in done.err and done.err.count("\n") == 1 and not Path("exps").exists()
+
+
+@pytest.mark.parametrize("loss", ["l2", "huber", "features"])
+def test_other_losses_bring_the_image_nearer_too(run: Any, loss: str) -> None:
+    path = folder(run(f"--loss={loss}", "--refine=12", "--lr=0.2"))
+    rows = read_json_lines(path / "stats.jsonl")
+    assert rows[-1]["best"] < 0.99 * rows[0]["held_out"]
+
+
+def test_an_unpaired_term_compares_with_restart(run: Any) -> None:
+    """Its images are computed once, from other latents than the pairs."""
+    rows = [read_json_lines(folder(run(*more)) / "stats.jsonl") for more in ((), ("--unpaired=1",))]
+    assert abs(rows[0][0]["loss"] - rows[1][0]["loss"]) > 10 * rows[0][0]["loss"]
+    records = [RunRecord.read(path) for path in Path("cache/trajectories").glob("*/run.json")]
+    plans = {(r.plan["teacher"], r.plan["seed"], r.plan["keep"]) for r in records}
+    assert plans == {("heun", 0, "all"), ("restart", 1, "ends")}
+
+
+def test_given_times_are_those_of_the_table(run: Any) -> None:
+    done = run("--refine=0", "--times=80,20,3,0.2,0.002")
+    student = load_student(str(folder(done)), "exps")
+    assert isinstance(student, TrainedTable) and student.table.times.tolist() == [20, 3, 0.2]
 
 
 def test_a_dry_run_touches_nothing(run: Any) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ns.calibrate import calibrate
+from ns.calibrate import Latents, calibrate
 from ns.coordinates import WhitenedTable
+from ns.losses import spectral
 from ns.refine import STATE, Pair, RefineLoop, refine
-from ns.search import Latents, final_error, prior_table
+from ns.search import final_error, prior_table
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import read_json_lines
@@ -29,20 +30,23 @@ def pairs(numbers: Sequence[int]) -> Iterator[Pair]:
     yield Pair(ALL.x[0, chosen], ALL.images[chosen], denoiser())
 
 
+LOSS = spectral(PLAIN)
+
+
 def judge(table: Table) -> float:
-    return final_error(table, OTHER, PLAIN)
+    return final_error(table, OTHER, LOSS)
 
 
 def start() -> WhitenedTable:
     prior = prior_table([7.0, 2.0, 0.6], HIGH, LOW)
-    return WhitenedTable.around(calibrate(prior, [ALL], [Meter(denoiser())], PLAIN))
+    return WhitenedTable.around(calibrate(prior, Latents([ALL], [Meter(denoiser())]), PLAIN))
 
 
 def run(folder: Path, updates: int = 60, lr: float = 0.05) -> tuple[Table, list[Table]]:
     saved: list[Table] = []
     loop = RefineLoop(updates, batch=16, report=10, lr=lr)
     folder.mkdir(exist_ok=True)
-    table = refine(start(), pairs, range(48), judge, PLAIN, loop, folder, HERE, saved.append)
+    table = refine(start(), pairs, range(48), judge, LOSS, loop, folder, HERE, saved.append)
     return table, saved
 
 

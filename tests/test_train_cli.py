@@ -23,7 +23,7 @@ from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import train
 from denoisers.cards import cards
-from ns.job import NsOptions
+from ns.options import NsOptions
 from runtime import cli
 from runtime.log import read_json_lines
 from runtime.options import flat_options, parse_options
