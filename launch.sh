@@ -10,7 +10,7 @@ Sets up .venv on first use and runs a recipe:
 
   default           six students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
                     classic solvers; 25 to 50 minutes on two cores
-  full              the same at 3, 5, 7 and 9 NFE, published training lengths, 50,000 images
+  full              the same at 3 to 10 NFE, published training lengths, 50,000 images
   cifar10           published AMED settings: train, sample 50,000 images, FID
   ffhq              the same, FFHQ 64x64
   imagenet64        the same, ImageNet 64x64
@@ -36,38 +36,44 @@ PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newe
 
 recipe_default() { # budget 5 only
     note "kept short: 256 trajectories per student, $IMAGES images a row, 5 NFE only;"
-    note "published lengths, 50,000 images and 3 to 9 NFE: ./launch.sh full"
+    note "published lengths, 50,000 images and 3 to 10 NFE: ./launch.sh full"
     predictors=""
-    small_students 4 --batch=16 --total_kimg=0.256 --tick=0.064
+    small_students 4 True --batch=16 --total_kimg=0.256 --tick=0.064
     keep student_ns cifar10-small 5 --dtype="$DTYPE" --refine=120 --batch=32 --trajectories=256
     small_report default 5 --num_images="$IMAGES" --select=32,128
 }
 
-recipe_full() { # num_steps 3, 4, 5, 6 are 3, 5, 7, 9 evaluations with AFS
+recipe_full() { # 3 to 6 nodes are 3, 5, 7, 9 evaluations with AFS, and one more without
+    local nfe
     predictors=""
     for num_steps in 3 4 5 6; do
-        small_students "$num_steps" --batch=128 --total_kimg=10
-        keep student_ns cifar10-small $((2 * num_steps - 3)) --dtype="$DTYPE" --search=100 \
-            --refine=1000 --batch=64 --trajectories=2048
+        for afs in True False; do
+            small_students $num_steps $afs --batch=128 --total_kimg=10
+            nfe=$((2 * num_steps - 2))
+            if [ $afs = True ]; then nfe=$((nfe - 1)); fi
+            keep student_ns cifar10-small $nfe --dtype="$DTYPE" --search=100 --refine=1000 \
+                --batch=64 --trajectories=2048
+        done
     done
-    small_report full 3,5,7,9 --num_images=50000
+    small_report full 3,4,5,6,7,8,9,10 --num_images=50000
 }
 
-small_students() { # NUM_STEPS FLAG...: AMED's two students of the bundled model under each of their
+small_students() { # NUM_STEPS AFS FLAG...: AMED's students of the bundled model under each of their
     # teachers, Heun at about Restart's evaluations; appends the runs' folders to $predictors.
     # Each is on the grid that its own solver is published with. Flow targets need a restart that
     # reaches a noise level which an interval starts from: the log-SNR grid has one, the other not.
-    local num_steps=$1
-    shift
+    local num_steps=$1 afs=$2
+    shift 2
     GPUS=${GPUS:-$SMALL_PROCESSES}
     set -- --dtype="$DTYPE" "$@"
-    keep student_amed cifar10-small heun "$num_steps" 3 --schedule_type=logsnr "$@"
-    keep student_amed cifar10-small restart "$num_steps" 1 --schedule_type=logsnr \
+    keep student_amed cifar10-small heun "$num_steps" 3 "$afs" --schedule_type=logsnr "$@"
+    keep student_amed cifar10-small restart "$num_steps" 1 "$afs" --schedule_type=logsnr \
         --restart_target=flow "$@"
     set -- --schedule_type=polynomial --schedule_rho=7 "$@"
-    keep student_plugin cifar10-small ipndm "$num_steps" 2 "$@"
-    keep student_plugin cifar10-small heun "$num_steps" 4 "$@"
-    keep student_plugin cifar10-small restart "$num_steps" 2 --restart_target=trajectory "$@"
+    keep student_plugin cifar10-small ipndm "$num_steps" 2 "$afs" "$@"
+    keep student_plugin cifar10-small heun "$num_steps" 4 "$afs" "$@"
+    keep student_plugin cifar10-small restart "$num_steps" 2 "$afs" --restart_target=trajectory \
+        "$@"
 }
 
 small_report() { # NAME BUDGETS FLAG...: the comparison of the students in $predictors, and how far
@@ -85,14 +91,14 @@ keep() { # COMMAND...: run it and append the run's folder to $predictors
     predictors="${predictors:+$predictors,}$folder"
 }
 
-student_amed() { # DATASET TEACHER NUM_STEPS M FLAG...: AMED-Solver as published
+student_amed() { # DATASET TEACHER NUM_STEPS M AFS FLAG...: AMED-Solver as published
     train --dataset_name="$1" --sampler_stu=amed --sampler_tea="$2" --num_steps="$3" --M="$4" \
-        --afs=True --scale_dir=0.01 --scale_time=0 "${@:5}"
+        --afs="$5" --scale_dir=0.01 --scale_time=0 "${@:6}"
 }
 
-student_plugin() { # DATASET TEACHER NUM_STEPS M FLAG...: the AMED plugin on iPNDM as published
+student_plugin() { # DATASET TEACHER NUM_STEPS M AFS FLAG...: the AMED plugin on iPNDM as published
     train --dataset_name="$1" --sampler_stu=ipndm --sampler_tea="$2" --num_steps="$3" --M="$4" \
-        --afs=True --scale_dir=0.01 --scale_time=0.2 --max_order=4 "${@:5}"
+        --afs="$5" --scale_dir=0.01 --scale_time=0.2 --max_order=4 "${@:6}"
 }
 
 student_ns() { # DATASET NFE FLAG...: a whole solver as a table
@@ -114,13 +120,13 @@ recipe_imagenet64() { published imagenet64 imagenet-64x64 1281167; }
 published() { # DATASET REFERENCE IMAGES: both students, 50,000 images each, FID
     local url="https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/$2.npz"
     length 128 10 49999
-    student_amed "$1" heun 4 1 --schedule_type=time_uniform --schedule_rho=1 \
+    student_amed "$1" heun 4 1 True --schedule_type=time_uniform --schedule_rho=1 \
         --batch=$BATCH --total_kimg=$KIMG
     run -c "$FETCH" "$url" data/fid-refs
     run fid.py ref --detector=inception --data="data/fid-refs/$2.npz" --num_images="$3" \
         --dest="data/fid-refs/$2-inception.npz"
     evaluate "$2"
-    student_plugin "$1" ipndm 4 2 --schedule_type=polynomial --schedule_rho=7 \
+    student_plugin "$1" ipndm 4 2 True --schedule_type=polynomial --schedule_rho=7 \
         --batch=$BATCH --total_kimg=$KIMG
     evaluate "$2"
 }

@@ -164,18 +164,27 @@ def test_a_try_is_short_and_takes_own_weights(recipe: str) -> None:
         assert given.get("--model_path") == (None if script == "fid.py" else "/my models/own.pkl")
 
 
-@pytest.mark.parametrize(("recipe", "steps"), [("default", "4"), ("full", "3456")])
+@pytest.mark.parametrize(
+    ("recipe", "grids"),
+    [
+        ("default", [("4", "True")]),
+        ("full", [(n, afs) for n in "3456" for afs in ("True", "False")]),
+    ],
+)
 def test_main_job_trains_every_student_under_each_teacher_and_compares(
-    recipe: str, steps: str
+    recipe: str, grids: list[tuple[str, str]]
 ) -> None:
     *trained, (compared, arguments), (judged, exactly) = scripts(recipe)
     every = [flags(a) for _, a in trained]
     tables = [k for k in every if k["--sampler_stu"] == "ns"]
-    assert [k["--nfe"] for k in tables] == [str(2 * int(n) - 3) for n in steps]
+    budgets = [str(2 * int(n) - 2 - (afs == "True")) for n, afs in grids]
+    assert [k["--nfe"] for k in tables] == budgets
     kinds = [k for k in every if k not in tables]
-    assert {(k["--num_steps"], k["--sampler_stu"], k["--sampler_tea"]) for k in kinds} == {
-        (n, student, teacher)
-        for n in steps
+    assert {
+        ((k["--num_steps"], k["--afs"]), k["--sampler_stu"], k["--sampler_tea"]) for k in kinds
+    } == {
+        (grid, student, teacher)
+        for grid in grids
         for student, teacher in [
             ("amed", "heun"),
             ("amed", "restart"),
@@ -189,7 +198,7 @@ def test_main_job_trains_every_student_under_each_teacher_and_compares(
     given, same = flags(arguments), {"--predictors", "--budgets", "--dtype", "--outdir"}
     assert {given[name] == flags(exactly)[name] for name in same} == {True}
     assert given["--predictors"].split(",") == ["exps/<run>"] * len(trained)
-    assert given["--budgets"].split(",") == [str(2 * int(n) - 3) for n in steps]  # with AFS
+    assert given["--budgets"].split(",") == budgets
 
 
 @pytest.mark.parametrize(("tries", "nfe", "number"), [([], 132, 5000), (["--try"], 12, 2)])
