@@ -102,7 +102,7 @@ class NsJob:
         if (folder / TABLE).exists() and state.get("done", 0) >= options.refine:
             note(f"already trained: {folder}")
             return folder
-        fit, judge = self._latents(model, here)
+        fit, judge = self.latents(model, here)
         images = [curves.images for curves in fit.curves]
         norm = SpectralNorm.of(images, self.options.norm_exponent, here.sum_)
         loss = self._loss(model, norm, here)
@@ -133,7 +133,7 @@ class NsJob:
         refine(start, pairs, numbers, error, loss, loop, folder, here, save)
         return folder
 
-    def _latents(self, model: Model, here: World) -> tuple[Latents, Latents]:
+    def latents(self, model: Model, here: World) -> tuple[Latents, Latents]:
         """This process's latents for the closed form, and those that tables are judged on."""
         stored = self.curves.run(here, model)
         first = range(JUDGED, JUDGED + CALIBRATED)
