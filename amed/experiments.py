@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -150,7 +153,7 @@ def load_predictor(spec: str, root: str | Path) -> TrainedStudent:
     Raises UserError if there is none, or if the file is not a predictor.
     """
     path = find_run(spec, root)
-    name = _name(path)
+    name = student_name(path, PREDICTOR)
     if path.is_dir():
         file = path / PREDICTOR
         path = file if file.exists() else latest_snapshot(path) or file
@@ -173,9 +176,10 @@ def load_predictor(spec: str, root: str | Path) -> TrainedStudent:
     return TrainedStudent(predictor.requires_grad_(False).eval(), settings, record, name)
 
 
-def _name(path: Path) -> str:
+def student_name(path: Path, main: str) -> str:
+    """The name of a run's folder, also for its ``main`` file; of another file with its stem."""
     path = path.resolve()
-    if path.name == PREDICTOR:
+    if path.name == main:
         path = path.parent
     return path.name if path.is_dir() else f"{path.parent.name}/{path.stem}"
 
@@ -198,10 +202,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], RunRecord]:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file; UserError for one that cannot be read."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file; UserError for one that cannot be read."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path} is not a readable safetensors file ({error}); train again or copy it again"

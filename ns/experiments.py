@@ -15,9 +15,11 @@ from amed.experiments import (
     TrainedStudent,
     find_run,
     load_predictor,
+    open_safetensors,
     other_weights,
     read_safetensors,
     student_label,
+    student_name,
 )
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -160,16 +162,18 @@ def load_student(spec: str, root: str | Path) -> AnyStudent:
     """
     path = find_run(spec, root)
     file = path / TABLE if path.is_dir() else path
-    if file.suffix == ".json" and file.is_file():
-        return _trained(file)
-    if file.suffix == ".safetensors" and file.is_file() and "rows" in read_safetensors(file)[0]:
+    if file.is_file() and (file.suffix == ".json" or _holds_table(file)):
         return _trained(file)
     return load_predictor(spec, root)
 
 
+def _holds_table(file: Path) -> bool:
+    """Whether a safetensors file is one of `save_table`; its tensors are not read."""
+    if file.suffix != ".safetensors":
+        return False
+    with open_safetensors(file) as content:
+        return "rows" in content.keys()  # noqa: SIM118
+
+
 def _trained(file: Path) -> TrainedTable:
-    table, record = read_table(file)
-    resolved = file.resolve()
-    folder = resolved.parent.name
-    name = folder if resolved.name == TABLE else f"{folder}/{resolved.stem}"
-    return TrainedTable(table, record, name)
+    return TrainedTable(*read_table(file), student_name(file, TABLE))

@@ -33,7 +33,7 @@ from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options, parse_options
 from runtime.record import RunRecord
-from runtime.seeds import SELECTION_START, selection_seeds
+from runtime.seeds import SELECTION_START, seed_ranges, selection_seeds
 from runtime.typed import SCHEMA, write_result
 from solvers.gits import best_path, euler_errors
 from solvers.grids import SCHEDULES, Grid
@@ -95,7 +95,7 @@ class GitsJob:
     def record(self, weights_sha256: str | None) -> RunRecord:
         seeds = self._seeds()
         plan: dict[str, Json] = {
-            "seeds": f"{seeds[0]}-{seeds[-1]}",
+            "seeds": seed_ranges(seeds),
             "nfe": len(self.ts) - 1,
             "prompts": self.conditions.describe(),
         }
