@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from denoisers.nets.batch_invariant import InvariantLinear
 from solvers.types import InsertedNode, Node
 
 FEATURE_SIDE = 8
@@ -41,13 +42,13 @@ class AMEDPredictor(nn.Module):
         half = TIME_CHANNELS // 2
         exponents = torch.arange(half, dtype=torch.float32) / (half - 1)
         self.register_buffer("freqs", (1 / 10000) ** exponents, persistent=False)
-        self.map_layer0 = nn.Linear(TIME_CHANNELS, TIME_CHANNELS)
-        self.enc_layer0 = nn.Linear(FEATURE_SIDE**2, 128)
-        self.enc_layer1 = nn.Linear(128, 4)
+        self.map_layer0 = InvariantLinear(TIME_CHANNELS, TIME_CHANNELS)
+        self.enc_layer0 = InvariantLinear(FEATURE_SIDE**2, 128)
+        self.enc_layer1 = InvariantLinear(128, 4)
         merged = 4 + 2 * TIME_CHANNELS
-        self.fc_r = nn.Linear(merged, 1)
-        self.fc_scale_dir = nn.Linear(merged, 1) if scale_dir else None
-        self.fc_scale_time = nn.Linear(merged, 1) if scale_time else None
+        self.fc_r = InvariantLinear(merged, 1)
+        self.fc_scale_dir = InvariantLinear(merged, 1) if scale_dir else None
+        self.fc_scale_time = InvariantLinear(merged, 1) if scale_time else None
         self._initialise(seed)
 
     def _initialise(self, seed: int | None) -> None:

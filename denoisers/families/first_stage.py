@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.weights import axis_size, filled
+from denoisers.nets.batch_invariant import InvariantConv2d
 from denoisers.nets.layers import attention
 from denoisers.nets.openai_blocks import Upsample
 
@@ -45,7 +46,7 @@ class VQDecoder(nn.Module):
         self.embed_dim = embed_dim
         self.factor = 2 ** (len(widths) - 1)  #: resolution of images over that of latents
         self.quantize = Quantizer(codes, embed_dim)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.post_quant_conv = InvariantConv2d(embed_dim, z_channels, 1)
         self.decoder = Decoder(z_channels, out_channels, widths, num_blocks)
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         coarse = widths[-1]
-        self.conv_in = nn.Conv2d(in_channels, coarse, 3, padding=1)
+        self.conv_in = InvariantConv2d(in_channels, coarse, 3, padding=1)
         self.mid = nn.ModuleDict(
             {
                 "block_1": ResnetBlock(coarse, coarse),
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
             for i, (before, width) in enumerate(zip([*widths[1:], coarse], widths, strict=True))
         )
         self.norm_out = normalize(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.conv_out = InvariantConv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
@@ -126,11 +127,11 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = normalize(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = InvariantConv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = normalize(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = InvariantConv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = nn.Identity() if same else InvariantConv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -143,10 +144,10 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = normalize(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q = InvariantConv2d(channels, channels, 1)
+        self.k = InvariantConv2d(channels, channels, 1)
+        self.v = InvariantConv2d(channels, channels, 1)
+        self.proj_out = InvariantConv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

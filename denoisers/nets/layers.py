@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from denoisers.nets.batch_invariant import conv2d, linear, upsampling_conv2d
 from denoisers.nets.fused import fused_norm
 from denoisers.precision import wide_dtype
 
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class GroupNorm(nn.Module):
@@ -115,21 +116,21 @@ class Conv2d(nn.Module):
         taps = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
         if self.up:
             return F.conv_transpose2d(x, taps * 4, groups=channels, stride=2, padding=pad)
-        return F.conv2d(x, taps, groups=channels, stride=2, padding=pad)
+        return conv2d(x, taps, groups=channels, stride=2, padding=pad)
 
     def forward(self, x: Tensor) -> Tensor:
         pad = (self.resample_filter.shape[-1] - 1) // 2 if self.up or self.down else 0
         if self.conv_first and self.down:
-            x = F.conv2d(x, self.weight, padding=self.kernel // 2 + pad)
+            x = conv2d(x, self.weight, padding=self.kernel // 2 + pad)
             return self._resample(x, 0) + self.bias[:, None, None]
         if self.kernel == 1 and self.up and self.box:
             # The same at a quarter of the cost, as upsampling only copies pixels.
-            return self._resample(F.conv2d(x, self.weight, self.bias), pad)
+            return self._resample(conv2d(x, self.weight, self.bias), pad)
         if self.kernel == 3 and self.up and self.box:
-            return F.conv_transpose2d(x, self._doubled(), self.bias, stride=2, padding=1)
+            return upsampling_conv2d(x, self._doubled(), self.bias)
         if self.up or self.down:
             x = self._resample(x, pad)
-        return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2) if self.kernel else x
+        return conv2d(x, self.weight, self.bias, padding=self.kernel // 2) if self.kernel else x
 
     def _doubled(self) -> Tensor:
         """The 4x4 kernel of nearest-neighbour upsampling followed by the 3x3 convolution."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.weights import axis_size
+from denoisers.nets.batch_invariant import InvariantConv2d, InvariantLinear
 from denoisers.nets.layers import channel_mean, one_of
 from denoisers.nets.openai_blocks import (
     ATTENTIONS,
@@ -83,12 +84,16 @@ class Encoder(nn.Module):
             num_heads=own.num_heads, num_head_channels=own.num_head_channels, layout=own.attention,
         )  # fmt: skip
         self.time_embed = nn.Sequential(
-            nn.Linear(base, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            InvariantLinear(base, emb_channels),
+            nn.SiLU(),
+            InvariantLinear(emb_channels, emb_channels),
         )
         classes = own.num_classes
         self.label_emb = nn.Embedding(classes, emb_channels) if classes else None
         width = self.levels[0][1]
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(own.in_channels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList(
+            [Block(InvariantConv2d(own.in_channels, width, 3, padding=1))]
+        )
         self.widths = [width]  #: channels of each input block, which the decoder concatenates
         for factor, channels in self.levels:
             if factor > 1:
@@ -170,7 +175,9 @@ class UNet(Encoder):
                     block.append(self._res(width, resample="up") if resample else Upsample(width))
                 self.output_blocks.append(block)
         self.out = nn.Sequential(
-            Float32GroupNorm(width), nn.SiLU(), nn.Conv2d(width, own.out_channels, 3, padding=1)
+            Float32GroupNorm(width),
+            nn.SiLU(),
+            InvariantConv2d(width, own.out_channels, 3, padding=1),
         )
 
     def forward(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from denoisers.nets.batch_invariant import InvariantConv2d, InvariantLinear
 from denoisers.nets.layers import attention
 from denoisers.precision import wide_dtype
 from runtime.errors import UserError
@@ -36,7 +37,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = InvariantConv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -47,7 +48,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = InvariantConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(double(x))
@@ -91,19 +92,19 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             Float32GroupNorm(in_channels),
             nn.SiLU(),
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            InvariantConv2d(in_channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1))
+            nn.SiLU(), InvariantLinear(emb_channels, out_channels * (2 if scale_shift else 1))
         )
         self.out_layers = nn.Sequential(
             Float32GroupNorm(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            InvariantConv2d(out_channels, out_channels, 3, padding=1),
         )
         self.skip_connection = (
-            nn.Conv2d(in_channels, out_channels, 1)
+            InvariantConv2d(in_channels, out_channels, 1)
             if out_channels != in_channels
             else nn.Identity()
         )
