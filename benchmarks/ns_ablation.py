@@ -31,9 +31,10 @@ from runtime.dist import World, world
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import note, progress
+from runtime.typed import read_result
 from solvers.grids import Grid
 from solvers.table import run_table
-from tools.gits import GitsOptions
+from tools.gits import GitsOptions, GitsResult
 from tools.gits import prepare as prepare_gits
 
 EXAMPLES = """\b
@@ -90,18 +91,22 @@ def variants(nodes: Nodes, updates: int) -> Iterator[Variant]:
         yield Variant(f"seed {seed}", {"seed": seed})
 
 
-def find_nodes(options: NsOptions, here: World) -> Nodes:
-    """The grids of ``nfe`` + 2 noise levels; the search is that of training."""
+def find_nodes(options: NsOptions, folder: Path, here: World) -> Nodes:
+    """The grids of ``nfe`` + 2 noise levels; what took time to find is kept in ``folder``."""
     job, count = prepare(replace(options, refine=0, desc="search")), options.nfe + 2
     high, low = job.card.sigma_max, job.card.sigma_min
     table = trained(job, here).table
-    gits = prepare_gits(GitsOptions(options.model, num_steps=str(count))).run(here)
+    file = folder / "gits.json"
+    if not file.exists():
+        prepare_gits(GitsOptions(options.model, num_steps=str(count), dest=file)).run(here)
+        here.barrier()
+    gits = read_result(GitsResult, file)
+    assert gits is not None
     polynomial, logsnr = (
         tuple(Grid(name, count).resolve(job.card).nodes().tolist())
         for name in ("polynomial", "logsnr")
     )
-    found = tuple(float(t) for t in gits.split(","))
-    return Nodes(polynomial, logsnr, found, (high, *table.times.tolist(), low))
+    return Nodes(polynomial, logsnr, gits.grids[0].times, (high, *table.times.tolist(), low))
 
 
 def trained(job: NsJob, here: World) -> TrainedTable:
@@ -149,7 +154,7 @@ def main(
     base = replace(base, refine=updates, batch=32, trajectories=256)
     with world(device) as here:
         harness = open_harness(HarnessOptions(source), row_seeds(num, 4), 4, here)
-        nodes = find_nodes(base, here)
+        nodes = find_nodes(base, outdir, here)
         base = replace(base, times=nodes.searched)
         same = prepare(base)  # whose latents all rows are judged on
         chosen = [v for v in variants(nodes, updates) if only in v.name]

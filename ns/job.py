@@ -119,6 +119,7 @@ class NsJob:
             note(f"calibrated: held out {error(start.table()):.5f}")
             if here.is_main:
                 save(start.table())
+            here.barrier()  # every process may read the table now
             return folder
         pairs = self._pairs(model, self.pairs.run(here, model), here)
         numbers = range(JUDGED, JUDGED + options.trajectories)
