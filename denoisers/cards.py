@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
+from runtime.errors import UserError
+from runtime.files import sha256_file
+from runtime.typed import read_result
 from solvers.grids import TimeMaps
 
 HERE = Path(__file__).resolve().parent
@@ -78,6 +81,28 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear_vp": LinearVP,
     "discrete_vp": DiscreteVP.from_betas,
 }
+
+
+def card_file(weights: Path) -> Path:
+    """Where ``tools.convert`` writes the card of ``weights``."""
+    return weights.with_suffix(".card.json")
+
+
+def check_converted(weights: Path) -> None:
+    """Raise UserError if ``weights`` are not those that the card beside them is of.
+
+    Weights without such a card, and folders, pass.
+    """
+    path = card_file(weights)
+    entries = read_result(dict[str, dict[str, Any]], path) if weights.is_file() else None
+    for entry in (entries or {}).values():
+        expected, digest = entry.get("sha256"), sha256_file(weights)
+        if digest != expected:
+            raise UserError(
+                f"{weights} has the SHA-256 {digest[:12]}... where {path.name} beside it says "
+                f"{str(expected)[:12]}...: convert the checkpoint again, or delete the card if the "
+                "weights were changed on purpose"
+            )
 
 
 def cards() -> dict[str, Card]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoints.snapshots import EDMSnapshot, find_network, find_tensors, is_network
 from checkpoints.weights import own_storages
-from denoisers.cards import Card, cards
+from denoisers.cards import Card, card_file, cards
 from denoisers.families.common import samples_of
 from denoisers.families.edm import make_network
 from denoisers.recognise import describe
@@ -47,9 +47,9 @@ def convert(content: Any, source: Path, target: Path, name: str | None = None) -
         temporary = {target: weights}
         card = _card(name, weights, source)
         if card is not None:
-            card_file = Path(folder, "card.json")
-            card_file.write_text(json.dumps(entry(card), indent=1) + "\n", encoding="utf-8")
-            temporary[target.with_suffix(".card.json")] = card_file
+            written = Path(folder, "card.json")
+            written.write_text(json.dumps(entry(card), indent=1) + "\n", encoding="utf-8")
+            temporary[card_file(target)] = written
         for path, file in temporary.items():
             os.replace(file, path)
     return list(temporary)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from denoisers.cards import Card, cards
+from denoisers.cards import Card, cards, check_converted
 from denoisers.families.adm import load_adm
 from denoisers.families.cm import load_cm
 from denoisers.families.diffusers.loading import fetch_pipeline, fetched_pipeline, load_diffusers
@@ -142,6 +142,9 @@ class ModelSource:
         files = self.files(card)
         if here.is_main:
             here.barrier()
+        for file in (files.main, files.companion):
+            if file is not None:
+                check_converted(file)
         return FAMILIES[card.family](card, files, here.device, DTYPES[self.dtype])
 
     def fetch(self) -> Path | None:
