@@ -34,6 +34,8 @@ class Card:
     #: of the file; if None, that of the first download is stored and checked afterwards
     sha256: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  #: constructor settings, as published
+    #: part of ``config`` that the user gave, since the file of a model of one's own lacks it
+    settings: Mapping[str, Any] = field(default_factory=dict)
     #: default plan of the Restart teacher; empty if none is known
     restart_info: Mapping[str, list[float]] = field(default_factory=dict)
     guidance: str | None = None  #: cg (classifier), cfg (classifier-free), uncond (none) or None

@@ -157,8 +157,8 @@ class SamplingResult:
 
 #: Options that are recorded without change.
 RECORDED = (
-    "model_path", "model_family", "companion_path", "seeds", "prompt", "prompt_path", "dtype",
-    "subdirs", "batch", "grid", "return_inters",
+    "model_path", "model_family", "model_settings", "companion_path", "seeds", "prompt",
+    "prompt_path", "dtype", "subdirs", "batch", "grid", "return_inters",
 )  # fmt: skip
 
 
