@@ -30,13 +30,13 @@ def convert(
     source: Path,
     target: Path,
     name: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write ``target`` (``.safetensors``) and ``.card.json`` beside it; returns the files written.
 
     ``content`` is the result of :func:`checkpoints.pickles.files.read` for ``source``.  ``name`` is
     that of the published model of these weights, or any other name; by default the target's.
-    ``settings`` are those of the network that ``source`` does not hold; ``target`` will.  Weights
+    ``given`` are settings of the network that ``source`` does not hold; ``target`` will.  Weights
     of an unknown family, or with settings that are not known, get no card.
 
     Raises UserError, without writing anything, for a target of another suffix, the name of a
@@ -44,7 +44,7 @@ def convert(
     """
     check_target(target)
     name = name or target.stem
-    given = dict(settings or {})
+    given = given or {}
     if is_network(content):
         tensors, metadata = _network(find_network(content, str(source)), given, source)
     else:

@@ -36,18 +36,18 @@ def describe(
     name: str,
     path: Path,
     family: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Card:
     """The card, called ``name``, of the model at ``path``; the family is recognised by default.
 
-    ``settings`` are those of its network that the file does not hold.  Raises UserError for an
-    unknown family, for a file that holds no model of it, and for settings that contradict the file
-    or that neither has.
+    ``given`` are those settings of its network that the file does not hold.  Raises UserError for
+    an unknown family, for a file that holds no model of it, and for settings that contradict the
+    file or that neither has.
     """
     family = family or recognise(path)
     if family not in DESCRIBE:
         raise UserError(f"--model_family {family} is unknown; choose one of {', '.join(DESCRIBE)}")
-    return DESCRIBE[family](name, path, settings or {})
+    return DESCRIBE[family](name, path, given or {})
 
 
 def recognise(path: Path) -> str:
@@ -76,12 +76,12 @@ def recognise(path: Path) -> str:
 def _openai(family: str, prefix: str = "") -> Describe:
     """How to describe a U-Net of guided diffusion, whose weights have names with ``prefix``."""
 
-    def describe_unet(name: str, path: Path, settings: Mapping[str, Any]) -> Card:
+    def describe_unet(name: str, path: Path, given: Mapping[str, Any]) -> Card:
         entries, config = read_weights(path)
         tensors = under(prefix, entries)
         if not is_openai(tensors):
             raise UserError(f"{path} holds no network of the family '{family}'")
-        told = completed(config, settings, path)
+        told = completed(config, given, path)
         example = cards()[EXAMPLES[family]]
         _require(path, untold(tensors, told), example)
         if "alphas_cumprod" not in entries:  # which is compared when the weights are loaded
@@ -91,10 +91,10 @@ def _openai(family: str, prefix: str = "") -> Describe:
             )
         base = replace(
             example, name=name, file=path.name, url=None, sha256=None, image_resolution=None,
-            config={}, settings=settings,
+            config={}, settings=given,
         )  # fmt: skip
         card = resolved(base, tensors, told)
-        completed(card.config, settings, path)  # what the weights show cannot be given otherwise
+        completed(card.config, given, path)  # what the weights show cannot be given otherwise
         return card
 
     return describe_unet
@@ -114,8 +114,8 @@ def _require(path: Path, missing: Sequence[str], example: Card) -> None:
 def _without_settings(describe_file: Callable[[str, Path], Card]) -> Describe:
     """How to describe a file that holds all settings."""
 
-    def describe_whole(name: str, path: Path, settings: Mapping[str, Any]) -> Card:
-        if settings:
+    def describe_whole(name: str, path: Path, given: Mapping[str, Any]) -> Card:
+        if given:
             raise UserError(f"{path} holds all settings of its network: leave --model_settings out")
         return describe_file(name, path)
 

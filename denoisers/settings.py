@@ -44,12 +44,12 @@ def completed(own: Mapping[str, Any], given: Mapping[str, Any], source: object) 
     return {**own, **given}
 
 
-def weights_sha256(path: Path, settings: Mapping[str, Any]) -> str:
-    """The SHA-256 of a file of weights; with ``settings``, of both.
+def weights_sha256(path: Path, given: Mapping[str, Any]) -> str:
+    """The SHA-256 of a file of weights; with settings ``given``, of both.
 
     They make another network of the same weights, whose results are not comparable.
     """
     digest = sha256_file(path)
-    if not settings:
+    if not given:
         return digest
-    return hashlib.sha256(f"{digest} {json.dumps(settings, sort_keys=True)}".encode()).hexdigest()
+    return hashlib.sha256(f"{digest} {json.dumps(given, sort_keys=True)}".encode()).hexdigest()

@@ -119,14 +119,14 @@ def finished(
     return EDMModel(card, digest, net.cast(dtype).to(device))
 
 
-def describe_edm(name: str, path: Path, settings: Mapping[str, Any] | None = None) -> Card:
-    """The card of a file that belongs to no published card, from its content and ``settings``.
+def describe_edm(name: str, path: Path, given: Mapping[str, Any] | None = None) -> Card:
+    """The card of a file that belongs to no published card, from it and settings ``given``.
 
     Raises UserError for a file that cannot be read, for settings that contradict it, and if
     neither has the settings of the network.
     """
     config, bottleneck = read_settings(path)
-    given = settings or {}
+    given = given or {}
     if config is None and "class_name" not in given:
         raise UserError(
             f"{path} does not hold the settings of its network; give --dataset_name the name of "
