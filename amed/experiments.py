@@ -94,7 +94,7 @@ def other_weights(record: RunRecord, label: str, weights_sha256: str) -> str | N
     It is not an error, because the same network in another file also has another hash.
     """
     trained = record.model.get("sha256")
-    if trained in (None, weights_sha256):
+    if not weights_sha256 or trained in (None, weights_sha256):  # "": of a pipeline in memory
         return None
     return (
         f"note: {label} was trained on weights with the SHA-256 {trained[:12]}..., but "

@@ -92,6 +92,11 @@ model_options: Callable[[F], F] = combine(
         help="of --model_path  [default: recognised from the file]",
     ),
     click.option(
+        "--model_settings",
+        metavar="JSON",
+        help="of the network of --model_path, where its file does not hold them",
+    ),
+    click.option(
         "--companion_path", metavar="FILE", help="own classifier (adm) or first stage (ldm)"
     ),
     cache_option,

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
+from runtime.errors import UserError
+from runtime.files import sha256_file
+from runtime.typed import read_result
 from solvers.grids import TimeMaps
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +34,8 @@ class Card:
     #: of the file; if None, that of the first download is stored and checked afterwards
     sha256: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)  #: constructor settings, as published
+    #: part of ``config`` that the user gave, since the file of a model of one's own lacks it
+    settings: Mapping[str, Any] = field(default_factory=dict)
     #: default plan of the Restart teacher; empty if none is known
     restart_info: Mapping[str, list[float]] = field(default_factory=dict)
     guidance: str | None = None  #: cg (classifier), cfg (classifier-free), uncond (none) or None
@@ -78,6 +83,28 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear_vp": LinearVP,
     "discrete_vp": DiscreteVP.from_betas,
 }
+
+
+def card_file(weights: Path) -> Path:
+    """Where ``tools.convert`` writes the card of ``weights``."""
+    return weights.with_suffix(".card.json")
+
+
+def check_converted(weights: Path) -> None:
+    """Raise UserError if ``weights`` are not those that the card beside them is of.
+
+    Weights without such a card, and folders, pass.
+    """
+    path = card_file(weights)
+    entries = read_result(dict[str, dict[str, Any]], path) if weights.is_file() else None
+    for entry in (entries or {}).values():
+        expected, digest = entry.get("sha256"), sha256_file(weights)
+        if digest != expected:
+            raise UserError(
+                f"{weights} has the SHA-256 {digest[:12]}... where {path.name} beside it says "
+                f"{str(expected)[:12]}...: convert the checkpoint again, or delete the card if the "
+                "weights were changed on purpose"
+            )
 
 
 def cards() -> dict[str, Card]:

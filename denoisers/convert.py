@@ -15,31 +15,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.snapshots import EDMSnapshot, find_network, find_tensors, is_network
-from checkpoints.weights import own_storages
-from denoisers.cards import Card, cards
+from checkpoints.weights import own_storages, read_metadata
+from denoisers.cards import Card, card_file, cards
 from denoisers.families.common import samples_of
 from denoisers.families.edm import make_network
 from denoisers.recognise import describe
+from denoisers.settings import completed
 from runtime.errors import UserError
 from runtime.files import sha256_file
 
 
-def convert(content: Any, source: Path, target: Path, name: str | None = None) -> list[Path]:
+def convert(
+    content: Any,
+    source: Path,
+    target: Path,
+    name: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Write ``target`` (``.safetensors``) and ``.card.json`` beside it; returns the files written.
 
     ``content`` is the result of :func:`checkpoints.pickles.files.read` for ``source``.  ``name`` is
     that of the published model of these weights, or any other name; by default the target's.
-    Weights of an unknown family get no card.
+    ``given`` are settings of the network that ``source`` does not hold; ``target`` will.  Weights
+    of an unknown family, or with settings that are not known, get no card.
 
     Raises UserError, without writing anything, for a target of another suffix, the name of a
     published model that the weights do not fit, and content without weights.
     """
     check_target(target)
     name = name or target.stem
+    given = given or {}
     if is_network(content):
-        tensors, metadata = _network(find_network(content, str(source)), source)
+        tensors, metadata = _network(find_network(content, str(source)), given, source)
     else:
-        tensors, metadata = find_tensors(content, str(source)), _settings_of(name)
+        tensors, metadata = find_tensors(content, str(source)), _settings_of(name, given)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         weights = Path(folder, target.name)
@@ -47,9 +56,9 @@ def convert(content: Any, source: Path, target: Path, name: str | None = None) -
         temporary = {target: weights}
         card = _card(name, weights, source)
         if card is not None:
-            card_file = Path(folder, "card.json")
-            card_file.write_text(json.dumps(entry(card), indent=1) + "\n", encoding="utf-8")
-            temporary[target.with_suffix(".card.json")] = card_file
+            written = Path(folder, "card.json")
+            written.write_text(json.dumps(entry(card), indent=1) + "\n", encoding="utf-8")
+            temporary[card_file(target)] = written
         for path, file in temporary.items():
             os.replace(file, path)
     return list(temporary)
@@ -61,15 +70,22 @@ def check_target(target: Path) -> None:
         raise UserError(f"{target} would hold safetensors; give it the suffix .safetensors")
 
 
-def _network(snapshot: EDMSnapshot, source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _network(
+    snapshot: EDMSnapshot, given: Mapping[str, Any], source: Path
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    config = completed(snapshot.config, given, source)
     with torch.device("meta"):
-        bottleneck = make_network(snapshot.config, None, source).model.bottleneck
-    return snapshot.tensors, _metadata(snapshot.config, bottleneck)
+        bottleneck = make_network(config, None, source).model.bottleneck
+    return snapshot.tensors, _metadata(config, bottleneck)
 
 
-def _settings_of(name: str) -> dict[str, str]:
-    """Metadata of plain weights, whose settings are those of a published model's card."""
+def _settings_of(name: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of plain weights: given settings, or those of a published model's card."""
     card = cards().get(name)
+    if given and card is not None:
+        raise UserError(f"'{name}' has its settings on its card: leave --model_settings out")
+    if given:
+        return {"config": json.dumps(dict(given))}
     return {} if card is None or not card.config else _metadata(card.config, card.bottleneck)
 
 
@@ -83,7 +99,9 @@ def _card(name: str, weights: Path, source: Path) -> Card | None:
     if known is None:
         try:
             card = describe(name, weights)
-        except UserError:  # of an unknown family, or it cannot be told from the tensors
+        except UserError as error:  # of an unknown family, or without all settings
+            if "config" in read_metadata(weights):
+                raise UserError(str(error).replace(str(weights), str(source))) from None
             return None
     else:
         try:

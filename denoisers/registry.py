@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from denoisers.cards import Card, cards
+from denoisers.cards import Card, cards, check_converted
 from denoisers.families.adm import load_adm
 from denoisers.families.cm import load_cm
 from denoisers.families.diffusers.loading import fetch_pipeline, fetched_pipeline, load_diffusers
@@ -19,9 +19,10 @@ from denoisers.families.ncsnpp import load_ncsnpp
 from denoisers.precision import DTYPES
 from denoisers.protocol import Files, Model
 from denoisers.recognise import describe
+from denoisers.settings import parse_settings, weights_sha256
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import cache_folder, download, sha256_file
+from runtime.files import cache_folder, download
 from runtime.job import NotFetched
 
 Loader = Callable[[Card, Files, torch.device, torch.dtype], Model]
@@ -43,6 +44,7 @@ class ModelSource:
     dataset_name: str | None = None  #: of a card, or any other name for a custom model
     model_path: str | None = None  #: a local file or folder, or ``hub:owner/name``
     model_family: str | None = None  #: of a custom model; recognised from its files if None
+    model_settings: str | None = None  #: JSON of settings that its file lacks
     companion_path: str | None = None  #: a local classifier (adm) or first stage (ldm)
     cache_dir: str | None = None  #: see :func:`runtime.files.cache_folder`
     dtype: str = "float32"  #: of the network, a key of `DTYPES`
@@ -61,7 +63,9 @@ class ModelSource:
         """Of the weights, if it is known without loading or downloading them."""
         if self.model_path is None:
             return self.card().sha256
-        return sha256_file(self.model_path) if Path(self.model_path).is_file() else None
+        path = Path(self.model_path)
+        settings = parse_settings(self.model_settings)
+        return weights_sha256(path, settings) if path.is_file() else None
 
     def card(self) -> Card:
         """The registered card of this name, or one that describes the model at ``model_path``.
@@ -77,6 +81,11 @@ class ModelSource:
                 raise UserError(
                     f"{card.name!r} is of the family {card.family}, not {self.model_family}: leave "
                     "--model_family out, or give your model another name with --dataset_name"
+                )
+            if self.model_settings is not None:
+                raise UserError(
+                    f"{card.name!r} has its settings on its card: leave --model_settings out, or "
+                    "give your model another name with --dataset_name"
                 )
             return card
         if self.model_path is None:
@@ -101,7 +110,8 @@ class ModelSource:
             path = str(fetched)
         own = _existing(path, "--model_path")
         assert own is not None
-        return describe(str(self.dataset_name), own, self.model_family)
+        settings = parse_settings(self.model_settings)
+        return describe(str(self.dataset_name), own, self.model_family, settings)
 
     def files(self, card: Card) -> Files:
         """The files given by path, those bundled with the toolkit, or else downloaded ones.
@@ -142,6 +152,9 @@ class ModelSource:
         files = self.files(card)
         if here.is_main:
             here.barrier()
+        for file in (files.main, files.companion):
+            if file is not None:
+                check_converted(file)
         return FAMILIES[card.family](card, files, here.device, DTYPES[self.dtype])
 
     def fetch(self) -> Path | None:

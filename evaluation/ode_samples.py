@@ -40,8 +40,8 @@ from solvers.oracle import dopri5
 SEEDS = f"{CONVERGED_START}-{CONVERGED_START + 9999}"
 #: Options that a record holds as they were given.
 RECORDED = (
-    "model_path", "model_family", "companion_path", "cache_dir", "prompt", "prompt_path", "batch",
-    "dtype", "seeds", "outdir",
+    "model_path", "model_family", "model_settings", "companion_path", "cache_dir", "prompt",
+    "prompt_path", "batch", "dtype", "seeds", "outdir",
 )  # fmt: skip
 #: Options that may change when statistics are asked for again: they leave them alone.
 FREE_OF_STATISTICS = tuple({*FREE, "cache_dir"} - {"seeds"})

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from metrics.frechet import frechet_distance
 
+#: FID of the same images in features of another machine, relative to the mean of |features|^2.
+SAME_IMAGES = 1e-6
 _KEYS = ("mu", "sigma", "detector", "detector_sha256", "n", "source")
 
 
@@ -115,11 +117,22 @@ class Statistics:
         return ((outer - torch.outer(total, total) / self.n) / (self.n - 1)).numpy()
 
     def fid(self, reference: Statistics) -> float:
-        """Frechet distance to a reference with the same detector; exactly 0 for the same images."""
+        """Frechet distance to a reference with the same detector; exactly 0 for the same images.
+
+        Raises ValueError for another detector, for moments that are none, and if the hashes say
+        that the images are the same while the moments differ by more than rounding.
+        """
         reference.require(self.detector)
-        if self.source_sha256 and self.source_sha256 == reference.source_sha256:
-            return 0.0
-        return frechet_distance(self.mean, self.cov, reference.mean, reference.cov)
+        distance = frechet_distance(self.mean, self.cov, reference.mean, reference.cov)
+        if not self.source_sha256 or self.source_sha256 != reference.source_sha256:
+            return distance
+        if distance > SAME_IMAGES * (np.sum(self.mean**2) + np.trace(self.cov)):
+            raise ValueError(
+                f"statistics '{self.source}' and '{reference.source}' say that they are of the "
+                f"same images (SHA-256 {self.source_sha256[:12]}...), but their FID is "
+                f"{distance:.4g}: one of them is damaged, make both again."
+            )
+        return 0.0
 
     def require(self, detector: DetectorId) -> None:
         """Raise ValueError if these statistics are from another detector."""

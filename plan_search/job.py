@@ -116,6 +116,7 @@ class PlanSearchJob:
             **_asked(best, self.conditions.guidance_rate),
             "model_path": model.model_path,
             "model_family": model.model_family,
+            "model_settings": model.model_settings,
             "companion_path": model.companion_path,
             "class": conditions.label,
             "prompt": conditions.prompt,

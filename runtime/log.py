@@ -5,6 +5,7 @@ Only rank 0 writes: call everything on every rank, with ``enabled=world.is_main`
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -94,6 +95,12 @@ def note(text: str | None) -> None:
     """Print ``text``, if any, to stderr above a progress bar, on rank 0 only."""
     if text and environment()[0] == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+@functools.cache
+def note_once(text: str | None) -> None:
+    """As `note`, but an equal text is printed once in a process."""
+    note(text)
 
 
 def progress(

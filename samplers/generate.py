@@ -14,6 +14,7 @@ from denoisers.conditions import Conditions
 from denoisers.protocol import Model
 from plans.plan import plan_times, visit_plan
 from runtime.errors import UserError
+from runtime.log import note_once
 from samplers.sampler import Sampler
 from solvers.types import Trajectory
 
@@ -45,6 +46,7 @@ def generate(
     ``dtype`` is that of the state.  The guidance rate is the sampler's.  All random numbers depend
     on the seed, so an image does not depend on the batch or the process: distribute the seeds with
     ``World.shard``.  ``watch`` is called with the number of every state of a batch and their total.
+    A note says if the sampler's student was trained on other weights than the model's.
     Raises UserError for a batch below 1 or an invalid condition, and RuntimeError if the metered
     NFE is not the planned one.
     """
@@ -56,6 +58,7 @@ def generate(
     device = torch.device(device)
     if sampler.student is not None:
         sampler.student.to(torch.device(device))
+        note_once(sampler.student.note_on(model.sha256))
     chunks = (seeds[i : i + batch] for i in range(0, len(seeds), batch))
     return (
         _batch(sampler, model, tuple(chunk), device, dtype, resolved, keep_trajectory, watch)

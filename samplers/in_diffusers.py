@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from denoisers.families.diffusers.files import INDEX, sha256_pipeline
 from denoisers.families.diffusers.model import Bottleneck, Prediction
 from ns.experiments import TrainedTable, load_student
 from plans.plan import Solve
 from runtime.errors import UserError
+from runtime.log import note_once
 from solvers.driver import integrate, planned_nfe
 from solvers.grids import TimeMaps
 from solvers.types import Denoised
@@ -33,7 +35,8 @@ def use_predictor(pipe: Any, spec: str | Path, root: str | Path = "exps") -> Wal
 
     ``spec`` is the number of a run below ``root``, its folder, or a file.  Call the pipeline with
     the ``num_inference_steps`` of the returned scheduler, and with the ``guidance_scale`` that the
-    predictor was trained with.  Raises UserError for a predictor of another model.
+    predictor was trained with.  A note says if it was trained on other weights than those in the
+    folder that the pipeline came from.  Raises UserError for a predictor of another model.
     """
     student = load_student(str(spec), root)
     if isinstance(student, TrainedTable):
@@ -41,11 +44,27 @@ def use_predictor(pipe: Any, spec: str | Path, root: str | Path = "exps") -> Wal
             f"{student.label} is a table, which this scheduler cannot walk: give an AMED "
             "predictor, or sample with sample.py"
         )
+    note_once(student.note_on(_weights_sha256(pipe)))
     settings = student.settings
     schedule = Prediction.of(pipe.scheduler.config, type(pipe).__name__).schedule
     grid = replace(settings.grid, time_maps=TimeMaps(schedule.sigma, schedule.sigma_inv))
     walk = Solve(settings.solver(), grid.nodes(), student.predictor, settings.afs)
     return WalkScheduler.install(pipe, walk)
+
+
+def _weights_sha256(pipe: Any) -> str:
+    """The hash of the weights in the folder that ``pipe`` was loaded from.
+
+    Empty if they are not known: of a pipeline from the hub or of a variant (fp16), whose files are
+    not those of a training.
+    """
+    folder = Path(pipe.name_or_path or "")
+    if not (folder / INDEX).is_file():
+        return ""
+    try:
+        return sha256_pipeline(folder)
+    except UserError:
+        return ""
 
 
 class _NeedsNetwork(Exception):

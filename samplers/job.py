@@ -18,7 +18,7 @@ from denoisers.registry import ModelSource
 from ns.experiments import load_student
 from runtime.dist import World, environment
 from runtime.errors import UserError
-from runtime.log import note, progress, watch_batch
+from runtime.log import progress, watch_batch
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
@@ -82,20 +82,13 @@ class SamplingJob:
         """The record, for a dry run."""
         return self.record(self.source.known_sha256).to_json()
 
-    def open_model(self, here: World) -> Model:
-        """Load the model; prints a note if the predictor was trained on another one."""
-        model, student = self.source.load(here), self.sampler.student
-        if student is not None:
-            note(student.note_on(model.sha256))
-        return model
-
     def run(self, here: World, model: Model | None = None) -> SamplingResult:
         """Sample the images missing in the folder, on all processes, and complete its record.
 
         ``model`` is the job's model if it is loaded already.
         """
         check_coupled(self.sampler, len(self.seeds), self.options.batch, here.size)
-        model = model or self.open_model(here)
+        model = model or self.source.load(here)
         record = self.record(model.sha256, here)
         record, missing = self.folder.open_on_all(record, self.seeds, here)
         if self.sampler.coupled and missing:
@@ -164,8 +157,8 @@ class SamplingResult:
 
 #: Options that are recorded without change.
 RECORDED = (
-    "model_path", "model_family", "companion_path", "seeds", "prompt", "prompt_path", "dtype",
-    "subdirs", "batch", "grid", "return_inters",
+    "model_path", "model_family", "model_settings", "companion_path", "seeds", "prompt",
+    "prompt_path", "dtype", "subdirs", "batch", "grid", "return_inters",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.rules import ScaledStep
+from solvers.rules import ScaledStep, euler
 from solvers.types import Guide, Node
 
 
@@ -17,7 +17,8 @@ class DPMpp(ScaledStep):
 
     With ``h = lambda_t - lambda_s`` both forms are ``base - scale (p1 m0 + p2 D1 + p3 D2)``:
     data form ``base = (sigma_t / sigma_s) x``, factors at ``-h``, ``m = x0``; noise form
-    ``base = x``, factors ``sigma_t`` times those at ``h``, ``m = d``.
+    ``base = x``, factors ``sigma_t`` times those at ``h``, ``m = d``; there ``base`` and the first
+    term are Euler's step.
 
     ``corrected=False`` is the published third-order rule.  Its second difference has half the
     weight that the expansion requires, so it converges at order 2.  ``corrected=True`` doubles
@@ -46,17 +47,19 @@ class DPMpp(ScaledStep):
         h = _lam(t) - _lam(newest.t)
         g = -h if self.predict_x0 else h
         p1 = torch.expm1(g)
-        change = p1 * self._model(newest)
+        if self.predict_x0:
+            unit: Tensor | float = 1.0
+            x = t / newest.t * newest.x - scale * p1 * self._model(newest)
+        else:
+            unit, x = t, euler(newest, t, scale)
         if order == 2:
-            change = change + 0.5 * p1 * self._differences(nodes, h, 1)[0]
+            x = x - scale * unit * 0.5 * p1 * self._differences(nodes, h, 1)[0]
         elif order == 3:
             d1, d2 = self._differences(nodes, h, 2)
             p2 = p1 / g - 1
             p3 = p2 / g - 0.5
-            change = change + p2 * d1 + (2 * p3 if self.corrected else p3) * d2
-        if self.predict_x0:
-            return t / newest.t * newest.x - scale * change
-        return newest.x - scale * t * change
+            x = x - scale * unit * (p2 * d1 + (2 * p3 if self.corrected else p3) * d2)
+        return x
 
     def _differences(self, nodes: tuple[Node, ...], h: Tensor, count: int) -> list[Tensor]:
         """The first (and second) difference of the model outputs, in units of the step ``h``."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.quadrature import exponential_moments, integral, uniform_moments
-from solvers.rules import ScaledStep
+from solvers.rules import ScaledStep, euler
 from solvers.types import Guide, Node
 
 
@@ -31,8 +31,9 @@ class VariableAdamsBashforth(ScaledStep):
         newest, used = nodes[-1], nodes[-order:]
         h = t - newest.t
         places = [(node.t - newest.t) / h for node in used]
-        slope = integral([node.d for node in used], places, uniform_moments(h, order))
-        return newest.x + scale * h * slope
+        bends = [node.d - newest.d for node in used]
+        bend = integral(bends, places, uniform_moments(h, order))
+        return euler(newest, t, scale) + scale * h * bend
 
 
 @dataclass(frozen=True)
@@ -55,5 +56,6 @@ class DEIS(ScaledStep):
         newest, used = nodes[-1], nodes[-order:]
         h = torch.log(newest.t / t)
         places = [torch.log(newest.t / node.t) / h for node in used]
-        change = integral([node.d for node in used], places, exponential_moments(h, order))
-        return newest.x - scale * t * change
+        bends = [node.d - newest.d for node in used]
+        bend = integral(bends, places, exponential_moments(h, order))
+        return euler(newest, t, scale) - scale * t * bend

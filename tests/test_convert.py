@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -171,6 +172,24 @@ def test_recorded_network_through_pickle_and_conversion(
     for path in (source, target):
         out = load_model("mine", device="cpu", model_path=path).bind()(x, sigma)
         assert float((out.x0 - torch.tensor(io_["D_0"])).abs().max()) < 1e-5
+
+
+def test_converted_weights_are_held_against_the_hash_on_their_card(tmp_path: Path) -> None:
+    source, target = tmp_path / "x.pkl", tmp_path / "mine.safetensors"
+    source.write_bytes(pickled(snapshot(net())))
+    _, card = convert(read(source), source, target)
+    load_model("mine", device="cpu", model_path=target)
+    content = bytearray(target.read_bytes())
+    content[-1] ^= 1
+    target.write_bytes(content)
+    with pytest.raises(UserError, match=r"SHA-256 .* where mine.card.json beside it says"):
+        load_model("mine", device="cpu", model_path=target)
+    for damaged in ("[]", '{"mine": 3}', "{"):
+        card.write_text(damaged)
+        with pytest.raises(UserError, match=re.escape(str(card))):
+            load_model("mine", device="cpu", model_path=target)
+    card.unlink()  # without a card there is nothing to hold them against
+    load_model("mine", device="cpu", model_path=target)
 
 
 def test_conversion_under_a_published_name(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from denoisers.families import edm
 from denoisers.families.edm import describe_edm, is_edm, load_edm
 from denoisers.families.precond import build
 from denoisers.protocol import Files
+from denoisers.registry import ModelSource
+from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from tests import published
@@ -105,6 +107,39 @@ def test_own_files_are_described_and_loaded(kind: str, suffix: str, tmp_path: Pa
     assert torch.equal(out.x0, expected.x0)
     assert torch.equal(out.feat, expected.feat)
     assert all(not p.requires_grad for p in model.net.parameters())
+
+
+def test_settings_that_a_file_does_not_hold_may_be_given(tmp_path: Path) -> None:
+    """iDDPM's interpolated labels; and every setting of a bare file."""
+    config = config_of("iDDPMPrecond")
+    tensors = weights(config)
+    path = write(tmp_path / "mine.pkl", config, tensors)
+    plain = ModelSource("mine", str(path))
+    asked = ModelSource("mine", str(path), model_settings='{"interpolate": true}')
+    models = [source.load(World(0, 1, CPU)) for source in (plain, asked)]
+    assert [model.card.config.get("interpolate") for model in models] == [None, True]
+    assert models[0].sha256 == plain.known_sha256 == sha256_file(path)
+    assert models[1].sha256 == asked.known_sha256 != models[0].sha256  # no common rows or folders
+    labels, x = torch.tensor([2, 0]), torch.randn(2, 2, 8, 8)
+    outs = [model.bind(labels)(x, torch.tensor(0.72)).x0 for model in models]
+    assert float((outs[0] - outs[1]).abs().max()) > 1e-4
+    bare = tmp_path / "bare.safetensors"
+    save_file(tensors, bare)
+    given = json.dumps({**config, "interpolate": True})
+    source = ModelSource("mine", str(bare), model_family="edm", model_settings=given)
+    again = source.load(World(0, 1, CPU)).bind(labels)(x, torch.tensor(0.72)).x0
+    assert torch.equal(again, outs[1])
+    for text, message in (
+        ('{"M": 60}', "--model_settings has M = 60 where .*mine.pkl has 50: leave it out"),
+        ('{"colour": 3}', "unexpected keyword argument 'colour'"),
+        ('{"interpolate": 3}', "interpolate is 3, but it is true or false"),
+        ("[1]", r"--model_settings \[1\] is not a JSON object of settings"),
+        ("{" * 10**5, "is not a JSON object of settings"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ModelSource("mine", str(path), model_settings=text).card()
+    with pytest.raises(UserError, match="'cifar10' has its settings on its card: leave --model_s"):
+        ModelSource("cifar10", str(path), model_settings="{}").card()
 
 
 def test_own_noise_levels_and_bottleneck_win(tmp_path: Path) -> None:

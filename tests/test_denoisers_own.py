@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from denoisers.cards import cards
@@ -16,10 +18,18 @@ from denoisers.registry import FAMILIES, ModelSource
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder
+from runtime.log import note_once
 from tests import tiny_pipeline
 from tests.test_recipes import edm_checkpoint
+from tools import convert
 
 HERE = World(0, 1, torch.device("cpu"))
+#: What weights do not show, as `unet` makes them.
+UNTOLD: dict[str, dict[str, object]] = {
+    "adm": {"image_size": 256, "num_head_channels": 32, "attention": "legacy"},
+    "cm": {"image_size": 256, "num_head_channels": 32},
+    "ldm": {"image_size": 64, "num_head_channels": 32, "attention": "legacy"},
+}
 SMALL = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1], "num_head_channels": 32}
 
 
@@ -68,18 +78,22 @@ def test_a_file_makes_its_own_card(
     path = make(tmp_path)
     family = recognise(path)
     assert family == {"stable_diffusion": "diffusers"}.get(make.__name__, make.__name__)
-    card = ModelSource("mine", str(path)).card()
+    told = json.dumps(UNTOLD[family]) if family in UNTOLD else None
+    card = ModelSource("mine", str(path), model_settings=told).card()
     assert (card.name, card.family, card.shape) == ("mine", family, shape)
     assert (card.label_dim, card.guidance, card.schedule is not None) == (classes, guidance, time)
-    assert ModelSource("mine", str(path), model_family=family).card() == card
+    again = ModelSource("mine", str(path), model_family=family, model_settings=told)
+    assert again.card() == card
 
 
 def test_own_networks_are_called_under_their_own_name(tmp_path: Path) -> None:
     """The settings found in the file build the network that its weights belong to."""
     path = unet("lsun_bedroom", tmp_path / "m.pt", image_size=16, model_channels=64)
-    source = ModelSource("mine", str(path))
+    told = json.dumps({"image_size": 16, "num_head_channels": 32})
+    source = ModelSource("mine", str(path), model_settings=told)
     model = source.load(HERE)
     net = UNet(**dict(source.card().config)).eval()
+    assert net.settings.image_size == 16 and net.settings.num_head_channels == 32
     net.load_state_dict(torch.load(path, weights_only=True))
     x, sigma = torch.randn(2, 3, 16, 16), torch.tensor(0.7)
     total = sigma**2 + 0.25
@@ -87,6 +101,71 @@ def test_own_networks_are_called_under_their_own_name(tmp_path: Path) -> None:
         raw, _ = net(x / total.sqrt(), 250 * sigma.log().expand(2), None)
     expected = 0.25 / total * x + 0.5 * sigma / total.sqrt() * raw
     assert float((model.bind()(x, sigma).x0 - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("make", [adm, cm, ldm])
+def test_what_weights_do_not_show_is_asked_for(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Every setting left out is named, with the published value; what was given is used."""
+    path, family = make(tmp_path), make.__name__
+    told = UNTOLD[family]
+    with pytest.raises(UserError, match=f"does not tell {' and '.join(told)} of its network"):
+        ModelSource("mine", str(path)).card()
+    for name in told:
+        rest = json.dumps({k: v for k, v in told.items() if k != name})
+        with pytest.raises(UserError, match=f"does not tell {name} of its network.*{name}"):
+            ModelSource("mine", str(path), model_settings=rest).card()
+    for changes in ({"model_channels": 64}, {"num_classes": 3}, {"colour": 1}):
+        given = json.dumps({**told, **changes})
+        with pytest.raises(UserError, match=next(iter(changes))):
+            ModelSource("mine", str(path), model_settings=given).card()
+    heads = {k: v for k, v in told.items() if k != "num_head_channels"} | {"num_heads": 4}
+    card = ModelSource("mine", str(path), model_settings=json.dumps(heads)).card()
+    net = UNet(**dict(card.config))
+    assert net.middle_block[1].heads == 4 and net.settings.num_head_channels is None
+
+
+@pytest.mark.parametrize(("make", "order"), [(adm, "new"), (cm, None)])
+def test_given_settings_change_the_images(
+    make: Callable[[Path], Path], order: str | None, tmp_path: Path
+) -> None:
+    """So they make another model of the same file, also after a conversion that keeps them."""
+    path, target = make(tmp_path), tmp_path / "converted.safetensors"
+    weights = torch.load(path, weights_only=True)
+    torch.save(
+        {k: v * 30 if "qkv.w" in k or "_out.w" in k else v for k, v in weights.items()}, path
+    )
+    base = {**UNTOLD[make.__name__], "image_size": 16, "num_head_channels": 8}
+    other = base | ({"attention": order} if order else {"num_head_channels": 32})
+    x, sigma = torch.randn(1, 3, 16, 16), torch.tensor(0.7)
+    labels = torch.tensor([2]) if make is adm else None
+    outs, digests = [], set()
+    for settings in (base, other):
+        source = ModelSource("mine", str(path), model_settings=json.dumps(settings))
+        model = source.load(HERE)
+        assert model.sha256 == source.known_sha256
+        digests.add(model.sha256)
+        outs.append(model.bind(labels)(x, sigma).x0)
+    assert len(digests) == 2
+    assert float((outs[0] - outs[1]).norm() / outs[0].norm()) > 1e-2
+    arguments = [str(path), str(target), "--model_settings", json.dumps(other)]
+    done = CliRunner().invoke(convert.main, arguments, catch_exceptions=False)
+    assert target.with_suffix(".card.json").exists(), done.output
+    converted = ModelSource("mine", str(target)).load(HERE).bind(labels)(x, sigma).x0
+    assert torch.equal(converted, outs[1])
+
+
+def test_conventions_of_training_that_no_file_tells_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for make, words in ((adm, "linear VP process (beta 0.1 to 20)"), (cm, "sigma_data 0.5")):
+        note_once.cache_clear()
+        (tmp_path / make.__name__).mkdir()
+        path = make(tmp_path / make.__name__)
+        told = json.dumps(UNTOLD[make.__name__])
+        ModelSource("mine", str(path), model_settings=told).card()
+        assert words in capsys.readouterr().err
 
 
 def test_what_tells_no_family_is_refused(tmp_path: Path) -> None:

@@ -156,8 +156,43 @@ def test_iddpm_levels_are_those_of_the_cosine_schedule() -> None:
         assert abs(float(other.u[j - 1]) / math.sqrt(1 / abar - 1) - 1) < 1e-4
 
 
-def test_iddpm_labels_are_whole_at_the_levels_and_between_them_in_between() -> None:
+def test_iddpm_labels_are_those_of_the_nearest_level() -> None:
+    """As published: label M - 1 - j of the level u_j nearest to sigma, the final 0 among them."""
     net = iddpm()
+    u = net.u.double()
+    whole = 999 - torch.arange(1001).double()
+    assert gap(net.coefficients(u).c_noise, whole) == 0
+    assert gap(net.coefficients(u[:-1].float()).c_noise.double(), whole[:-1]) == 0
+    torch.manual_seed(3)
+    sigma = (torch.rand(500, dtype=torch.float64) * 15 - 5.5).exp().float().double()
+    nearest = torch.stack([(u - one).abs().argmin() for one in sigma])
+    for shape in ((-1,), (-1, 1, 1, 1)):
+        label = net.coefficients(sigma.reshape(shape)).c_noise
+        assert torch.equal(label, (999 - nearest).double().reshape(shape))
+    one = net.coefficients(sigma[7])  # alone as in a batch
+    assert one.c_noise.shape == () and one.c_noise == 999 - nearest[7]
+    assert net.coefficients(torch.tensor([1e-3, 1e6])).c_noise.tolist() == [-1, 999]
+
+
+def test_iddpm_networks_see_the_nearest_level_unless_asked_otherwise() -> None:
+    """The published formula around the network itself; interpolated, it says something else."""
+    net, other = iddpm(), iddpm(interpolate=True)
+    u = net.u.double()
+    torch.manual_seed(4)
+    for j in (100, 400, 700):
+        sigma = 0.6 * u[j] + 0.4 * u[j + 1]
+        x = torch.randn(2, 2, 8, 8, dtype=torch.float64) * (1 + sigma**2).sqrt()
+        scaled, label = x / (1 + sigma**2).sqrt(), torch.tensor([999.0 - j])
+        expected = x - sigma * net.model(scaled, label.double(), None, None)[0][:, :2]
+        assert gap(net(x, sigma).x0, expected) < 1e-12 * float(sigma)
+        assert gap(other(x, sigma).x0, expected) > 1e-4 * float(sigma)
+        assert gap(other(x, u[j]).x0, net(x, u[j]).x0) < 1e-6 * float(sigma)
+    with pytest.raises(ValueError, match="interpolate is 'yes', but it is true or false"):
+        iddpm(interpolate="yes")
+
+
+def test_iddpm_labels_are_whole_at_the_levels_and_between_them_in_between() -> None:
+    net = iddpm(interpolate=True)
     u = net.u.double()
     whole = 999 - torch.arange(1000).double()
     assert gap(net.coefficients(u[:-1]).c_noise, whole) < 1e-9

@@ -40,8 +40,9 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def sized(path: Path) -> None:
-    """As safetensors that say the size of the images, which tensors do not."""
-    metadata = {"config": json.dumps({"image_size": 16})}
+    """As safetensors that say what the tensors do not."""
+    told = {"image_size": 16, "num_head_channels": 32, "attention": "legacy"}
+    metadata = {"config": json.dumps(told)}
     save_file(torch.load(path, weights_only=True), path.with_suffix(".safetensors"), metadata)
 
 

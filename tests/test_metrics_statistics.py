@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,28 @@ def test_the_same_images_are_at_no_distance_however_they_were_summed(tmp_path: P
     two.update(features(3, 1))  # no longer those images
     assert two.source_sha256 == "" and one.fid(two) > 1e-3
     assert one.merge(statistics(features(3, 1))).source_sha256 == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda mu, cov: (mu, -cov), "negative eigenvalue"),
+        (lambda mu, cov: (mu + 0.1, cov), "same images .* but their FID is 0.05"),
+        (lambda mu, cov: (mu, cov * 1.1), "same images .* one of them is damaged"),
+    ],
+    ids=["negated", "moved", "scaled"],
+)
+def test_an_equal_hash_is_a_check_and_not_a_result(
+    damage: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], message: str
+) -> None:
+    stats = statistics(features(40))
+    stats.source_sha256 = "ef" * 32
+    content = stats.arrays()
+    content["mu"], content["sigma"] = damage(stats.mean, stats.cov)
+    damaged = Statistics.of_arrays("s.npz", content)
+    for one, other in ((stats, damaged), (damaged, stats)):
+        with pytest.raises(ValueError, match=message):
+            one.fid(other)
 
 
 def test_features_that_make_no_sense_are_refused() -> None:

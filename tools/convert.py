@@ -13,11 +13,15 @@ from amed.experiments import load_predictor, save_predictor
 from checkpoints.pickles.files import read
 from checkpoints.snapshots import is_predictor
 from denoisers.convert import check_target, convert
+from denoisers.settings import parse_settings
 from runtime import cli
+from runtime.errors import UserError
 
 EXAMPLES = """\b
 Examples:
   python -m tools.convert edm-ffhq-64x64-uncond-vp.pkl ffhq.safetensors --name ffhq
+  python -m tools.convert 64x64.pt mine.safetensors \\
+      --model_settings '{"image_size": 64, "num_head_channels": 64, "attention": "new"}'
   python -m tools.convert training-state-010000.pt mine.safetensors
   python -m tools.convert network-snapshot-000010.pkl exps/00001-theirs/predictor.safetensors
 """
@@ -27,7 +31,10 @@ Examples:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--name", help="a published model, or a name of your own  [default: TARGET's stem]")
-def main(source: Path, target: Path, name: str | None) -> None:
+@click.option(
+    "--model_settings", metavar="JSON", help="of the network, where SOURCE does not hold them"
+)
+def main(source: Path, target: Path, name: str | None, model_settings: str | None) -> None:
     """Convert the checkpoint SOURCE to TARGET.safetensors.
 
     For a network, or a bare state dict, also writes TARGET.card.json.  A predictor published by the
@@ -37,15 +44,20 @@ def main(source: Path, target: Path, name: str | None) -> None:
     check_target(target)
     content = read(source)
     if is_predictor(content):
+        if model_settings is not None:
+            raise UserError(f"{source} is a predictor: leave --model_settings out")
         student = load_predictor(str(source), source.parent)
         save_predictor(target, student.predictor, student.record)
         click.echo(f"wrote {target}")
         return
-    written = convert(content, source, target, name)
+    written = convert(content, source, target, name, parse_settings(model_settings))
     for path in written:
         click.echo(f"wrote {path}")
     if len(written) == 1:
-        click.echo("no card: say with --name which published model the weights belong to")
+        click.echo(
+            "no card: say with --name which published model the weights belong to, or with "
+            "--model_settings what they do not tell of their network"
+        )
 
 
 if __name__ == "__main__":

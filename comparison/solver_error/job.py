@@ -33,7 +33,7 @@ from ns.experiments import AnyStudent
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.lists import parse_whole_numbers
-from runtime.log import progress
+from runtime.log import note_once, progress
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
@@ -121,6 +121,7 @@ class SolverErrorJob:
             detector = open_detector(options.detector, here)
         for student in self.students:
             student.to(here.device)
+            note_once(student.note_on(model.sha256))
         harness = ErrorHarness(detector, self.seeds, options.batch, here)
         check_images([] if detector is None else [detector], model, options.model.state_dtype, here)
         record = self.record(model.sha256, here)

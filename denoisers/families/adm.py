@@ -20,8 +20,9 @@ from denoisers.nets.openai import Classifier, UNet, settings_from
 from denoisers.noise_schedules import LinearVP
 from denoisers.precision import widened
 from denoisers.protocol import Files
+from denoisers.settings import weights_sha256
 from runtime.errors import UserError
-from runtime.files import sha256_file
+from runtime.log import note_once
 from solvers.types import Denoised
 
 LAST_STEP = 999  #: network time at the end of the process, t = 1
@@ -145,6 +146,11 @@ class ADMModel(LoadedModel):
         # Only U-Nets were published with another order of attention.
         base = {**self.card.config, "attention": "legacy", "image_size": self.card.resolution}
         settings = settings_from(tensors, {**base, **config})
+        if self.card.url is None and not {"num_heads", "num_head_channels"} & set(config):
+            note_once(
+                f"note: {self.companion.name} does not tell its attention heads: taken are those "
+                "of the network (a safetensors file may tell them, docs/models.md)"
+            )
         channels, classes = settings["in_channels"], settings["out_channels"]
         if (channels, classes) != (self.card.channels, self.card.label_dim):
             raise UserError(
@@ -184,7 +190,7 @@ def load_unet(
     check_samples(own, card, path)
     net = filled(lambda: UNet(**own.config), tensors, str(path))
     net.cast(dtype)
-    return net.to(device), own, sha256_file(path)
+    return net.to(device), own, weights_sha256(path, card.settings)
 
 
 def load_adm(card: Card, files: Files, device: torch.device, dtype: torch.dtype) -> ADMModel:

@@ -27,6 +27,7 @@ from denoisers.families.common import LoadedModel, check_batch, check_samples
 from denoisers.families.precond import build
 from denoisers.families.precond_base import Precond
 from denoisers.protocol import Files
+from denoisers.settings import completed, weights_sha256
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from solvers.types import Denoised
@@ -88,7 +89,7 @@ def load_edm(card: Card, files: Files, device: torch.device, dtype: torch.dtype)
     other samples than ``card``.
     """
     file = files.main
-    digest = sha256_file(file)
+    digest = weights_sha256(file, card.settings)
     if file == card.bundled and digest != card.sha256:
         raise UserError(
             f"{file} has sha256 {digest} where its card says {card.sha256}; restore the file"
@@ -97,6 +98,7 @@ def load_edm(card: Card, files: Files, device: torch.device, dtype: torch.dtype)
     config, bottleneck = checkpoint.config, checkpoint.bottleneck
     if config is None:
         config, bottleneck = dict(card.config), card.bottleneck
+    config = completed(config, card.settings, file)
     net = make_network(config, bottleneck, file)
     check_samples(card_of(net, config, card.name, card.family, file, digest), card, file)
     fill(net, checkpoint.tensors, str(file))
@@ -117,19 +119,22 @@ def finished(
     return EDMModel(card, digest, net.cast(dtype).to(device))
 
 
-def describe_edm(name: str, path: Path) -> Card:
-    """The card of a file that belongs to no published card, from its content alone.
+def describe_edm(name: str, path: Path, given: Mapping[str, Any] | None = None) -> Card:
+    """The card of a file that belongs to no published card, from it and settings ``given``.
 
-    Raises UserError for a file that cannot be read or does not hold the settings of its network.
+    Raises UserError for a file that cannot be read, for settings that contradict it, and if
+    neither has the settings of the network.
     """
     config, bottleneck = read_settings(path)
-    if config is None:
+    given = given or {}
+    if config is None and "class_name" not in given:
         raise UserError(
             f"{path} does not hold the settings of its network; give --dataset_name the name of "
-            "the published model that it belongs to"
+            "the published model that it belongs to, or all of them with --model_settings"
         )
+    config = completed(config or {}, given, path)
     net = make_network(config, bottleneck, path)
-    return card_of(net, config, name, "edm", path, sha256_file(path))
+    return replace(card_of(net, config, name, "edm", path, sha256_file(path)), settings=given)
 
 
 def card_of(

@@ -24,8 +24,8 @@ from denoisers.nets.openai import UNet, is_openai, settings_from
 from denoisers.noise_schedules import DiscreteVP
 from denoisers.precision import wide_dtype, widened
 from denoisers.protocol import Files
+from denoisers.settings import weights_sha256
 from runtime.errors import UserError
-from runtime.files import sha256_file
 from solvers.types import Denoised
 
 NETWORK = "model.diffusion_model."  #: prefixes in a checkpoint
@@ -99,7 +99,7 @@ def load_ldm(card: Card, files: Files, device: torch.device, dtype: torch.dtype)
     net.cast(dtype)
     return LDMModel(
         replace(card, image_resolution=side, config=settings),
-        sha256_file(files.main),
+        weights_sha256(files.main, card.settings),
         net.to(device),
         schedule,
         first_stage.to(wide_dtype(dtype)).to(device),

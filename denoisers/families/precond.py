@@ -114,10 +114,11 @@ class IDDPMPrecond(Precond):
     """Improved DDPM (arXiv:2102.09672) with its cosine schedule: ``F`` predicts the noise.
 
     The network was trained at the ``M`` levels ``u``, whose labels are whole numbers, and predicts
-    variances as well, which are not used.  Published samplers stay on these levels.  Learned ones
-    do not, and need the gradient of the label: between two levels it is linear in
-    ``ln alpha = -ln(1 + sigma^2) / 2``, as in :class:`noise_schedules.DiscreteVP`; at a level it is
-    the published label, and beyond either end that of the end.
+    variances as well, which are not used.  The label of sigma is that of the nearest level, as
+    published; ``u`` ends in 0, so below half the lowest level it is -1.  With ``interpolate`` it is
+    linear in ``ln alpha = -ln(1 + sigma^2) / 2`` between two levels, as in
+    :class:`noise_schedules.DiscreteVP`, and beyond either end that of the end: it then has a
+    gradient, which a learned scale of the network's time can use.
     """
 
     outputs = 2
@@ -131,19 +132,30 @@ class IDDPMPrecond(Precond):
         C_1: float = 0.001,
         C_2: float = 0.008,
         M: int = 1000,
+        interpolate: bool = False,
         model_type: str = "DhariwalUNet",
         **settings: Any,
     ) -> None:
+        if type(interpolate) is not bool:
+            raise ValueError(f"interpolate is {interpolate!r}, but it is true or false")
         u = cosine_levels(C_1, C_2, M)
         low, high = float(u[M - 1]), float(u[0])
         super().__init__(img_resolution, img_channels, low, high, model_type=model_type, **settings)
         self.register_buffer("u", u)
+        self.interpolate = interpolate
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        c_noise = self._label(sigma)
+        c_noise = self._between(sigma) if self.interpolate else self._nearest(sigma)
         return Coefficients(1.0, -sigma, (sigma**2 + 1).rsqrt(), c_noise)
 
-    def _label(self, sigma: Tensor) -> Tensor:
+    def _nearest(self, sigma: Tensor) -> Tensor:
+        # Without matrix products, whose rounding depends on the batch; in float32, as published.
+        column = sigma.detach().float().reshape(-1, 1)
+        levels = self.u.float().to(sigma.device).reshape(-1, 1)
+        gaps = torch.cdist(column, levels, compute_mode="donot_use_mm_for_euclid_dist")
+        return (len(self.u) - 2 - gaps.argmin(1)).to(sigma.dtype).reshape(sigma.shape)
+
+    def _between(self, sigma: Tensor) -> Tensor:
         levels = torch.log1p(self.u[:-1].to(sigma.dtype).to(sigma.device).flip(0) ** 2)
         value = torch.log1p(sigma**2).contiguous()
         above = torch.searchsorted(levels, value.detach()).clamp(1, len(levels) - 1)

@@ -219,6 +219,20 @@ def is_openai(tensors: Mapping[str, Tensor]) -> bool:
     return all(mark in tensors for mark in marks)
 
 
+def untold(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> list[str]:
+    """Settings that neither the weights of a U-Net show nor ``told`` names.
+
+    Any number of heads fits the same weights, and so does any size of images; one-dimensional
+    convolutions in attention fit two orders of its channels.
+    """
+    missing = [] if "image_size" in told else ["image_size"]
+    if told.get("num_head_channels") is None and "num_heads" not in told:
+        missing.append("num_head_channels")
+    if "attention" not in told and tensors["middle_block.1.qkv.weight"].ndim == 3:
+        missing.append("attention")
+    return missing
+
+
 def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor settings of the network in a state dict, from its names and shapes.
 
