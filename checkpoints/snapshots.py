@@ -5,15 +5,17 @@ All pickles are read by :func:`checkpoints.pickles.files.read`, which runs nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.pickles.files import read
 from checkpoints.pickles.records import Record, is_scalar, shown
-from checkpoints.weights import read_config, read_safetensors
+from checkpoints.weights import own_storages, read_config, read_safetensors
 from runtime.errors import UserError
 
 PERSISTENT = "torch_utils.persistence"
@@ -107,6 +109,18 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return find_tensors(read(path), str(path)), {}
     tensors, metadata = read_safetensors(path)
     return tensors, read_config(metadata, path) or {}
+
+
+def as_safetensors(files: Iterable[Path], target: Path) -> Path:
+    """``target``, made to hold the weights in these files, for libraries that unpickle themselves.
+
+    A small pickle can take all memory there.  Raises UserError for what `read_weights` refuses.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_weights(file)[0]
+    save_file(own_storages(tensors), target, {"format": "pt"})
+    return target
 
 
 def find_tensors(content: Any, source: str) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoints.states import read_state, restore
 from commands.options import PATH, POSITIVE, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
@@ -176,14 +177,14 @@ def resume(
     """
     if not state.is_file():
         return 0
-    saved = torch.load(state, weights_only=True, map_location="cpu")
+    kinds = {"plan": dict, "model": dict, "optimizer": dict, "epochs": int}
+    saved = read_state(state, kinds)
     if saved["plan"] != vars(plan):
         raise ValueError(
             f"{state} belongs to a run with other settings ({saved['plan']}): remove it, or "
             "give that run's options"
         )
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    restore({"model": model, "optimizer": optimizer}, saved, state)
     return int(saved["epochs"])
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from checkpoints.snapshots import read_weights
-from checkpoints.weights import missing_entry, own_storages, unknown_entry
+from checkpoints.snapshots import as_safetensors
+from checkpoints.weights import missing_entry, unknown_entry
 from denoisers.cards import Card
 from denoisers.families.diffusers.files import (
     INDEX,
@@ -148,7 +146,7 @@ def _read(diffusers: Any, main: Path) -> Any:
         options = {"config": str(folder), "local_files_only": True, **left_out}
         with tempfile.TemporaryDirectory() as temporary:
             pickled = main.suffix != ".safetensors"
-            file = _as_safetensors([main], Path(temporary, "all.safetensors")) if pickled else main
+            file = as_safetensors([main], Path(temporary, "all.safetensors")) if pickled else main
             pipe = pipeline.from_single_file(str(file), **options)
         _check_whole(pipe, str(main))
         return pipe
@@ -160,19 +158,6 @@ def _read(diffusers: Any, main: Path) -> Any:
     }
     safe = {"local_files_only": True, "use_safetensors": True}
     return pipeline.from_pretrained(main, **safe, **loaded, **left_out)
-
-
-def _as_safetensors(files: Iterable[Path], target: Path) -> Path:
-    """``target``, made to hold the weights in these pickles, which are read as data.
-
-    The libraries unpickle such files by themselves, and a small one can take all memory.  Raises
-    UserError for what :func:`read_weights` refuses.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= read_weights(file)[0]
-    save_file(own_storages(tensors), target, {"format": "pt"})
-    return target
 
 
 def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -196,7 +181,7 @@ def _component(diffusers: Any, kind: str, folder: Path) -> Any:
             source = Path(shutil.copy(folder / "config.json", temporary)).parent
             weights = [f for f in files if "pytorch_model" in f.stem]
             name = "model" if library is transformers else "diffusion_pytorch_model"
-            _as_safetensors(weights, source / f"{name}.safetensors")
+            as_safetensors(weights, source / f"{name}.safetensors")
         part, report = getattr(library, kind).from_pretrained(
             source, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
