@@ -24,6 +24,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.options import Json
 from runtime.record import RunRecord
+from runtime.typed import pick
 
 PREDICTOR = "predictor.safetensors"
 RECORD = "run.json"
@@ -97,7 +98,7 @@ def other_weights(record: RunRecord, label: str, weights_sha256: str) -> str | N
     if trained in (None, weights_sha256):
         return None
     return (
-        f"note: {label} was trained on weights with the SHA-256 {trained[:12]}..., but "
+        f"note: {label} was trained on weights with the SHA-256 {str(trained)[:12]}..., but "
         f"these have {weights_sha256[:12]}...: unless they are the same network, train a "
         "student for them"
     )
@@ -162,7 +163,7 @@ def load_predictor(spec: str, root: str | Path) -> TrainedStudent:
             f"there is no predictor at {path}; train one with train.py, or wait until it is saved"
         )
     weights, record = read_published(path) if path.suffix == ".pkl" else _read(path)
-    settings = StudentSettings.from_options(record.options)
+    settings = pick(StudentSettings, record.options, f"the options in the record of {path}")
     predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
     if all(w.dtype == torch.float64 for w in weights.values()):
         predictor.double()  # keep the precision of a float64 run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from runtime.errors import UserError
+from runtime.typed import parse_json
 
 #: Buffers determined by the settings: resampling filters, and the noise levels of iDDPM, whose
 #: published values have an error of 5e-4 from a long recursion in float32.
@@ -53,14 +53,12 @@ def read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | Non
     """
     if "config" not in metadata:
         return None
-    try:
-        config = json.loads(metadata["config"])
-    except ValueError:
-        config = None
+    remedy = "convert the checkpoint again"
+    config = parse_json(metadata["config"], f"the config in the metadata of {path}", remedy)
     if not isinstance(config, dict):
         raise UserError(
             f"the config in the metadata of {path} is {metadata['config']!r}, no JSON object; "
-            "convert the checkpoint again"
+            f"{remedy}"
         )
     return config
 

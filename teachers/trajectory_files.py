@@ -21,6 +21,7 @@ from denoisers.conditions import StreamName
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.record import RunRecord
+from runtime.typed import pick
 
 TRAJECTORIES = "trajectories"  #: first part of the names of all draws, and folder in the cache
 SHARD = 64  #: latents in a full shard; the number of the last one may still grow
@@ -114,6 +115,14 @@ def shards(folder: Path, number: int) -> list[Shard]:
     return [Shard(folder, first) for first in range(0, number, SHARD)]
 
 
+@dataclass(frozen=True)
+class _TrajectoryPlan:
+    """What is read of the plan in a set's record."""
+
+    seed: int
+    nfe: int | None
+
+
 @dataclass(frozen=True, eq=False)  # tensors have no boolean ==
 class TrajectorySet:
     """The trajectories of the latents 0 to ``number - 1`` on disk; nothing is kept in memory."""
@@ -130,6 +139,7 @@ class TrajectorySet:
         Raises UserError where there are fewer, and for a file that cannot be read.
         """
         record = RunRecord.read(folder / RECORD)
+        pick(_TrajectoryPlan, record.plan, f"the plan in {folder / RECORD}")
         parts = shards(folder, number)
         there = sum(min(part.count(), number - part.first) for part in parts)
         if there < number:

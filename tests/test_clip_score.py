@@ -187,9 +187,7 @@ def test_older_weights_are_read_as_data(
     assert torch.equal(older.score(x, PROMPTS[:2]), clip.score(x, PROMPTS[:2]))
     assert older.sha256 != clip.sha256
     torch.save(library, tmp_path / "pytorch_model.bin")  # classes, which would have to be run
-    with pytest.raises(
-        ValueError, match="cannot be read as a CLIPModel of .*asks for"
-    ):
+    with pytest.raises(ValueError, match="cannot be read as a CLIPModel of .*asks for"):
         load_clip_score(tmp_path, CPU, "tiny")
 
 

@@ -265,7 +265,7 @@ def test_invalid_files_raise(text, asked, message, tmp_path):
     [
         ("", "restart_info '' is neither a file"),
         ("x.txt", "restart_info 'x.txt' is neither a file"),
-        ('{"0": [3, 2, 0.06, 0.3]', "not valid JSON .*at character 23"),
+        ('{"0": [3, 2, 0.06, 0.3]', "not valid JSON .*char 23"),
         ("{}", "no interval"),
         ('{"a": [3, 2, 1, 2]}', 'interval "a" is not a number'),
         ('{"0": [3, 2, 1, 2], "0": [3, 2, 3, 4]}', 'interval "0" twice'),

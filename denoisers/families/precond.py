@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.pickles.records import shown
 from denoisers.families.precond_base import Coefficients, Precond
 from denoisers.noise_schedules import LinearVP
+from solvers.grids import MOST_NODES
 
 
 def edm_scaling(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +167,9 @@ def cosine_levels(C_1: float, C_2: float, M: int) -> Tensor:
     return u
 
 
+#: Bounds of the settings that size a network, of some twenty times the published ones: blocks of
+#: a level, layers, levels, steps of iDDPM and VP.
+MOST = {"num_blocks": 100, "layers": 100, "channel_mult": 16, "M": MOST_NODES}
 PRECONDITIONINGS: dict[str, type[Precond]] = {
     "EDMPrecond": EDMPrecond,
     "VPPrecond": VPPrecond,
@@ -181,6 +186,11 @@ def build(config: Mapping[str, Any], bottleneck: str | None = None) -> Precond:
     """
     settings = dict(config)
     name = settings.pop("class_name", None)
+    for setting, most in MOST.items():
+        value = settings.get(setting)
+        size = len(value) if isinstance(value, (list, tuple)) else value
+        if isinstance(size, (int, float)) and not size <= most:
+            raise ValueError(f"{setting} is {shown(value)}, more than any network's {most}")
     if name not in PRECONDITIONINGS:
         raise ValueError(f"preconditioning '{name}' is not one of {', '.join(PRECONDITIONINGS)}")
     return PRECONDITIONINGS[name](bottleneck=bottleneck, **settings)

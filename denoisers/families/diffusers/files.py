@@ -7,7 +7,6 @@ levels, are known without loading it, even if ``diffusers`` is not installed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
 from denoisers.noise_schedules import BETAS, DiscreteVP
+from runtime.bounds import MOST_LAYERS
 from runtime.errors import UserError
 from runtime.files import sha256_file
+from runtime.typed import parse_json
 
 INDEX = "model_index.json"
 EPSILON_T = 1e-3  #: smallest time that samplers use (arXiv:2206.00927, section 5)
@@ -38,6 +39,10 @@ FIRST_STAGES = ("vae", "vqvae")
 #: Components with weights, in the order in which they are loaded.
 WEIGHTED = ("unet", *FIRST_STAGES, "text_encoder", "text_encoder_2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+MOST_SIZE = 1_000_000  #: of any setting; a vocabulary has 50,000 words
+#: Settings by which blocks are repeated, or parts of a block.
+DEPTHS = ("layers_per_block'", "layers'")
+MOST_ENTRIES = 1000  #: of a list or an object among the settings
 SINGLE = (".safetensors", ".ckpt")
 
 
@@ -93,16 +98,36 @@ def settings_folder(main: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A settings file; UserError if it is missing or no JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so the pipeline is not complete; copy it anew"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is no JSON file ({error}); copy it anew") from error
+    content = parse_json(text, str(path), "copy it anew")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; copy it anew")
     return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a network; UserError as `read_json`, and for sizes that no network has."""
+    content = read_json(folder / "config.json")
+    _check_sizes(content, f"{folder / 'config.json'}: its settings")
+    return content
+
+
+def _check_sizes(value: Any, what: str) -> None:
+    """Raise UserError for a number or a list by which the library would build without an end."""
+    if isinstance(value, (dict, list)):
+        if len(value) > MOST_ENTRIES:
+            raise UserError(f"{what} have {len(value)} entries; copy it anew")
+        for key, part in value.items() if isinstance(value, dict) else ((None, p) for p in value):
+            _check_sizes(part, what if key is None else f"{what}: '{key}'")
+    most = MOST_LAYERS if what.endswith(DEPTHS) else MOST_SIZE
+    if isinstance(value, (int, float)) and value > most:
+        raise UserError(f"{what} is {value}, more than any network's {most}; copy it anew")
 
 
 def component_folder(folder: Path, name: str) -> Path:
@@ -119,18 +144,14 @@ def describe_diffusers(name: str, path: Path) -> Card:
     folder = settings_folder(path)
     parts = component_classes(read_json(folder / INDEX), str(path))
 
-    def settings(part: str, file: str = "config.json") -> dict[str, Any]:
-        return read_json(component_folder(folder, part) / file) if part in parts else {}
-
-    stage = first_stage(parts)
-    card = pipeline_card(
-        name,
-        parts,
-        settings("unet"),
-        settings("scheduler", "scheduler_config.json"),
-        settings(stage) if stage else {},
-        str(path),
+    scheduler = (
+        read_json(component_folder(folder, "scheduler") / "scheduler_config.json")
+        if ("scheduler" in parts)
+        else {}
     )
+    networks = {n: read_config(component_folder(folder, n)) for n in WEIGHTED if n in parts}
+    stage = networks.get(first_stage(parts) or "", {})
+    card = pipeline_card(name, parts, networks.get("unet", {}), scheduler, stage, str(path))
     return replace(card, file=path.name)
 
 
