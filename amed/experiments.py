@@ -164,7 +164,10 @@ def load_predictor(spec: str, root: str | Path) -> TrainedStudent:
         )
     weights, record = read_published(path) if path.suffix == ".pkl" else _read(path)
     settings = pick(StudentSettings, record.options, f"the options in the record of {path}")
-    predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
+    try:
+        predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
+    except ValueError as error:
+        raise UserError(f"the options in the record of {path}: {error}; train again") from None
     if all(w.dtype == torch.float64 for w in weights.values()):
         predictor.double()  # keep the precision of a float64 run
     try:

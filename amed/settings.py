@@ -48,13 +48,10 @@ class StudentSettings:
             raise ValueError(
                 f"M = {self.M} gives the teacher the grid of the student; give --M 1 or more"
             )
-        for name, value in (
-            ("scale_dir", self.scale_dir),
-            ("scale_time", self.scale_time),
-            ("guidance_rate", self.guidance_rate or 0.0),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} = {value:g} is no finite number from 0 on; give one")
+        if self.guidance_rate is not None and not 0 <= self.guidance_rate < math.inf:
+            raise ValueError(
+                f"guidance_rate = {self.guidance_rate:g} is no finite number from 0 on; give one"
+            )
         if self.afs and self.num_steps < 3:
             raise ValueError(
                 f"--afs makes the first of {self.num_steps - 1} interval(s) analytic; "

@@ -108,6 +108,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix != ".safetensors":
         return find_tensors(read(path), str(path)), {}
     tensors, metadata = read_safetensors(path)
+    if not tensors:
+        raise UserError(f"{path} holds no weights; give another copy of it")
     return tensors, read_config(metadata, path) or {}
 
 

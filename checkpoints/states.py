@@ -5,7 +5,8 @@ A state is a dict of numbers and of the ``state_dict()`` of modules, optimizers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from checkpoints.pickles.files import read
 from checkpoints.pickles.records import shown
 from runtime.errors import UserError, reason
 
+COUNTED = ("last_epoch", "_step_count", "_last_lr")  #: what a schedule changes
 REMEDY = "delete it to start that run from the beginning"
 
 
@@ -57,7 +59,7 @@ def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any], path: Path)
             if isinstance(part, torch.optim.Optimizer):
                 _check_optimizer(part, state[name])
             elif not isinstance(part, torch.nn.Module):  # which checks names and shapes itself
-                _check_like(state[name], part.state_dict(), name)
+                _check_settings(state[name], part.state_dict(), COUNTED)
             part.load_state_dict(state[name])
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
@@ -80,25 +82,35 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     PyTorch itself finds that out in the next step, in an error without a name.
     """
     groups = optimizer.state_dict()["param_groups"]
-    _check_like(saved["param_groups"], groups, "param_groups")
+    for one, own in zip(saved["param_groups"], groups, strict=True):
+        _check_settings(one, own, ("lr",))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len({tuple(entries) for entries in saved["state"].values()}) > 1:
+        raise ValueError("its parameters have different moments")
     for number, entries in saved["state"].items():
         for name, value in entries.items():
             if type(value) is not Tensor or value.shape not in ((), parameters[number].shape):
                 raise ValueError(f"{name} of parameter {number} is of another shape")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} of parameter {number} is not finite")
 
 
-def _check_like(saved: Any, own: Any, name: str) -> None:
-    """Raise ValueError unless two trees of plain values have the same names and types."""
-    if type(saved) is not type(own) and {type(saved), type(own)} != {int, float}:
-        raise ValueError(f"{name} is of type {type(saved).__name__}, not {type(own).__name__}")
-    if isinstance(own, dict):
-        if set(saved) != set(own):
-            raise ValueError(f"{name} has other entries")
-        for key, value in own.items():
-            _check_like(saved[key], value, str(key))
-    elif isinstance(own, (list, tuple)):
-        if len(saved) != len(own):
-            raise ValueError(f"{name} has {len(saved)} entries, not {len(own)}")
-        for one, other in zip(saved, own, strict=True):
-            _check_like(one, other, name)
+def _check_settings(saved: dict[str, Any], own: dict[str, Any], free: Collection[str]) -> None:
+    """Raise ValueError unless the settings are ``own``; those in ``free`` may be other numbers."""
+    if set(saved) != set(own):
+        raise ValueError("its settings have other names")
+    for name, value in own.items():
+        given = saved[name]
+        alike = type(given) is type(value) or _is_number(given) and _is_number(value)
+        if not alike or (not _are_finite(given) if name in free else given != value):
+            raise ValueError(f"'{name}' is {shown(given)}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_finite(value: Any) -> bool:
+    """Whether a value is a finite number from 0 on, or a list of some."""
+    parts = value if type(value) is list else [value]
+    return all(_is_number(part) and 0 <= part < math.inf for part in parts)

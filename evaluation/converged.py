@@ -83,7 +83,7 @@ class Converged:
     @classmethod
     def load(cls, path: Path) -> Converged:
         """Read what ``save`` wrote; a ValueError or FileNotFoundError for anything else."""
-        content = read_arrays(path)
+        content = read_arrays(path, (RECORD,))
         statistics = Statistics.of_arrays(path, content)
         text = str(content.get(RECORD, ""))
         record = RunRecord.from_json(text, f"the record in {path}") if text else None

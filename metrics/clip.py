@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from checkpoints.arrays import require_like
 from checkpoints.pickles.records import shown
 from checkpoints.snapshots import read_weights
 from metrics.detectors import CHUNK, Detector
@@ -163,7 +164,14 @@ def _text_encoder(
     """Embeddings (B, dim) of prompts, truncated to the model's context length."""
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise ValueError(f"{folder} has no tokenizer: add its vocab.json and merges.txt.")
-    tokenizer = transformers_library().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    library = transformers_library()
+    try:
+        tokenizer = library.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as err:  # the library may raise anything for damaged files
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({' '.join(str(err).split())[:200]}): "
+            "copy its vocab.json and merges.txt again."
+        ) from err
     length = model.text_model.config.max_position_embeddings
 
     @torch.no_grad()
@@ -204,7 +212,8 @@ class ScoreCollector:
         return {"scores": self.finish().numpy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue from ``state``; call it on one rank only."""
+        """Continue from ``state``; call it on one rank only; ValueError for another's."""
+        require_like(state, {"scores": self._scores.numpy()})
         self._scores = torch.from_numpy(state["scores"])
 
     def finish(self) -> Tensor:

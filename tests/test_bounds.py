@@ -137,14 +137,19 @@ SONG, FLAT = {**PLAIN, **UNET, "model_type": "SongUNet"}, {**PLAIN, "model_type"
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({**SONG, "num_blocks": 10**9}, "num_blocks is 1000000000, more than any network's 100"),
-        ({**SONG, "channel_mult": [1] * 900}, "more than any network's 16"),
-        ({**SONG, "class_name": "iDDPMPrecond", "M": 10**6}, "M is 1000000, more than any network"),
-        ({**SONG, "class_name": "VPPrecond", "M": float("nan")}, "M is nan, more than"),
-        ({**FLAT, "layers": 10**9}, "layers is 1000000000, more than any network's"),
+        ({**SONG, "num_blocks": 10**9}, "num_blocks is 1000000000, where networks have 1 to 100"),
+        ({**SONG, "channel_mult": [1] * 900}, "where networks have 1 to 16"),
+        ({**SONG, "class_name": "iDDPMPrecond", "M": 10**6}, "M is 1000000, where networks have"),
+        ({**SONG, "class_name": "VPPrecond", "M": float("nan")}, "M is nan, where"),
+        ({**FLAT, "layers": 10**9}, "layers is 1000000000, where networks"),
         ({**SONG, "model_channels": 10**5}, r"would have \d+ weights, more than the file can hold"),
-        ({**FLAT, "img_resolution": 10**5}, "weights, more than the file can hold"),
+        ({**FLAT, "img_resolution": 5000}, "weights, more than the file can hold"),
         ({**SONG, "model_channels": 10**10}, "make no network"),
+        (
+            {**SONG, "img_resolution": 10**6},
+            "img_resolution is 1000000, where networks have 1 to 81",
+        ),
+        ({**SONG, "img_resolution": 0}, "img_resolution is 0, where"),
     ],
 )
 def test_a_network_larger_than_its_file_is_refused(

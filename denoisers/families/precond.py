@@ -15,6 +15,7 @@ from torch import Tensor
 from checkpoints.pickles.records import shown
 from denoisers.families.precond_base import Coefficients, Precond
 from denoisers.noise_schedules import LinearVP
+from runtime.bounds import MOST_SIDE
 from solvers.grids import MOST_NODES
 
 
@@ -169,7 +170,10 @@ def cosine_levels(C_1: float, C_2: float, M: int) -> Tensor:
 
 #: Bounds of the settings that size a network, of some twenty times the published ones: blocks of
 #: a level, layers, levels, steps of iDDPM and VP.
-MOST = {"num_blocks": 100, "layers": 100, "channel_mult": 16, "M": MOST_NODES}
+MOST = {
+    "num_blocks": 100, "layers": 100, "channel_mult": 16, "M": MOST_NODES,
+    "img_resolution": MOST_SIDE, "img_channels": 1024,
+}  # fmt: skip
 PRECONDITIONINGS: dict[str, type[Precond]] = {
     "EDMPrecond": EDMPrecond,
     "VPPrecond": VPPrecond,
@@ -189,8 +193,8 @@ def build(config: Mapping[str, Any], bottleneck: str | None = None) -> Precond:
     for setting, most in MOST.items():
         value = settings.get(setting)
         size = len(value) if isinstance(value, (list, tuple)) else value
-        if isinstance(size, (int, float)) and not size <= most:
-            raise ValueError(f"{setting} is {shown(value)}, more than any network's {most}")
+        if isinstance(size, (int, float)) and not 1 <= size <= most:
+            raise ValueError(f"{setting} is {shown(value)}, where networks have 1 to {most}")
     if name not in PRECONDITIONINGS:
         raise ValueError(f"preconditioning '{name}' is not one of {', '.join(PRECONDITIONINGS)}")
     return PRECONDITIONINGS[name](bottleneck=bottleneck, **settings)

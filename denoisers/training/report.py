@@ -102,7 +102,8 @@ def loss_curve(rows: Sequence[Row]) -> Figure:
             axes.plot(*zip(*points, strict=True), ".-", label=label)
     axes.set_xlabel("images")
     axes.set_ylabel("loss")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return figure
 
 

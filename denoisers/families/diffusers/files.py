@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
+from denoisers.families.diffusers.sizes import check_sizes, upsampling
 from denoisers.noise_schedules import BETAS, DiscreteVP
-from runtime.bounds import MOST_LAYERS
+from runtime.bounds import MOST_LAYERS, MOST_SIDE
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.typed import parse_json
@@ -39,10 +40,6 @@ FIRST_STAGES = ("vae", "vqvae")
 #: Components with weights, in the order in which they are loaded.
 WEIGHTED = ("unet", *FIRST_STAGES, "text_encoder", "text_encoder_2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-MOST_SIZE = 1_000_000  #: of any setting; a vocabulary has 50,000 words
-#: Settings by which blocks are repeated, or parts of a block.
-DEPTHS = ("layers_per_block'", "layers'")
-MOST_ENTRIES = 1000  #: of a list or an object among the settings
 SINGLE = (".safetensors", ".ckpt")
 
 
@@ -114,20 +111,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of a network; UserError as `read_json`, and for sizes that no network has."""
     content = read_json(folder / "config.json")
-    _check_sizes(content, f"{folder / 'config.json'}: its settings")
+    check_sizes(content, f"{folder / 'config.json'}: its settings")
     return content
-
-
-def _check_sizes(value: Any, what: str) -> None:
-    """Raise UserError for a number or a list by which the library would build without an end."""
-    if isinstance(value, (dict, list)):
-        if len(value) > MOST_ENTRIES:
-            raise UserError(f"{what} have {len(value)} entries; copy it anew")
-        for key, part in value.items() if isinstance(value, dict) else ((None, p) for p in value):
-            _check_sizes(part, what if key is None else f"{what}: '{key}'")
-    most = MOST_LAYERS if what.endswith(DEPTHS) else MOST_SIZE
-    if isinstance(value, (int, float)) and value > most:
-        raise UserError(f"{what} is {value}, more than any network's {most}; copy it anew")
 
 
 def component_folder(folder: Path, name: str) -> Path:
@@ -212,7 +197,7 @@ def pipeline_card(
         guidance="cfg" if text else None,
         text=text,
         noise_schedule=noise,
-        image_resolution=side * 2 ** (len(stage["block_out_channels"]) - 1) if stage else None,
+        image_resolution=side * upsampling(stage, source) if stage else None,
     )
 
 
@@ -240,8 +225,13 @@ def _check_unet(unet: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: the network's {what} = {unet.get(what)!r} {why}")
 
     size = unet.get("sample_size")
-    if not isinstance(size, int) and not (isinstance(size, list | tuple) and len(set(size)) == 1):
+    sides = size if isinstance(size, list | tuple) else [size]
+    if not sides or any(side != sides[0] for side in sides):
         refuse("sample_size", "is no square; only square images are supported")
+    if not all(type(side) is int and 1 <= side <= MOST_SIDE for side in sides):
+        refuse("sample_size", f"is no whole number from 1 to {MOST_SIDE}")
+    if type(unet.get("in_channels")) is not int or not 1 <= unet["in_channels"] <= MOST_LAYERS:
+        refuse("in_channels", f"is no whole number from 1 to {MOST_LAYERS}")
     if unet.get("in_channels") != unet.get("out_channels"):
         refuse("out_channels", f"differs from in_channels = {unet.get('in_channels')}")
     for what in ("num_class_embeds", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim"):

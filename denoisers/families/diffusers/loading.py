@@ -59,6 +59,7 @@ def load_diffusers(
     with _quiet():
         try:
             pipe = _place(_read(diffusers, files.main), device, dtype)
+            _limit_tokenizers(pipe)
         except UserError:
             raise
         except Exception as error:  # the libraries may raise anything for a damaged file
@@ -167,6 +168,19 @@ def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if name in WEIGHTED and part is not None:
             part.to(device=device, dtype=wide if name == stage else dtype)
     return pipe
+
+
+def _limit_tokenizers(pipe: Any) -> None:
+    """Let no tokenizer make more tokens than its encoder has positions.
+
+    A tokenizer without a length has 10^30, which the library cannot pad to.
+    """
+    for suffix in ("", "_2"):
+        tokenizer = pipe.components.get(f"tokenizer{suffix}")
+        encoder = pipe.components.get(f"text_encoder{suffix}")
+        if tokenizer is not None and encoder is not None:
+            positions = encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 
 def _component(diffusers: Any, kind: str, folder: Path) -> Any:
