@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.typed import parse_json
 
 #: Buffers determined by the settings: resampling filters, and the noise levels of iDDPM, whose
@@ -150,7 +150,7 @@ def constructing(source: str, what: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{source} has {what} that make no network: {error}") from error
+        raise UserError(f"{source} has {what} that make no network: {first_line(error)}") from error
 
 
 def filled(make: Callable[[], NetworkT], tensors: Mapping[str, Tensor], source: str) -> NetworkT:

@@ -32,3 +32,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return shortened(" ".join(str(error).split())) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message; PyTorch's go on with its stack."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

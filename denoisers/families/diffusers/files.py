@@ -20,7 +20,7 @@ from denoisers.cards import Card
 from denoisers.families.diffusers.sizes import check_sizes, upsampling
 from denoisers.noise_schedules import BETAS, DiscreteVP
 from runtime.bounds import MOST_LAYERS, MOST_SIDE
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.files import sha256_file
 from runtime.typed import parse_json
 
@@ -248,7 +248,7 @@ def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str,
     """
 
     def known(what: str, value: Any, values: Iterable[str]) -> None:
-        if value not in values:
+        if value not in list(values):  # it may be of any type
             raise UserError(f"{source}: {what} {value!r} is not one of {', '.join(values)}")
 
     if not {"beta_start", "beta_end", "beta_schedule"} <= set(scheduler):
@@ -269,7 +269,9 @@ def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str,
     try:
         schedule = DiscreteVP.from_betas(**noise)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: its betas {noise} make no noise schedule ({error})") from error
+        raise UserError(
+            f"{source}: its betas {noise} make no noise schedule ({first_line(error)})"
+        ) from error
     return {"kind": "discrete_vp", **noise}, schedule
 
 

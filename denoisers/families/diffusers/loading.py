@@ -31,7 +31,7 @@ from denoisers.families.diffusers.files import (
 from denoisers.families.diffusers.model import DiffusersModel, from_pipeline
 from denoisers.precision import wide_dtype
 from denoisers.protocol import Files
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.files import write_text
 
 NOTE = "weights.sha256"  #: in a folder from the hub: it is whole, and its weights had this hash
@@ -64,7 +64,7 @@ def load_diffusers(
             raise
         except Exception as error:  # the libraries may raise anything for a damaged file
             raise UserError(
-                f"{source} does not load as a pipeline ({_first_line(error)}); copy it anew, or "
+                f"{source} does not load as a pipeline ({first_line(error)}); copy it anew, or "
                 "give one that diffusers itself loads"
             ) from error
     return from_pipeline(pipe, card, digest)
@@ -90,7 +90,7 @@ def fetch_pipeline(repo: str, folder: Path) -> Path:
         with _quiet():
             main = Path(download(repo, cache_dir=folder, **dict.fromkeys(UNWANTED)))
     except (OSError, ValueError) as error:
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise UserError(
             f"{repo} could not be fetched from https://huggingface.co/{repo} into {folder} "
             f"({reason}): run again to carry on, or fetch it elsewhere and give its folder with "
@@ -110,11 +110,6 @@ def require_diffusers() -> ModuleType:
             f"pipelines of diffusers need {error.name}: pip install 'amed-toolkit[diffusion]'"
         ) from None
     return diffusers
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of a library's error message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_card(card: Card, own: Card, source: str) -> None:
