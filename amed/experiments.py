@@ -21,7 +21,7 @@ from amed.predictor import AMEDPredictor
 from amed.published import latest_snapshot, read_published
 from amed.settings import StudentSettings
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, require_readable
 from runtime.options import Json
 from runtime.record import RunRecord
 from runtime.typed import pick
@@ -214,6 +214,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """An open safetensors file; UserError for one that cannot be read."""
+    require_readable(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file

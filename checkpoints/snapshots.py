@@ -73,7 +73,10 @@ def find_network(content: Any, source: str) -> EDMSnapshot:
     attributes = _attributes(record)
     if "D" in attributes:  # PFGM++ sets it on the network, not as a constructor setting
         config["D"] = attributes["D"]
-    return EDMSnapshot(config, flattened(record, source))
+    tensors = flattened(record, source)
+    if not tensors:
+        raise UserError(f"{source} holds a {shown(record.name)} without weights; fetch it again")
+    return EDMSnapshot(config, tensors)
 
 
 def is_predictor(content: Any) -> bool:
@@ -138,9 +141,8 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
         if type(ema) is dict and type(model) is dict and "shadow_params" in ema:
             return _averaged(model, ema["shadow_params"], source)
     for candidate in members:
-        if type(candidate) is Record:
-            return flattened(candidate, source)
-        named = _tensors(candidate)
+        is_object = type(candidate) is Record
+        named = flattened(candidate, source) if is_object else _tensors(candidate)
         if named:
             return named
     raise UserError(

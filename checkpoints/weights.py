@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from runtime.errors import UserError, first_line
+from runtime.files import require_readable
 from runtime.typed import parse_json
 
 #: Buffers determined by the settings: resampling filters, and the noise levels of iDDPM, whose
@@ -37,6 +38,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -21,7 +21,7 @@ from denoisers.families.common import samples_of
 from denoisers.families.edm import make_network
 from denoisers.recognise import describe
 from runtime.errors import UserError
-from runtime.files import sha256_file
+from runtime.files import sha256_file, share
 
 
 def convert(content: Any, source: Path, target: Path, name: str | None = None) -> list[Path]:
@@ -50,6 +50,7 @@ def convert(content: Any, source: Path, target: Path, name: str | None = None) -
             card_file = Path(folder, "card.json")
             card_file.write_text(json.dumps(entry(card), indent=1) + "\n", encoding="utf-8")
             temporary[target.with_suffix(".card.json")] = card_file
+        share(weights)
         for path, file in temporary.items():
             os.replace(file, path)
     return list(temporary)

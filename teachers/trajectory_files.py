@@ -19,7 +19,7 @@ from torch import Tensor
 
 from denoisers.conditions import StreamName
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, require_readable
 from runtime.record import RunRecord
 from runtime.typed import pick
 
@@ -99,6 +99,7 @@ class Shard:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         try:
+            require_readable(self.path)
             with safe_open(self.path, framework="pt") as file:
                 yield file
         except FileNotFoundError:

@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from checkpoints.pickles.files import read
 from checkpoints.snapshots import read_weights
+from denoisers.convert import convert
 from denoisers.families.diffusers.files import describe_diffusers
 from denoisers.nets.openai import UNet
 from denoisers.recognise import describe
@@ -30,10 +32,20 @@ from tests.attacks import VALUES, attack_json, survives
 from tests.denoiser_problems import SONG, network
 from tests.test_arrays import encrypted
 from tests.test_convert_bombs import peak
+from tests.test_convert_hostile import bare, glob, put
 from tests.test_denoisers_adm import SMALL
 
 DEEP = "[" * 10**5 + "]" * 10**5
 NESTED = "[" * 500 + "]" * 500
+
+
+#: A persistent object, as EDM's networks are, with settings and nothing else.
+STATE = b"}" + put("_init_args") + b")" + put("_init_kwargs") + b"}"
+EMPTY_NETWORK = (
+    glob("torch_utils.persistence", "_reconstruct_persistent_obj")
+    + b"(}" + b"(" + put("type") + put("class") + put("class_name") + put("X") + put("state")
+    + b"}(" + STATE[1:] + b"u" + b"utR"
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -208,3 +220,21 @@ def test_long_names_are_shortened_in_messages(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000 and "give --model_family" in str(caught.value)
     words = " ".join(["word"] * 10**5)
     assert len(shortened(words)) < 2100 and shortened("/a" * 150) == "/a" * 150
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        glob("torch.nn.modules.container", "Sequential") + b")\x81",
+        b"}" + put("model") + glob("torch.nn.modules.container", "Sequential") + b")\x81s",
+        EMPTY_NETWORK,
+        b"}" + put("ema") + EMPTY_NETWORK + b"s",
+        b"}",
+    ],
+)
+def test_nothing_is_converted_where_there_are_no_weights(payload: bytes, tmp_path: Path) -> None:
+    path, target = tmp_path / "x.pkl", tmp_path / "y.safetensors"
+    path.write_bytes(bare(payload))
+    with pytest.raises(UserError, match="x.pkl (holds no weights by name|holds a X without weig)"):
+        convert(read(path), path, target)
+    assert not target.exists()

@@ -21,7 +21,7 @@ from denoisers.families.diffusers.sizes import check_sizes, upsampling
 from denoisers.noise_schedules import BETAS, DiscreteVP
 from runtime.bounds import MOST_LAYERS, MOST_SIDE
 from runtime.errors import UserError, first_line
-from runtime.files import sha256_file
+from runtime.files import require_readable, sha256_file
 from runtime.typed import parse_json
 
 INDEX = "model_index.json"
@@ -58,11 +58,12 @@ def _names(path: Path) -> Iterable[str]:
     """The names of the tensors in a single file; none if it is something else, or not safe."""
     try:
         if path.suffix == ".safetensors":
+            require_readable(path)
             with safe_open(path, framework="pt") as file:
                 return list(file.keys())
         if path.suffix == ".ckpt":
             return list(read_weights(path)[0])
-    except (OSError, SafetensorError, UserError):
+    except (FileNotFoundError, SafetensorError, UserError):
         pass
     return ()
 
