@@ -58,8 +58,9 @@ class StudentSettings:
                 "give --num_steps 3 or more"
             )
         self.solver()
+        grid = self.grid
         if self.schedule_type != "discrete":  # the discrete grid needs the model
-            self.grid.nodes()
+            grid.nodes()
 
     @property
     def solver_options(self) -> SolverOptions:

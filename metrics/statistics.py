@@ -16,7 +16,7 @@ from checkpoints.arrays import read_npz
 from metrics.frechet import frechet_distance
 
 _TEXTS = ("detector", "detector_sha256", "source")
-_KEYS = ("mu", "sigma", "n", *_TEXTS)
+_KEYS = ("mu", "sigma", "detector", "detector_sha256", "n", "source")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from checkpoints.states import read_state, restore
+from checkpoints.states import Stateful, read_state, restore
 from denoisers.families.precond import EDMPrecond
 from denoisers.precision import DTYPES, wide_dtype
 from denoisers.training.augment import LABELS, Change
@@ -264,7 +264,7 @@ class Trainer:
         Settings that an older version did not have are taken to have their defaults.
         """
         defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-        parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
+        parts: dict[str, Stateful] = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
         saved = read_state(path, {**SAVED, **dict.fromkeys(parts, dict)})
         before = {**defaults, **saved["recipe"], **saved["about"]}
         now = {**asdict(self.recipe), **identity}
