@@ -21,9 +21,10 @@ from amed.predictor import AMEDPredictor
 from amed.published import latest_snapshot, read_published
 from amed.settings import StudentSettings
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, require_readable
 from runtime.options import Json
 from runtime.record import RunRecord
+from runtime.typed import pick
 
 PREDICTOR = "predictor.safetensors"
 RECORD = "run.json"
@@ -97,7 +98,7 @@ def other_weights(record: RunRecord, label: str, weights_sha256: str) -> str | N
     if not weights_sha256 or trained in (None, weights_sha256):  # "": of a pipeline in memory
         return None
     return (
-        f"note: {label} was trained on weights with the SHA-256 {trained[:12]}..., but "
+        f"note: {label} was trained on weights with the SHA-256 {str(trained)[:12]}..., but "
         f"these have {weights_sha256[:12]}...: unless they are the same network, train a "
         "student for them"
     )
@@ -162,8 +163,11 @@ def load_predictor(spec: str, root: str | Path) -> TrainedStudent:
             f"there is no predictor at {path}; train one with train.py, or wait until it is saved"
         )
     weights, record = read_published(path) if path.suffix == ".pkl" else _read(path)
-    settings = StudentSettings.from_options(record.options)
-    predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
+    settings = pick(StudentSettings, record.options, f"the options in the record of {path}")
+    try:
+        predictor = AMEDPredictor(settings.scale_dir, settings.scale_time)
+    except ValueError as error:
+        raise UserError(f"the options in the record of {path}: {error}; train again") from None
     if all(w.dtype == torch.float64 for w in weights.values()):
         predictor.double()  # keep the precision of a float64 run
     try:
@@ -210,6 +214,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """An open safetensors file; UserError for one that cannot be read."""
+    require_readable(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             yield file

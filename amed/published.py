@@ -12,7 +12,8 @@ from amed.settings import StudentSettings
 from checkpoints.snapshots import PublishedPredictor, read_predictor
 from denoisers.cards import cards
 from runtime.errors import UserError
-from runtime.record import SCHEMA, RunRecord
+from runtime.record import RunRecord
+from runtime.typed import SCHEMA
 
 SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.pkl")
 _NUMBER = (int, float)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from runtime.options import Json
@@ -47,14 +48,19 @@ class StudentSettings:
             raise ValueError(
                 f"M = {self.M} gives the teacher the grid of the student; give --M 1 or more"
             )
+        if self.guidance_rate is not None and not 0 <= self.guidance_rate < math.inf:
+            raise ValueError(
+                f"guidance_rate = {self.guidance_rate:g} is no finite number from 0 on; give one"
+            )
         if self.afs and self.num_steps < 3:
             raise ValueError(
                 f"--afs makes the first of {self.num_steps - 1} interval(s) analytic; "
                 "give --num_steps 3 or more"
             )
         self.solver()
+        grid = self.grid
         if self.schedule_type != "discrete":  # the discrete grid needs the model
-            self.grid.nodes()
+            grid.nodes()
 
     @property
     def solver_options(self) -> SolverOptions:

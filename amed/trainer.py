@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ from amed.experiments import PREDICTOR, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.sinks import Sinks
 from amed.step import IntervalResult, MicroBatch, Student, train_batch
+from checkpoints.states import read_state, restore
 from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.conditions import StreamName
 from plans.process import Noise
 from runtime.dist import World
-from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import progress
 from runtime.noise import SeedNoise
@@ -31,7 +31,7 @@ from teachers.supervision import Teacher, visit_variance
 from teachers.trajectory_files import TRAJECTORIES
 
 STATE = "training-state.pt"
-SAVED = ("done", "predictor", "optimizer")  #: entries of the state
+SAVED = {"done": int, "predictor": dict, "optimizer": dict}  #: entries of the state
 VARIANCE_SAMPLES, VARIANCE_DRAWS = 4, 4
 TRAIN, VARIANCE = "train", "variance"
 REPEATS = tuple(f"{VARIANCE}-{k}" for k in range(VARIANCE_DRAWS))
@@ -188,28 +188,10 @@ def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Opt
     state = read_state(path, SAVED)
     if not state:
         return 0
-    predictor.load_state_dict(state["predictor"])
-    optimizer.load_state_dict(state["optimizer"])
+    restore({"predictor": predictor, "optimizer": optimizer}, state, path)
     return int(state["done"])
 
 
 def is_finished(folder: Path, loop: Loop) -> bool:
     """Whether the run in ``folder`` is complete."""
     return int(read_state(folder / STATE, SAVED).get("done", 0)) >= loop.iterations
-
-
-def read_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """The entries ``keys`` of a saved training state; empty if there is none.
-
-    Raises UserError for a file that is damaged or lacks one of them.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        return {key: state[key] for key in keys}
-    except Exception as error:  # a damaged file may raise any error
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}); delete it to start that run from the "
-            "beginning"
-        ) from None

@@ -1,1 +1,1 @@
-"""Published checkpoints, read as data: pickles, safetensors, and what they mean."""
+"""Files of others and training states, read as data: pickles, safetensors, arrays of NumPy."""

@@ -5,15 +5,17 @@ All pickles are read by :func:`checkpoints.pickles.files.read`, which runs nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.pickles.files import read
 from checkpoints.pickles.records import Record, is_scalar, shown
-from checkpoints.weights import read_config, read_safetensors
+from checkpoints.weights import own_storages, read_config, read_safetensors
 from runtime.errors import UserError
 
 PERSISTENT = "torch_utils.persistence"
@@ -71,7 +73,10 @@ def find_network(content: Any, source: str) -> EDMSnapshot:
     attributes = _attributes(record)
     if "D" in attributes:  # PFGM++ sets it on the network, not as a constructor setting
         config["D"] = attributes["D"]
-    return EDMSnapshot(config, flattened(record, source))
+    tensors = flattened(record, source)
+    if not tensors:
+        raise UserError(f"{source} holds a {shown(record.name)} without weights; fetch it again")
+    return EDMSnapshot(config, tensors)
 
 
 def is_predictor(content: Any) -> bool:
@@ -106,7 +111,21 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix != ".safetensors":
         return find_tensors(read(path), str(path)), {}
     tensors, metadata = read_safetensors(path)
+    if not tensors:
+        raise UserError(f"{path} holds no weights; give another copy of it")
     return tensors, read_config(metadata, path) or {}
+
+
+def as_safetensors(files: Iterable[Path], target: Path) -> Path:
+    """``target``, made to hold the weights in these files, for libraries that unpickle themselves.
+
+    A small pickle can take all memory there.  Raises UserError for what `read_weights` refuses.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_weights(file)[0]
+    save_file(own_storages(tensors), target, {"format": "pt"})
+    return target
 
 
 def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
@@ -122,9 +141,8 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
         if type(ema) is dict and type(model) is dict and "shadow_params" in ema:
             return _averaged(model, ema["shadow_params"], source)
     for candidate in members:
-        if type(candidate) is Record:
-            return flattened(candidate, source)
-        named = _tensors(candidate)
+        is_object = type(candidate) is Record
+        named = flattened(candidate, source) if is_object else _tensors(candidate)
         if named:
             return named
     raise UserError(

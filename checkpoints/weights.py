@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
+from runtime.files import require_readable
+from runtime.typed import parse_json
 
 #: Buffers determined by the settings: resampling filters, and the noise levels of iDDPM, whose
 #: published values have an error of 5e-4 from a long recursion in float32.
@@ -37,6 +38,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -53,14 +55,12 @@ def read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | Non
     """
     if "config" not in metadata:
         return None
-    try:
-        config = json.loads(metadata["config"])
-    except ValueError:
-        config = None
+    remedy = "convert the checkpoint again"
+    config = parse_json(metadata["config"], f"the config in the metadata of {path}", remedy)
     if not isinstance(config, dict):
         raise UserError(
             f"the config in the metadata of {path} is {metadata['config']!r}, no JSON object; "
-            "convert the checkpoint again"
+            f"{remedy}"
         )
     return config
 
@@ -152,7 +152,7 @@ def constructing(source: str, what: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{source} has {what} that make no network: {error}") from error
+        raise UserError(f"{source} has {what} that make no network: {first_line(error)}") from error
 
 
 def filled(make: Callable[[], NetworkT], tensors: Mapping[str, Tensor], source: str) -> NetworkT:

@@ -12,13 +12,51 @@ from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
+from runtime.bounds import (
+    MOST_BATCH,
+    MOST_BLOCKS,
+    MOST_IMAGES,
+    MOST_SEED,
+    MOST_THREADS,
+    MOST_UPDATES,
+    MOST_WIDTH,
+)
 from runtime.lists import parse_numbers
 from runtime.seeds import SELECTION_START
-from solvers.grids import SCHEDULES
+from solvers.grids import MOST_NODES, SCHEDULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 POSITIVE = click.FloatRange(0, min_open=True)
+
+
+# How much work there may be: all whole numbers of all commands but seeds
+
+
+def nodes(least: int) -> click.IntRange:
+    """Nodes of a grid, and evaluations of a network."""
+    return click.IntRange(least, MOST_NODES)
+
+
+def images(least: int) -> click.IntRange:
+    """Images, latents, points, prompts."""
+    return click.IntRange(least, MOST_IMAGES)
+
+
+def updates(least: int) -> click.IntRange:
+    """Steps of a training, and counts of them."""
+    return click.IntRange(least, MOST_UPDATES)
+
+
+def blocks(least: int) -> click.IntRange:
+    """Parts that results are reported of."""
+    return click.IntRange(least, MOST_BLOCKS)
+
+
+SEED = click.IntRange(0, MOST_SEED)
+WIDTH = click.IntRange(4, MOST_WIDTH)
+BATCH = click.IntRange(1, MOST_BATCH)
+THREADS = click.IntRange(1, MOST_THREADS)
 
 
 def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -55,7 +93,7 @@ dtype_option = click.option(
 json_option = click.option("--json", "result_path", type=PATH, help="write the result to this file")
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads  [default: torch's choice]"
+    "--threads", type=THREADS, help="CPU threads  [default: torch's choice]"
 )
 
 
@@ -63,7 +101,7 @@ def batch_option(default: int) -> Callable[[F], F]:
     """``--batch``: images at once over all processes."""
     return click.option(
         "--batch",
-        type=click.IntRange(min=1),
+        type=BATCH,
         default=default,
         show_default=True,
         help="images at once, over all processes",
@@ -105,7 +143,10 @@ dataset_option = click.option(
     "--dataset_name", default="cifar10-small", help=f"model: {', '.join(cards())}"
 )
 class_option = click.option(
-    "--class", "label", type=int, help="class of every image  [default: by seed]"
+    "--class",
+    "label",
+    type=click.IntRange(0, MOST_IMAGES),
+    help="class of every image  [default: by seed]",
 )
 #: Prompts of text models.
 prompt_options: Callable[[F], F] = combine(
@@ -199,17 +240,15 @@ metric_options: Callable[[F], F] = combine(
     ),
     click.option(
         "--features",
-        type=click.IntRange(min=2),
+        type=images(2),
         metavar="N",
         help="of at most N images, for fid_inf, kid, pr and dc  [default: 10000]",
     ),
-    click.option("--seed", type=int, default=0, help="draws the N images, and subsets"),
+    click.option("--seed", type=SEED, default=0, help="draws the N images, and subsets"),
 )
 #: How many images of a folder or zip; torchrun takes --num for a prefix of its own options, hence
 #: the longer name.
-num_option = click.option(
-    "--num", "--num_images", "num", type=click.IntRange(min=2), help="use N images"
-)
+num_option = click.option("--num", "--num_images", "num", type=images(2), help="use N images")
 
 
 def work_options(outdir: str, detectors: Iterable[str] = DETECTORS) -> Callable[[F], F]:
@@ -248,7 +287,7 @@ image_options: Callable[[F], F] = combine(
         default=2000,
         help="images per row",
     ),
-    click.option("--blocks", type=click.IntRange(2), default=4, help="disjoint blocks of seeds"),
+    click.option("--blocks", type=blocks(2), default=4, help="disjoint blocks of seeds"),
     click.option(
         "--ref_model",
         metavar="NAME",

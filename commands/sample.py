@@ -16,6 +16,7 @@ from commands.options import (
     guidance_options,
     mask_options,
     model_options,
+    nodes,
     prompt_options,
     seeds_option,
     times_option,
@@ -78,10 +79,10 @@ Examples:
 # Grid
 @click.option(
     "--num_steps",
-    type=click.IntRange(2),
+    type=nodes(2),
     help="grid nodes  [default: 6; ddpm, edm, restart: 18; pds: the model's, else 1000]",
 )
-@click.option("--nfe", type=click.IntRange(1), help="budget, instead of --num_steps")
+@click.option("--nfe", type=nodes(1), help="budget, instead of --num_steps")
 @click.option("--afs", type=bool, help="free analytical first step  [default: False]")
 @click.option("--schedule_type", type=click.Choice(SCHEDULES), help="[default: polynomial]")
 @click.option(
@@ -133,11 +134,11 @@ Examples:
     "(restart) or both  [default: main]",
 )
 # Predictor-corrector
-@click.option("--speed_up", type=click.IntRange(1), help="pds: divides --num_steps  [default: 1]")
+@click.option("--speed_up", type=nodes(1), help="pds: divides --num_steps  [default: 1]")
 @mask_options
 @click.option("--alpha", type=click.FloatRange(1, min_open=True), help="of masks  [default: 5]")
 @click.option("--snr", type=POSITIVE, help="of the corrector  [default: the model's, else 0.16]")
-@click.option("--n_steps", type=click.IntRange(0), help="of the corrector  [default: 1]")
+@click.option("--n_steps", type=nodes(0), help="of the corrector  [default: 1]")
 @click.option(
     "--batch_coupled", type=bool, help="step sizes of a batch, as published  [default: False]"
 )

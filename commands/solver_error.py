@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from commands.options import (
+    BATCH,
     POSITIVE,
     classic_options,
     condition_options,
@@ -37,7 +38,7 @@ Examples:
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35")
 @classic_options
-@click.option("--batch", type=click.IntRange(1), default=8, help="images that are solved together")
+@click.option("--batch", type=BATCH, default=8, help="images that are solved together")
 @condition_options
 @work_options("samples/errors", (*DETECTORS, NO_DETECTOR))
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:

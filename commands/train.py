@@ -12,14 +12,19 @@ import ns.job
 from amed.job import TrainOptions
 from amed.settings import STUDENTS
 from commands.options import (
+    BATCH,
     POSITIVE,
+    SEED,
     device_option,
     dry_run_option,
     dtype_option,
     guidance_options,
+    images,
     model_options,
+    nodes,
     prompt_options,
     times_option,
+    updates,
 )
 from denoisers.cards import cards
 from ns.losses import LOSSES
@@ -51,12 +56,12 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @prompt_options
 @click.option("--outdir", type=click.Path(file_okay=False), default="exps", help="parent folder")
 @click.option("--total_kimg", type=POSITIVE, default=10.0)
-@click.option("--batch", type=click.IntRange(1), default=128, help="trajectories per update")
-@click.option("--batch-gpu", "batch_gpu", type=click.IntRange(1), help="at once per process")
+@click.option("--batch", type=BATCH, default=128, help="trajectories per update")
+@click.option("--batch-gpu", "batch_gpu", type=BATCH, help="at once per process")
 @click.option("--lr", type=POSITIVE, default=5e-3)
-@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--seed", type=SEED, default=0)
 @click.option("--tick", type=click.FloatRange(0), default=0.5, help="kimg between reports")
-@click.option("--snap", type=click.IntRange(0), default=0, help="ticks between kept predictors")
+@click.option("--snap", type=updates(0), default=0, help="ticks between kept predictors")
 @click.option("--desc", help="text to add to the folder's name")
 @click.option("--bench", type=bool, default=True, help="let cuDNN search for fast kernels")
 @click.option(
@@ -66,8 +71,8 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 # Solver
 @click.option("--sampler_stu", type=click.Choice((*STUDENTS, NS)), default="amed")
 @click.option("--sampler_tea", type=click.Choice(TEACHERS), default="heun")
-@click.option("--num_steps", type=click.IntRange(2), default=4, help="nodes of the student's grid")
-@click.option("--M", "M", type=int, default=1, help="nodes the teacher inserts per interval")
+@click.option("--num_steps", type=nodes(2), default=4, help="nodes of the student's grid")
+@click.option("--M", "M", type=nodes(0), default=1, help="nodes the teacher inserts per interval")
 @click.option("--afs", type=bool, default=False, help="free analytical first step")
 @click.option("--scale_dir", type=FRACTION, default=0.0, help="range of the direction scale")
 @click.option("--scale_time", type=FRACTION, default=0.0, help="range of the network-time scale")
@@ -88,13 +93,11 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
     "--S_noise", "S_noise", type=click.FloatRange(0), default=1.0, help="jump noise scale"
 )
 # NS solvers, --sampler_stu=ns
-@click.option("--nfe", type=click.IntRange(1), default=5, help="ns: network evaluations")
-@click.option("--trajectories", type=click.IntRange(1), default=512, help="ns: for refinement")
-@click.option(
-    "--search", type=click.IntRange(0), help=f"ns: tables to try for times  [default: {SEARCH}]"
-)
+@click.option("--nfe", type=nodes(1), default=5, help="ns: network evaluations")
+@click.option("--trajectories", type=images(1), default=512, help="ns: for refinement")
+@click.option("--search", type=updates(0), help=f"ns: tables to try for times  [default: {SEARCH}]")
 @times_option("ns: network times, between sigma_max and sigma_min, instead of a search")
-@click.option("--refine", type=click.IntRange(0), default=160, help="ns: updates; 0: none")
+@click.option("--refine", type=updates(0), default=160, help="ns: updates; 0: none")
 @click.option("--loss", type=click.Choice(LOSSES), default="spectral", help="ns: of images")
 @click.option(
     "--exponent",
@@ -104,7 +107,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option(
     "--unpaired", type=click.FloatRange(0), default=0.0, help="ns: weight of Restart's statistics"
 )
-@click.option("--report", type=click.IntRange(1), default=20, help="ns: updates between reports")
+@click.option("--report", type=updates(1), default=20, help="ns: updates between reports")
 @click.option("--checkpoint", is_flag=True, help="ns: recompute calls, to save memory")
 @device_option
 @dry_run_option

@@ -12,7 +12,10 @@ import click
 from click.core import ParameterSource
 
 from commands import sample
-from commands.options import PATH
+from commands.options import (
+    PATH,
+    blocks,
+)
 from runtime.errors import UserError
 from runtime.job import execute
 from runtime.options import flag_names, parse_options
@@ -78,7 +81,7 @@ def read_row(text: str, guidance_rate: float | None) -> SampledRow:
     metavar="'[NAME:] SAMPLER FLAGS'",
     help="a sampler with its flags as sample.py has them; give one for each row",
 )
-@click.option("--columns", type=click.IntRange(1), default=8, help="seeds in the picture")
+@click.option("--columns", type=blocks(1), default=8, help="seeds in the picture")
 @click.option(
     "--outdir",
     type=PATH,

@@ -29,6 +29,7 @@ from denoisers.cards import Card
 from evaluation.harness import Harness, HarnessOptions, open_harness
 from ns.experiments import AnyStudent
 from plan_search.objectives import choose_restart, selection_cost
+from runtime.bounds import MOST_IMAGES, MOST_SEARCHED
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.lists import parse_whole_numbers
@@ -38,6 +39,7 @@ from runtime.record import RunRecord
 from runtime.seeds import selection_seeds
 from runtime.typed import to_plain
 from samplers.options import SamplerOptions
+from solvers.grids import MOST_NODES
 
 #: What ``--with`` adds, and the options that require it.
 EXTRA: dict[str, tuple[str, ...]] = {
@@ -155,8 +157,8 @@ def prepare(options: CompareOptions) -> ComparisonJob:
     Raises UserError or ValueError, one sentence with the remedy.
     """
     asked = options.budgets
-    budgets = [] if asked == "none" else parse_whole_numbers("--budgets", asked, 1)
-    rounds = parse_whole_numbers("--select", options.select, 2)
+    budgets = [] if asked == "none" else parse_whole_numbers("--budgets", asked, 1, MOST_SEARCHED)
+    rounds = parse_whole_numbers("--select", options.select, 2, MOST_IMAGES)
     selection = selection_seeds(rounds[-1] if budgets else 0)
     seeds = row_seeds(options.num, options.blocks)
     card = options.harness.model.card()
@@ -264,5 +266,5 @@ def _extra_rows(
             space_mask_path=options.space_mask_path,
             guidance_rate=guidance_rate,
         )
-        rows += pds_rows(parse_whole_numbers("--iterations", asked, 2), card, masks)
+        rows += pds_rows(parse_whole_numbers("--iterations", asked, 2, MOST_NODES), card, masks)
     return rows

@@ -20,6 +20,7 @@ from runtime.lists import parse_whole_numbers
 from runtime.options import Json
 from samplers.build import build
 from samplers.options import SamplerOptions
+from solvers.grids import MOST_NODES
 
 NONE = "none"
 
@@ -167,4 +168,4 @@ def configurations_of(spec: str, walkers: SamplerOptions) -> dict[str, SamplerOp
 
 
 def _budgets(flag: str, text: str) -> list[int]:
-    return [] if text == NONE else parse_whole_numbers(flag, text, 1)
+    return [] if text == NONE else parse_whole_numbers(flag, text, 1, MOST_NODES)

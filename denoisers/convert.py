@@ -22,7 +22,7 @@ from denoisers.families.edm import make_network
 from denoisers.recognise import describe
 from denoisers.settings import completed
 from runtime.errors import UserError
-from runtime.files import sha256_file
+from runtime.files import sha256_file, share
 
 
 def convert(
@@ -59,6 +59,7 @@ def convert(
             written = Path(folder, "card.json")
             written.write_text(json.dumps(entry(card), indent=1) + "\n", encoding="utf-8")
             temporary[card_file(target)] = written
+        share(weights)
         for path, file in temporary.items():
             os.replace(file, path)
     return list(temporary)

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from solvers.grids import MOST_NODES
+
 
 class NoiseSchedule(Protocol):
     """The map between a model's own time and the noise level, for grids and adapters."""
@@ -101,6 +103,8 @@ class DiscreteVP:
         """
         if rule not in BETAS:
             raise ValueError(f"unknown rule of betas '{rule}'; known: {', '.join(BETAS)}")
+        if not 2 <= num_steps <= MOST_NODES:
+            raise ValueError(f"a process of {num_steps} steps is none: give 2 to {MOST_NODES}")
         return cls(torch.cumprod(1 - BETAS[rule](first, last, num_steps), 0))
 
     def sigma(self, t: Tensor) -> Tensor:

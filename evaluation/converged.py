@@ -21,6 +21,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
+from runtime.typed import pick
 
 NONE = "none"
 COMMAND = "converged"  #: of the record
@@ -37,6 +38,21 @@ class ConvergedIdentity:
     solver: str
     tol: float
     sha256: str  #: of the images
+
+
+@dataclass(frozen=True)
+class _ConvergedOptions:
+    """What is read of the options in a record."""
+
+    seeds: str
+
+
+@dataclass(frozen=True)
+class _ConvergedPlan:
+    """What is read of the plan in a record."""
+
+    solver: str
+    tol: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Converged:
     @classmethod
     def load(cls, path: Path) -> Converged:
         """Read what ``save`` wrote; a ValueError or FileNotFoundError for anything else."""
-        content = read_arrays(path)
+        content = read_arrays(path, (RECORD,))
         statistics = Statistics.of_arrays(path, content)
         text = str(content.get(RECORD, ""))
         record = RunRecord.from_json(text, f"the record in {path}") if text else None
@@ -76,6 +92,8 @@ class Converged:
                 f"statistics {path} do not say which model made their images, and how: a reference "
                 "of converged samples is made by python -m tools.converged --dest"
             )
+        pick(_ConvergedOptions, record.options, f"the options in the record in {path}")
+        pick(_ConvergedPlan, record.plan, f"the plan in the record in {path}")
         return cls(statistics, record)
 
     def misfit(

@@ -13,6 +13,7 @@ from image_data.sources import ImageSource
 from metrics.draws import choose
 from runtime.errors import UserError
 from runtime.record import RunRecord
+from runtime.typed import pick, to_plain
 from samplers.folder import RECORD
 
 
@@ -62,6 +63,23 @@ def pair_images(
     return PromptedImages(tuple(names[i] for i in chosen), tuple(prompts[i] for i in chosen))
 
 
+@dataclass(frozen=True)
+class _PromptsIdentity:
+    """What a record keeps of prompts."""
+
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _RecordedPrompts:
+    """What a record of sample.py says about prompts."""
+
+    prompt: str | None = None
+    prompt_path: str | None = None
+    prompts: _PromptsIdentity | None = None
+
+
 def _sampling_record(path: Path) -> RunRecord | None:
     """The record of sample.py in a folder, or None."""
     file = path / RECORD
@@ -72,10 +90,11 @@ def _sampling_record(path: Path) -> RunRecord | None:
 def _read(source: PromptSource, record: RunRecord | None, path: Path) -> tuple[str, ...]:
     """All prompts, checked to be those that the images were made from."""
     source.check()
-    recorded = {} if record is None else record.options
+    options = {} if record is None else record.options
+    recorded = pick(_RecordedPrompts, options, f"the options in {path / RECORD}")
     prompt, file = source.prompt, source.prompt_path
     if prompt is None and file is None:
-        prompt, file = recorded.get("prompt"), recorded.get("prompt_path")
+        prompt, file = recorded.prompt, recorded.prompt_path
         if file is not None and not Path(file).is_file():
             raise UserError(
                 f"{file}, which the prompts of {path} were read from, does not exist: give "
@@ -89,11 +108,11 @@ def _read(source: PromptSource, record: RunRecord | None, path: Path) -> tuple[s
         raise UserError(
             f"nothing says what the images in {path} show: give --prompt_path, a prompt for each"
         )
-    known = recorded.get("prompts")
-    if known is not None and known != Conditions(prompts=prompts).describe():
+    known = recorded.prompts
+    if known is not None and to_plain(known) != Conditions(prompts=prompts).describe():
         raise UserError(
             f"the images in {path} were made from other prompts than {file or repr(prompt)}: give "
-            f"those ({known['count']}, SHA-256 {known['sha256'][:12]}...)"
+            f"those ({known.count}, SHA-256 {known.sha256[:12]}...)"
         )
     return prompts
 

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoints.arrays import read_npz, require_like
 from metrics.detectors import Detector
 from metrics.summary import Collector, FeatureSummary, Gathers, Requirements, collect
 from runtime.dist import World
@@ -54,6 +54,7 @@ class UnfinishedPass:
 
     file: Path
     collectors: Sequence[Gathers]
+    total: int  #: images of the whole pass
     here: World
 
     def load(self) -> int:
@@ -63,12 +64,16 @@ class UnfinishedPass:
 
     def _read(self) -> int:
         try:
-            with np.load(self.file, allow_pickle=False) as content:
-                for i, collector in enumerate(self.collectors):
-                    names = [n for n in content.files if n.startswith(f"{i}/")]
-                    collector.restore({n.removeprefix(f"{i}/"): content[n] for n in names})
-                return int(content["done"])
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+            content = read_npz(self.file)
+            require_like(content, {"done": np.array(0)})
+            done = int(content["done"])
+            if not 0 <= done <= self.total:
+                raise ValueError(f"{done} of {self.total} images")
+            for i, collector in enumerate(self.collectors):
+                names = [n for n in content if n.startswith(f"{i}/")]
+                collector.restore({n.removeprefix(f"{i}/"): content[n] for n in names})
+            return done
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.file}, the state of an interrupted pass, cannot be read ({error}): delete "
                 "it and run again"
@@ -118,7 +123,7 @@ def resumable_pass(
     """
     identity = {**stream.identity, "total": stream.total}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    state = UnfinishedPass(cache / FOLDER / f"{name[:32]}.npz", collectors, here)
+    state = UnfinishedPass(cache / FOLDER / f"{name[:32]}.npz", collectors, stream.total, here)
     yield _run(stream, state, here)
     if here.is_main:
         state.file.unlink(missing_ok=True)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
+MOST_BYTES = 1 << 29  #: of a file in a zip: the table of 10 million classes
+
 
 class FileContainer:
     """The files in a zip, or in a folder and its sub-folders; threads may share it.
@@ -44,6 +46,8 @@ class FileContainer:
             with open(os.path.join(self.path, name), "rb") as file:
                 return file.read()
         with self._lock:
+            if self._zip.getinfo(name).file_size > MOST_BYTES:
+                raise ValueError(f"it would unpack to more than {MOST_BYTES} bytes")
             return self._zip.read(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from zipfile import BadZipFile
 
 from PIL import Image, ImageFile, ImageOps
 
+from runtime.bounds import MOST_SIDE
 from runtime.errors import UserError, reason
 
 #: Files that are images of a data set.
@@ -46,8 +48,16 @@ def damage_of(path: Path) -> Iterator[None]:
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
-    """An image file, not decoded yet; raises one of ``DAMAGE`` if it is none."""
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    """An image file, not decoded yet.
+
+    Raises one of ``DAMAGE`` if it is none, or if its pixels would fill the memory.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MOST_SIDE**2:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {MOST_SIDE}^2")
+    return image
 
 
 def is_deep(image: ImageFile.ImageFile) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from runtime.typed import parse_json
+
 TABLE = "dataset.json"
 
 
@@ -13,7 +15,7 @@ def parse_labels(data: bytes) -> dict[str, int] | None:
 
     Raises KeyError, TypeError or ValueError for another layout; the values are not checked.
     """
-    rows = json.loads(data)["labels"]
+    rows = parse_json(data, TABLE)["labels"]
     return None if rows is None else {name: label for name, label in rows}
 
 

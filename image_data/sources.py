@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -50,7 +49,9 @@ class ImageSource:
             raise FileNotFoundError(f"{path} does not exist: pass a folder or a zip of images.")
         try:
             self._files = FileContainer(self.path)
-        except BadZipFile as err:
+        except DAMAGE as err:
+            if isinstance(err, OSError) and err.errno is not None:
+                raise
             raise ValueError(
                 f"{path} is not a readable zip ({err}): pass a folder or a zip of images."
             ) from err

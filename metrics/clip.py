@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from checkpoints.arrays import require_like
+from checkpoints.pickles.records import shown
+from checkpoints.snapshots import read_weights
 from metrics.detectors import CHUNK, Detector
 from metrics.statistics import DetectorId, sum_over_ranks
 from metrics.vision import (
@@ -99,14 +102,8 @@ def load_head(path: Path) -> nn.Module:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the file of an aesthetic predictor.")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {name: tuple(weight.shape) for name, weight in content.items()}
-    except Exception as err:  # torch may raise any error for other files
-        raise ValueError(
-            f"{path} is not a state dict of tensors ({type(err).__name__}): give the file "
-            "published as sac+logos+ava1-l14-linearMSE.pth or sa_0_4_vit_l_14_linear.pth."
-        ) from err
+    content, _ = read_weights(path)
+    shapes = {name: tuple(weight.shape) for name, weight in content.items()}
     width = next((shape[1] for shape in shapes.values() if len(shape) == 2), 1)
     with torch.device("meta"):
         heads = nn.Linear(width, 1), _Improved(width)
@@ -115,8 +112,9 @@ def load_head(path: Path) -> nn.Module:
             head.load_state_dict(content, assign=True)
             return head.float().eval().requires_grad_(False)
     raise ValueError(
-        f"{path} is another network ({', '.join(map(str, list(shapes)[:2])) or 'nothing'}, ...):"
-        " give LAION's linear aesthetic predictor or the improved one."
+        f"{path} is another network ({', '.join(map(shown, list(shapes)[:2]))}, ...): give LAION's "
+        "linear aesthetic predictor or the improved one, published as sa_0_4_vit_l_14_linear.pth "
+        "and sac+logos+ava1-l14-linearMSE.pth."
     )
 
 
@@ -166,7 +164,14 @@ def _text_encoder(
     """Embeddings (B, dim) of prompts, truncated to the model's context length."""
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise ValueError(f"{folder} has no tokenizer: add its vocab.json and merges.txt.")
-    tokenizer = transformers_library().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    library = transformers_library()
+    try:
+        tokenizer = library.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as err:  # the library may raise anything for damaged files
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read ({' '.join(str(err).split())[:200]}): "
+            "copy its vocab.json and merges.txt again."
+        ) from err
     length = model.text_model.config.max_position_embeddings
 
     @torch.no_grad()
@@ -207,7 +212,8 @@ class ScoreCollector:
         return {"scores": self.finish().numpy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue from ``state``; call it on one rank only."""
+        """Continue from ``state``; call it on one rank only; ValueError for another's."""
+        require_like(state, {"scores": self._scores.numpy()})
         self._scores = torch.from_numpy(state["scores"])
 
     def finish(self) -> Tensor:

@@ -123,6 +123,8 @@ def load_cnn(path: Path) -> tuple[SmallCNN, dict[str, object]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"detector file {path} does not exist: check the path.")
+    with open(path, "rb"):  # safetensors calls a file that cannot be opened a missing one
+        pass
     try:
         with safe_open(path, "pt") as file:
             record = json.loads(file.metadata()["record"])
@@ -133,7 +135,12 @@ def load_cnn(path: Path) -> tuple[SmallCNN, dict[str, object]]:
                 f"{_SCHEMA}: update the toolkit."
             )
         config = record["config"]
-        model = SmallCNN(CNNConfig(tuple(config["channels"]), config["classes"]))
+        made = CNNConfig(tuple(config["channels"]), config["classes"])
+        with torch.device("meta"):
+            count = sum(weight.numel() for weight in SmallCNN(made).parameters())
+        if count > sum(tensor.numel() for tensor in tensors.values()):
+            raise TypeError(f"{count} weights are more than it holds")
+        model = SmallCNN(made)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as err:
         raise ValueError(

@@ -8,11 +8,12 @@ padding, and the last block uses max pooling. Module names are those of the stat
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from checkpoints.snapshots import read_weights
 
 RESOLUTION = 299
 WIDTH = 2048
@@ -179,22 +180,15 @@ def load_inception(path: Path) -> FidInception:
     """The network with the weights of the published state dict, in evaluation mode.
 
     Raises:
-        ValueError: not a state dict of tensors (nothing in it is executed), or of another network.
+        ValueError: a file without weights (nothing in it is executed), or of another network.
     """
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # torch may raise any error for other files
-        raise ValueError(
-            f"{path} is not a state dict of tensors ({type(err).__name__}): pass the file "
-            "published as pt_inception-2015-12-05-6726825d.pth."
-        ) from err
+    content, _ = read_weights(path)
     with torch.device("meta"):
         model = FidInception()
     expected = {k: v.shape for k, v in model.state_dict().items() if not _is_counter(k)}
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {k: v for k, v in items if isinstance(v, Tensor) and not _is_counter(str(k))}
+    tensors = {k: v for k, v in content.items() if not _is_counter(k)}
     differing = [
-        k for k in sorted({*expected, *tensors}, key=str)
+        k for k in sorted({*expected, *tensors})
         if k not in expected or k not in tensors or tensors[k].shape != expected[k]
     ]  # fmt: skip
     if differing:

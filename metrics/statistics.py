@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpoints.arrays import read_npz
 from metrics.frechet import frechet_distance
 
 #: FID of the same images in features of another machine, relative to the mean of |features|^2.
 SAME_IMAGES = 1e-6
+_TEXTS = ("detector", "detector_sha256", "source")
 _KEYS = ("mu", "sigma", "detector", "detector_sha256", "n", "source")
 
 
@@ -92,8 +93,10 @@ class Statistics:
         return sum_over_ranks(torch.cat([count, self._sum.cpu(), self._outer.cpu().flatten()]))
 
     def restore(self, state: Tensor) -> None:
-        """Set the sums to those of ``state``."""
+        """Set the sums to those of ``state``; ValueError for a state of another shape."""
         dim = self.detector.dim
+        if state.shape != (1 + dim + dim**2,):
+            raise ValueError(f"the sums of {self.detector} are of another shape")
         self.n = int(state[0])
         # copies, because the rounding of a BLAS depends on the memory alignment of a matrix
         self._sum = state[1 : dim + 1].clone()
@@ -178,9 +181,14 @@ class Statistics:
                 f"statistics {path} lack {', '.join(missing)}: make them with fid.py ref, which "
                 "also takes an .npz of mu and sigma together with --detector and --num."
             )
-        name, sha = str(content["detector"]), str(content["detector_sha256"])
-        stats = cls._of_moments(path, content, name, sha, content["n"], str(content["source"]))
-        stats.source_sha256 = str(content.get("source_sha256", ""))  # not in older files
+        older = {"source_sha256": np.array("")}  # is not in older files
+        texts = {k: (older | content)[k] for k in (*_TEXTS, *older)}
+        wrong = [k for k, v in texts.items() if v.shape != () or v.dtype.kind != "U"]
+        if wrong:
+            raise ValueError(f"statistics {path} have no text as {wrong[0]}: make them again.")
+        name, sha, source, source_sha256 = map(str, texts.values())
+        stats = cls._of_moments(path, content, name, sha, content["n"], source)
+        stats.source_sha256 = source_sha256
         return stats
 
     @classmethod
@@ -240,17 +248,13 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return shared.cpu()
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz; pickled objects are not loaded."""
+def read_arrays(path: Path, more: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of statistics in an .npz, and those called ``more``; all others are left alone."""
     if not path.is_file():
         raise FileNotFoundError(f"statistics {path} do not exist: make them with fid.py ref.")
     try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("a single array")
-        with file:
-            return {key: file[key] for key in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as err:
+        return read_npz(path, {*_KEYS, "source_sha256", *more})
+    except (OSError, ValueError) as err:
         raise ValueError(
             f"{path} is not an .npz of plain arrays ({err}): make it with fid.py ref."
         ) from err

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.arrays import require_like
 from metrics.detectors import Detector, reference_file
 from metrics.draws import choose
 from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
@@ -65,7 +66,7 @@ class FeatureSummary:
             FileNotFoundError: neither a bundled name nor a file.
         """
         file = reference_file(path)
-        content = read_arrays(file)
+        content = read_arrays(file, ("features", "spatial_mu", "spatial_sigma"))
         moments = Statistics.of_arrays(file, content)
         moments.require(detector.id)
         features = content.get("features")
@@ -175,7 +176,16 @@ class Collector:
         return {name: part.numpy() for name, part in parts.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue from ``state``, bit-equal; call it before the first image, on one rank only."""
+        """Continue from ``state``, bit-equal; call it before the first image, on one rank only.
+
+        Raises ValueError for a state that is not of this collector.
+        """
+        own = {"rows": self._rows.numpy(), "digests": self._digests.numpy()}
+        sums = {"moments": self._moments, "spatial": self._spatial}
+        for name, part in sums.items():
+            if part is not None:
+                own[name] = np.zeros(1 + part.detector.dim + part.detector.dim**2)
+        require_like(state, own)
         self._moments.restore(torch.from_numpy(state["moments"]))
         self._rows = torch.from_numpy(state["rows"])
         self._digests = torch.from_numpy(state["digests"])

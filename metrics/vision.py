@@ -7,7 +7,10 @@ integers and normalised by the constants of their training.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from checkpoints.snapshots import as_safetensors
 
 DINOV2_RESOLUTION = 224  #: Stein et al., 2023 (arXiv 2306.04675)
 SAFE, OLDER = "model*.safetensors", "pytorch_model*.bin"  #: weights, in one or several files
@@ -89,7 +94,7 @@ def load_clip(folder: Path, device: torch.device) -> Vision:
 def open_model(folder: Path, kind: str, device: torch.device) -> Any:
     """The model of class ``kind`` in float32, with all weights from the folder.
 
-    Safetensors files are preferred; files in the older format are read as weights only.
+    Safetensors files are preferred; files in the older format are read as data.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -99,23 +104,15 @@ def open_model(folder: Path, kind: str, device: torch.device) -> Any:
     verbosity = library.logging.get_verbosity()
     library.logging.set_verbosity_error()  # it would list the unused weights of the text encoder
     try:
-        model, info = getattr(library, kind).from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=any(folder.glob(SAFE)),
-            weights_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
+        with _safe_folder(folder) as source:
+            model, info = getattr(library, kind).from_pretrained(
+                source, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as err:  # the library may raise anything for damaged files
         raise ValueError(
             f"{folder} cannot be read as a {kind} of transformers "
             f"({' '.join(str(err).split())[:200]}): pass a folder with its config.json and "
             "model.safetensors or pytorch_model.bin."
-        ) from err
-    except Exception as err:  # torch may raise any error for objects in an older file
-        raise ValueError(
-            f"{folder} holds more than weights ({type(err).__name__}): pass a folder with its "
-            "config.json and model.safetensors."
         ) from err
     finally:
         library.logging.set_verbosity(verbosity)
@@ -125,6 +122,22 @@ def open_model(folder: Path, kind: str, device: torch.device) -> Any:
             "that model."
         )
     return model.float().to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _safe_folder(folder: Path) -> Iterator[Path]:
+    """A folder with the configuration and safetensors: ``folder``, or one made of its older files.
+
+    The library unpickles older files by itself, and a small one can take all memory.
+    """
+    older = sorted(folder.glob(OLDER))
+    if any(folder.glob(SAFE)) or not older:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copy(folder / "config.json", name)
+        as_safetensors(older, Path(name, "model.safetensors"))
+        yield Path(name)
 
 
 def transformers_library() -> ModuleType:

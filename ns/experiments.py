@@ -25,7 +25,7 @@ from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.options import Json
 from runtime.record import RunRecord
-from runtime.typed import SCHEMA, from_plain, read_result, to_plain, write_result
+from runtime.typed import SCHEMA, from_plain, parse_json, pick, read_result, to_plain, write_result
 from solvers.table import Table
 
 TABLE = "table.json"
@@ -45,6 +45,21 @@ class TableFile:
     def table(self) -> Table:
         """Raises ValueError for numbers that are no table."""
         return Table.of(self.start, self.end, self.times, self.rows)
+
+
+@dataclass(frozen=True)
+class _TableOptions:
+    """What is read of the options in a table's record."""
+
+    dataset_name: str
+    guidance_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class _TablePlan:
+    """What is read of the plan in a table's record."""
+
+    latents: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +150,9 @@ def read_table(path: Path) -> tuple[Table, RunRecord]:
         table = content.table()
     except ValueError as error:
         raise UserError(f"{path}: {error}; train again or copy it again") from None
-    record = RunRecord.from_json(json.dumps(content.record), source=str(path))
+    record = from_plain(RunRecord, content.record, f"the record of {path}")
+    pick(_TableOptions, record.options, f"the options in the record of {path}")
+    pick(_TablePlan, record.plan, f"the plan in the record of {path}")
     return table, record
 
 
@@ -143,7 +160,8 @@ def _plain_table(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> dict[str, object]:
     try:
-        plain = {key: json.loads(metadata[key]) for key in ("start", "end", "record", "schema")}
+        keys = ("start", "end", "record", "schema")
+        plain = {key: parse_json(metadata[key], f"{key} in {path}") for key in keys}
         rows = tensors["rows"].to(torch.float64)
         plain["times"] = tensors["times"].tolist()
         plain["rows"] = [row[: k + 1].tolist() for k, row in enumerate(rows)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amed.job import open_run
-from amed.trainer import read_state
+from checkpoints.states import read_state
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
 from denoisers.protocol import Model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from amed.trainer import read_state
+from checkpoints.states import read_state, restore
 from ns.coordinates import WhitenedTable
 from ns.losses import Loss
 from runtime.dist import World
@@ -24,9 +24,9 @@ from solvers.table import Table
 from solvers.types import Denoised, Denoiser
 
 STATE = "refine-state.pt"
-NUMBERS = ("done", "error", "best_error")
+NUMBERS = {"done": int, "error": float, "best_error": float}
 PARTS = ("current", "average", "best", "optimizer", "schedule")
-SAVED = (*NUMBERS, *PARTS)  #: entries of the state
+SAVED = {**NUMBERS, **dict.fromkeys(PARTS, dict)}  #: entries of the state
 CLIP = 1.0  #: largest norm of a gradient in whitened coordinates
 BETAS = (0.9, 0.99)  #: of Adam: runs are of hundreds of updates
 AVERAGE = 0.9  #: decay of the exponential moving average of the coordinates
@@ -180,8 +180,7 @@ class _Run:
             return
         for name in NUMBERS:
             setattr(self, name, state[name])
-        for name in PARTS:
-            getattr(self, name).load_state_dict(state[name])
+        restore({name: getattr(self, name) for name in PARTS}, state, path)
 
 
 class _Board:

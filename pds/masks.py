@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints.arrays import read_npy
 from pds.operators import mirrored
 from runtime.errors import UserError, reason
 
@@ -102,9 +103,9 @@ def load_mask(kind: str, spec: str, card_name: str, shape: tuple[int, int, int])
 def _read(path: Path, what: str) -> np.ndarray:
     """A float64 array from a ``.npy``; nothing in the file is executed."""
     try:
-        values = np.load(path, allow_pickle=False)
-        if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        values = read_npy(path)
+        if values.dtype.kind not in "fiu":
             raise ValueError("not an array of real numbers")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{what} cannot be read ({reason(error)}): {REMEDY}") from None
     return values.astype(np.float64)

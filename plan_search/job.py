@@ -21,6 +21,7 @@ from plan_search.objectives import (
     restart_options,
 )
 from restart.candidates import INTERVALS, Candidate, parse_intervals, parse_walks
+from runtime.bounds import MOST_IMAGES, MOST_SEARCHED
 from runtime.dist import World
 from runtime.lists import parse_whole_numbers
 from runtime.log import progress
@@ -131,8 +132,10 @@ def prepare(options: PlanSearchOptions) -> PlanSearchJob:
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    budgets = parse_whole_numbers("--nfe", options.nfe, 1)
-    rounds = parse_whole_numbers("--select", options.select or ROUNDS[options.objective], 2)
+    budgets = parse_whole_numbers("--nfe", options.nfe, 1, MOST_SEARCHED)
+    rounds = parse_whole_numbers(
+        "--select", options.select or ROUNDS[options.objective], 2, MOST_IMAGES
+    )
     intervals, walks = parse_intervals(options.intervals), parse_walks(options.walks)
     space = Space(intervals, walks, options.most)
     options = replace(options, harness=replace(options.harness, ref_model=NONE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,9 @@ from samplers.sampler import Sampler
 TOLERANCE = 1e-4  #: of dopri5: within 1 % of the error of 9-NFE plans on the bundled model
 
 
+MOST_PLANS = 20_000  #: a minute of listing them; budgets of 20 have 3400 with two intervals
+
+
 @dataclass(frozen=True)
 class Space:
     """The plans that compete for a budget."""
@@ -40,7 +44,7 @@ class Space:
     def field(self, budget: int, card: Card, guidance_rate: float | None = None) -> list[Candidate]:
         """All plans of exactly ``budget`` NFE, at the cost of a call at ``guidance_rate``.
 
-        Raises UserError where there is none.
+        Raises UserError where there is none, and where there are more than `MOST_PLANS`.
         """
         plans = candidates(
             budget,
@@ -51,7 +55,12 @@ class Space:
             walks=self.walks,
             most=self.most,
         )
-        listed = list(plans)
+        listed = list(islice(plans, MOST_PLANS + 1))
+        if len(listed) > MOST_PLANS:
+            raise UserError(
+                f"more than {MOST_PLANS} Restart plans spend exactly {budget} NFE: give fewer "
+                "--intervals or --walks, a smaller --most, or a smaller budget"
+            )
         if not listed:
             raise UserError(f"no Restart plan spends exactly {budget} NFE: leave this budget out")
         return listed

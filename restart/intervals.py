@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.errors import UserError
+from runtime.typed import parse_json
+from solvers.grids import MOST_NODES
 
 _LINE = re.compile(r"(\d+)?\s*(\{.*)", re.DOTALL)
+MOST_INTERVALS = 100  #: ten times the published ones
 _FORM = '{"0": [N_restart, K, t_min, t_max], ...}'
 
 
@@ -84,6 +88,8 @@ def check_interval(i: int, interval: Interval) -> None:
     for name, value in (("t_min", interval.t_min), ("t_max", interval.t_max)):
         if not 0 < value < math.inf:
             raise UserError(f"{what}: {name} = {value:g} must be a positive, finite noise level")
+    if interval.n_restart * interval.k > MOST_NODES:
+        raise UserError(f"{what}: its descents have more than {MOST_NODES} nodes; give fewer")
     if interval.t_min >= interval.t_max:
         raise UserError(
             f"{what}: t_min = {interval.t_min:g} must be below t_max = {interval.t_max:g}"
@@ -158,27 +164,25 @@ def _parse_line(text: str) -> Line | None:
     line = _LINE.fullmatch(text.strip())
     if line is None:
         return None
-    n_main = int(line[1]) if line[1] else None
-    if n_main is not None and n_main < 2:
-        raise UserError(f"restart_info has {n_main} main node(s); give at least 2")
+    n_main = int(line[1][:20]) if line[1] else None  # Python refuses to read 5000 digits
+    if n_main is not None and not 2 <= n_main <= MOST_NODES:
+        raise UserError(
+            f"restart_info has {n_main} main node(s); give at least 2, and at most {MOST_NODES}"
+        )
     return n_main, _parse_json(line[2])
 
 
 def _parse_json(text: str) -> tuple[Interval, ...]:
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f'restart_info has interval "{key}" twice; number them 0, 1, ...')
-        return dict(pairs)
+        info = dict(pairs)
+        if len(info) < len(pairs):
+            key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise UserError(f'restart_info has interval "{key}" twice; number them 0, 1, ...')
+        return info
 
-    try:
-        info = json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"restart_info {text!r} is not valid JSON ({error.msg} at character {error.pos}); "
-            f"write {_FORM}"
-        ) from None
+    info = parse_json(text, f"restart_info {text!r}", f"write {_FORM}", unique)
+    if len(info) > MOST_INTERVALS:
+        raise UserError(f"restart_info has {len(info)} intervals; give {MOST_INTERVALS} or fewer")
     if not info:
         raise UserError(f"restart_info has no interval; write {_FORM}")
     for key in info:

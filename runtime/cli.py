@@ -38,8 +38,10 @@ def run(command: click.Command) -> NoReturn:
         if os.environ.get("AMED_TRACEBACK"):
             raise
         _leave(f"error: {_sentence(error)}", 1)
-    except Exception:  # perhaps only the echo of another rank's failure
-        _await_turn(turn=2)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            _leave("error: the memory is full: use a smaller --batch, or smaller files", 1)
+        _await_turn(turn=2)  # perhaps only the echo of another rank's failure
         raise
     sys.exit(code if isinstance(code, int) else 0)
 

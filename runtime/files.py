@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -43,9 +44,33 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             raise RuntimeError(
                 f"nothing was written to {temporary}: did the writer append a suffix?"
             )
+        share(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def share(path: Path) -> None:
+    """Let others read a file that its writer made for its owner alone, as far as the umask does.
+
+    safetensors writes all files so.
+    """
+    if stat.S_IMODE(path.stat().st_mode) == 0o600:
+        fresh = path.with_name(f"{path.name}.mode.tmp")
+        fresh.touch()  # reading the umask itself would change it for other threads
+        try:
+            path.chmod(stat.S_IMODE(fresh.stat().st_mode))
+        finally:
+            fresh.unlink()
+
+
+def require_readable(path: str | Path) -> None:
+    """Raise the system's own OSError for a file that cannot be opened.
+
+    safetensors calls every such file a missing one.
+    """
+    with open(path, "rb"):
+        pass
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from runtime.errors import UserError
 
 
-def parse_whole_numbers(flag: str, text: str, least: int) -> list[int]:
+def parse_whole_numbers(flag: str, text: str, least: int, most: int) -> list[int]:
     """``"7,5,5"`` -> [5, 7]: each number once, in increasing order.
 
-    Raises UserError, naming ``flag``, for an empty list and for anything but whole numbers of
-    ``least`` or more.
+    Raises UserError, naming ``flag``, for an empty list and for anything but whole numbers
+    from ``least`` to ``most``.
     """
     parts = parse_words(text)
-    bad = [part for part in parts if not part.isdigit() or int(part) < least]
+    bad = [part for part in parts if not _between(part, least, most)]
     if bad or not parts:
         raise UserError(
-            f"{flag} {text!r} is not a list of whole numbers of {least} or more; give {flag} 5,7"
+            f"{flag} {text!r} is not a list of whole numbers from {least} to {most}; "
+            f"give {flag} 5,7"
         )
     return sorted({int(part) for part in parts})
 
@@ -32,6 +33,11 @@ def parse_numbers(flag: str, text: str) -> tuple[float, ...]:
     if not numbers:
         raise UserError(f"{flag} {text!r} is not a list of numbers; give {flag} 80,9.5,0.002")
     return numbers
+
+
+def _between(part: str, least: int, most: int) -> bool:
+    """Whether a text is a whole number in decimal digits from ``least`` to ``most``."""
+    return part.isascii() and part.isdigit() and len(part) < 20 and least <= int(part) <= most
 
 
 def parse_words(text: str) -> list[str]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from runtime.dist import environment
 from runtime.errors import UserError
 from runtime.files import atomic_write
+from runtime.typed import parse_json
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -59,19 +60,19 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a file, without an incomplete last line (the process was killed).
 
     Raises:
-        UserError: a line that is not JSON.
+        UserError: a line that is not JSON, or no object with a whole number ``step``.
     """
     rows = []
     lines = Path(path).read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
             break
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(
-                f"{path}, line {number} is not JSON: delete that line, or start the run again"
-            ) from None
+        remedy = "delete that line, or start the run again"
+        row = parse_json(line, f"{path}, line {number}", remedy)
+        step = row.get("step") if isinstance(row, dict) else None
+        if type(step) is not int:
+            raise UserError(f"{path}, line {number} is no row of a run with a 'step': {remedy}")
+        rows.append(row)
     return rows
 
 

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from runtime import __version__
 from runtime.errors import UserError
 from runtime.files import write_text
 from runtime.options import Json
+from runtime.typed import SCHEMA, from_plain, parse_json
 
-SCHEMA = 1  #: schema of the records of this version; raise it when the meaning of a key changes
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -71,20 +71,7 @@ class RunRecord:
         Raises:
             UserError: not JSON, an unknown or missing key, a wrong type, a newer schema.
         """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{source} is not valid JSON (line {error.lineno}, column {error.colno}: "
-                f"{error.msg}): correct it, or delete it and run again"
-            ) from None
-        if not isinstance(content, dict):
-            raise UserError(
-                f"{source} holds a {type(content).__name__} instead of a run record: "
-                "delete it and run again"
-            )
-        _check(content, source)
-        return cls(**content)
+        return from_plain(cls, parse_json(text, source), source)
 
     def write(self, path: str | Path) -> None:
         """Write ``path`` atomically."""
@@ -122,43 +109,6 @@ class RunRecord:
                 if new.get(key) != old.get(key) and not (part == "options" and key in ignore)
             ]
         return lines
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "command": (str,),
-    "options": (dict,),
-    "model": (dict,),
-    "plan": (dict,),
-    "versions": (dict,),
-    "git_commit": (str, type(None)),
-    "created": (str,),
-    "schema": (int,),
-}
-
-
-def _check(content: dict[str, Any], source: str) -> None:
-    schema = content.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise UserError(
-            f"{source} has schema {schema}, but this version reads up to {SCHEMA}: "
-            "update the toolkit to the version that wrote it"
-        )
-    names = [field.name for field in fields(RunRecord)]
-    for key in content:
-        if key not in names:
-            raise UserError(
-                f"{source} has the unknown key '{key}': remove it, "
-                "or use the version of the toolkit that wrote it"
-            )
-    for name in names:
-        if name not in content:
-            raise UserError(f"{source} lacks the key '{name}': delete the record and run again")
-        if type(content[name]) not in _TYPES[name]:  # not isinstance: True is not an int here
-            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in _TYPES[name])
-            raise UserError(
-                f"{source} has {content[name]!r} as '{name}' where a {wanted} is expected: "
-                "correct it, or delete the record and run again"
-            )
 
 
 def _plain(part: str, values: Mapping[str, Json]) -> dict[str, Any]:

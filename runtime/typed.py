@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +20,13 @@ from runtime.errors import UserError
 from runtime.files import write_text
 
 T = TypeVar("T")
+MakeObject = Callable[[Sequence[tuple[str, Any]]], dict[str, Any]]
 SCHEMA = 1  #: of the files this version writes; raise it when a key changes its meaning
 OPTIONAL = {"optional": True}  #: metadata of a field whose key is left out where it is None
 REMEDY = "delete it and run again"
+MOST_DEPTH = 64  #: of nested JSON; our own files have 8
+_TOO_DEEP: list[Any] = []
+_TOO_DEEP.append(_TOO_DEEP)
 _AT = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 _TYPE = re.compile(r"Expected `(.*)`, got `(.*)`")
@@ -71,6 +75,42 @@ def from_plain(kind: type[T], content: object, source: str) -> T:
     return value
 
 
+def pick(kind: type[T], content: Mapping[str, object], source: str) -> T:
+    """As `from_plain`, from the entries of ``content`` that ``kind`` has; others are left alone."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return from_plain(kind, {k: v for k, v in content.items() if k in names}, source)
+
+
+def parse_json(
+    text: str | bytes, source: str, remedy: str = REMEDY, make: MakeObject | None = None
+) -> Any:
+    """The JSON values in ``text``; ``source`` names it in errors.
+
+    ``make`` makes an object of its names and values; the default is a dict of the last ones.
+
+    Raises UserError, which ends in ``remedy``, for what is no JSON or nested more than
+    `MOST_DEPTH` deep: such values end Python's stack wherever they are walked.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=make)
+    except RecursionError:
+        content = _TOO_DEEP
+    except ValueError as error:
+        raise UserError(f"{source} is not valid JSON ({error}): {remedy}") from None
+    parts = [content]
+    for _ in range(MOST_DEPTH):
+        parts = [inner for part in parts for inner in _inside(part)]
+    if parts:
+        raise UserError(f"{source} is JSON nested more than {MOST_DEPTH} deep: {remedy}")
+    return content
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
 def read_result(kind: type[T], path: str | Path) -> T | None:
     """What `write_result` wrote to ``path``; None where there is no file.
 
@@ -82,11 +122,7 @@ def read_result(kind: type[T], path: str | Path) -> T | None:
         return None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file: {REMEDY}") from None
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): {REMEDY}") from None
-    return from_plain(kind, content, str(path))
+    return from_plain(kind, parse_json(text, str(path)), str(path))
 
 
 def read_earlier(kind: type[T], path: str | Path) -> T | None:

@@ -13,6 +13,7 @@ from runtime.errors import UserError
 from runtime.images import film_strip, image_grid, read_png, save_png, to_uint8
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds, seed_ranges
+from runtime.typed import pick
 from samplers.generate import SampleBatch
 
 RECORD = "run.json"
@@ -116,6 +117,20 @@ class Folder:
         return target
 
 
+@dataclasses.dataclass(frozen=True)
+class _FolderPlan:
+    """What is read of the plan in a folder's record."""
+
+    nfe_metered: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _FolderOptions:
+    """What is read of the options in a folder's record."""
+
+    seeds: str
+
+
 def is_whole(path: Path) -> bool:
     """Whether ``path`` is a complete PNG, by its signature and its end marker."""
     try:
@@ -129,7 +144,7 @@ def is_whole(path: Path) -> bool:
 
 def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
     """``record`` with the seeds and the metered NFE of the ``older`` one added."""
-    metered = older.plan.get("nfe_metered")
+    metered = pick(_FolderPlan, older.plan, f"the plan in {path / RECORD}").nfe_metered
     record = dataclasses.replace(record, plan={**record.plan, "nfe_metered": metered})
     differences = [_short(line) for line in record.differences(older, ignore=FREE)]
     if differences:
@@ -138,13 +153,9 @@ def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
             f"{path} holds images of other settings (new != old: "
             f"{'; '.join(differences[:2])}{more}): give another --outdir, or remove that folder"
         )
-    seeds = seed_ranges(_seeds(older) | _seeds(record))
+    earlier = pick(_FolderOptions, older.options, f"the options in {path / RECORD}").seeds
+    seeds = seed_ranges({*parse_seeds(earlier), *parse_seeds(record.options["seeds"])})
     return dataclasses.replace(record, options={**record.options, "seeds": seeds})
-
-
-def _seeds(record: RunRecord) -> set[int]:
-    text = record.options.get("seeds")
-    return set(parse_seeds(str(text))) if text else set()
 
 
 def _short(line: str) -> str:

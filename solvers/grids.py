@@ -18,6 +18,7 @@ DEFAULT_RHO: dict[str, float | None] = {
     "discrete": 1.0,
 }
 SCHEDULES = tuple(DEFAULT_RHO)
+MOST_NODES = 10_000  #: of a grid; the longest published samplers have 4000 steps
 EXPLICIT = "explicit"  #: the schedule of a grid whose noise levels are given one by one
 
 #: Smallest time of the VP process behind ``time_uniform`` (Song et al. 2021, arXiv:2011.13456).
@@ -50,7 +51,8 @@ class NoiseRange(Protocol):
 class Grid:
     """The settings of a time grid, as given on the command line and kept in records.
 
-    None means the default: the exponent of the schedule, the noise levels of the model.
+    None means the default: the exponent of the schedule, the noise levels of the model.  Raises
+    ValueError for more than `MOST_NODES` nodes.
     ``resolve`` fills the defaults in; a grid has nodes only once it is resolved.  A grid of given
     noise levels is made by ``explicit``.
     """
@@ -62,6 +64,10 @@ class Grid:
     sigma_max: float | None = None
     time_maps: TimeMaps | None = None
     times: tuple[float, ...] | None = None  #: the noise levels themselves
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None:
+            _check_length(self.num_steps)
 
     @classmethod
     def explicit(cls, times: Sequence[float]) -> Grid:
@@ -198,6 +204,7 @@ def _check(
         raise ValueError(
             f"unknown schedule {schedule_type!r}; choose one of {', '.join(SCHEDULES)}"
         )
+    _check_length(num_steps)
     if num_steps < 2:
         raise ValueError(f"a grid of {num_steps} node(s) has no interval; give num_steps >= 2")
     if not 0 < sigma_min < sigma_max < math.inf:
@@ -207,3 +214,11 @@ def _check(
         )
     if rho is not None and not rho > 0:
         raise ValueError(f"schedule_rho = {rho:g} must be positive: leave it out for the default")
+
+
+def _check_length(num_steps: int) -> None:
+    if num_steps > MOST_NODES:
+        raise ValueError(
+            f"a grid of {num_steps} nodes is longer than any sampler needs: give {MOST_NODES} or "
+            "fewer"
+        )

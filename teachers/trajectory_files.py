@@ -19,8 +19,9 @@ from torch import Tensor
 
 from denoisers.conditions import StreamName
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, require_readable
 from runtime.record import RunRecord
+from runtime.typed import pick
 
 TRAJECTORIES = "trajectories"  #: first part of the names of all draws, and folder in the cache
 SHARD = 64  #: latents in a full shard; the number of the last one may still grow
@@ -98,6 +99,7 @@ class Shard:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         try:
+            require_readable(self.path)
             with safe_open(self.path, framework="pt") as file:
                 yield file
         except FileNotFoundError:
@@ -112,6 +114,14 @@ class Shard:
 def shards(folder: Path, number: int) -> list[Shard]:
     """The shards of the latents 0 to ``number - 1``."""
     return [Shard(folder, first) for first in range(0, number, SHARD)]
+
+
+@dataclass(frozen=True)
+class _TrajectoryPlan:
+    """What is read of the plan in a set's record."""
+
+    seed: int
+    nfe: int | None
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no boolean ==
@@ -130,6 +140,7 @@ class TrajectorySet:
         Raises UserError where there are fewer, and for a file that cannot be read.
         """
         record = RunRecord.read(folder / RECORD)
+        pick(_TrajectoryPlan, record.plan, f"the plan in {folder / RECORD}")
         parts = shards(folder, number)
         there = sum(min(part.count(), number - part.first) for part in parts)
         if there < number:

@@ -272,14 +272,14 @@ def test_detectors_do_not_mix(harness, tmp_path):
         (["--iterations", "50"], "--iterations 50 requires --with pds"),
         (
             ["--with", "pds", "--iterations", "1"],
-            "--iterations '1' is not a list of whole numbers of 2",
+            "--iterations '1' is not a list of whole numbers from 2 to",
         ),
         (
             ["--with", "pds", "--space_mask_path", "no.npy"],
             "--space_mask_path no.npy cannot be read",
         ),
-        (["--select", "1"], "--select '1' is not a list of whole numbers of 2 or more"),
-        (["--select", "64,10000001"], "give --select 10000000 or less"),
+        (["--select", "1"], "--select '1' is not a list of whole numbers from 2 to"),
+        (["--select", "64,10000001"], "is not a list of whole numbers from 2 to 10000000"),
         (["--predictors", "no/such/run"], "there is no predictor at no/such/run"),
         (["--dataset_name", "cifar11"], "unknown dataset 'cifar11'"),
         (["--ref", "nothing.npz"], "nothing.npz"),

@@ -134,7 +134,7 @@ def test_the_command_prints_times_and_keeps_how_they_were_found(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--num_steps", "1"], "--num_steps '1' is not a list of whole numbers of 2"),
+        (["--num_steps", "1"], "--num_steps '1' is not a list of whole numbers from 2 to"),
         (["--num_steps", "6,10", "--fine", "9"], "--num_steps 10 is more than the 9 nodes"),
         (["--schedule_type", "discrete"], "schedule 'discrete' needs a model with its own time"),
         (["--class", "3"], "--class"),

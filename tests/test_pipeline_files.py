@@ -137,7 +137,7 @@ def test_broken_settings_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no pipeline of diffusers; give a folder"):
         describe_diffusers("mine", tmp_path / "absent")
     index = folder / "model_index.json"
-    for text, sentence in (("{", "is no JSON file"), ("[]", "holds no settings")):
+    for text, sentence in (("{", "is not valid JSON"), ("[]", "holds no settings")):
         index.write_text(text)
         with pytest.raises(UserError, match=sentence):
             describe_diffusers("mine", folder)

@@ -286,10 +286,10 @@ def test_a_dry_run_touches_nothing(tmp_path: Path) -> None:
     ("flags", "sentence"),
     [
         (("--nfe=1",), "no Restart plan spends exactly 1 NFE"),
-        (("--nfe=5,x",), "--nfe '5,x' is not a list of whole numbers of 1 or more"),
+        (("--nfe=5,x",), "--nfe '5,x' is not a list of whole numbers from 1 to 200"),
         (("--nfe=5", "--walks=amed/heun"), "the walk 'amed/heun' is not of the form"),
         (("--nfe=5", "--intervals=1"), "the interval '1' is not of the form"),
-        (("--nfe=5", "--select=1"), "--select '1' is not a list of whole numbers of 2"),
+        (("--nfe=5", "--select=1"), "--select '1' is not a list of whole numbers from 2 to"),
         (("--nfe=5", "--guidance_rate=2"), "'cifar10-small' has no guidance"),
         (("--nfe=5", "--ref=nothing.npz"), "nothing.npz do not exist"),
     ],

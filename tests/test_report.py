@@ -297,7 +297,7 @@ def test_what_cannot_be_read_is_one_sentence_and_leaves_the_old_page(folder: Pat
     before = (folder / "report.html").read_bytes()
     content = json.loads((folder / "results.json").read_text())
     for damage, sentence in (
-        ("{ torn", "results.json is not JSON"),
+        ("{ torn", "results.json is not valid JSON"),
         ('{"rows": []}', "record is missing"),
         (json.dumps({**content, "schema": 2}), "update the toolkit"),
     ):

@@ -247,7 +247,7 @@ def test_published_lines_and_files_are_read(tmp_path):
         ("hello\n", "", "params.txt, line 1 is not"),
         (f"18 {TWO}\nhello\n", ":1", "params.txt, line 2 is not"),
         (f'18 {TWO}\n\n18 {{"0": [3, 2, 0.3, 0.06]}}\n', ":1", "params.txt, line 3: .*t_min = 0.3"),
-        (f'18 {{"0": [3, 2\n18 {TWO}\n', "", "params.txt, line 1: .*at character 11"),
+        (f'18 {{"0": [3, 2\n18 {TWO}\n', "", "params.txt, line 1: .*char 11"),
         ('{"0": [3, 2]}', "", r'params.txt, line 1: .*interval "0" is \[3, 2\];'),
         (" \n", "", "params.txt is empty"),
         ("\udcff", "", "params.txt is not a text file"),
@@ -265,7 +265,7 @@ def test_invalid_files_raise(text, asked, message, tmp_path):
     [
         ("", "restart_info '' is neither a file"),
         ("x.txt", "restart_info 'x.txt' is neither a file"),
-        ('{"0": [3, 2, 0.06, 0.3]', "not valid JSON .*at character 23"),
+        ('{"0": [3, 2, 0.06, 0.3]', "not valid JSON .*char 23"),
         ("{}", "no interval"),
         ('{"a": [3, 2, 1, 2]}', 'interval "a" is not a number'),
         ('{"0": [3, 2, 1, 2], "0": [3, 2, 3, 4]}', 'interval "0" twice'),

@@ -31,6 +31,8 @@ ERRORS: dict[str, BaseException] = {
     "file": FileNotFoundError("no run 7 in exps: train one first"),
     "disk": OSError(errno.ENOSPC, "No space left on device", "exps/1/run.json"),
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "reading": MemoryError(),
+    "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     "ctrl-c": KeyboardInterrupt(),
     "bug": TypeError("a defect"),
 }
@@ -54,6 +56,8 @@ def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("file", 1, "error: no run 7 in exps: train one first\n"),
         ("disk", 1, "error: exps/1/run.json: No space left on device\n"),
         ("memory", 1, "error: the GPU ran out of memory: use a smaller --batch\n"),
+        ("reading", 1, "error: the memory is full: use a smaller --batch, or smaller files\n"),
+        ("cpu", 1, "error: the memory is full: use a smaller --batch, or smaller files\n"),
         ("ctrl-c", 130, "interrupted\n"),
     ],
 )

@@ -59,7 +59,7 @@ def test_a_new_log_starts_empty_and_other_ranks_write_nothing(tmp_path: Path) ->
 def test_a_line_that_is_not_json_raises(tmp_path: Path) -> None:
     path = tmp_path / "stats.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
         read_json_lines(path)
 
 

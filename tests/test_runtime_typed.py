@@ -42,6 +42,7 @@ class Points:
 
 
 POINT = Point(5, 1.5)
+DEEP = b"[" * 10**5
 POINTS = Points("a", [[POINT, Point(3, math.inf, "b")], []], None, Path("x/y"), levels=(0.1, 2.0))
 
 
@@ -93,7 +94,11 @@ def test_a_wrong_field_is_named(content: Any, sentence: str, tmp_path: Path) -> 
 
 def test_what_is_no_json_and_what_is_newer_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "points.json"
-    for damage, sentence in ((b"{ torn", "is not JSON"), (b"\xff\xfe", "is not a text file")):
+    for damage, sentence in (
+        (b"{ torn", "is not valid JSON"),
+        (DEEP, "is JSON nested more than 64 deep"),
+        (b"\xff\xfe", "is not a text file"),
+    ):
         file.write_bytes(damage)
         with pytest.raises(UserError, match=f"points.json {sentence}.*: delete it and run"):
             read_result(Points, file)

@@ -353,9 +353,8 @@ def test_dry_runs_and_errors_of_the_script(tmp_path: Path, capsys: Any) -> None:
     assert script.main([*plan, "--dry-run"], standalone_mode=False) == 0
     assert "restart 4 | 2 x 3 nodes" in capsys.readouterr().out and not folder.exists()
     for flag, reason in (
-        ("--budgets=a", "--budgets a:"),
+        ("--budgets=a", "--budgets 'a' is not a list of whole numbers"),
         ("--budgets=20", "20 NFE has no"),
-        ("--budgets=23,23", "different numbers"),
         ("--kimg=-1", "--kimg is -1.0"),
     ):
         with pytest.raises(UserError, match=reason):

@@ -27,7 +27,8 @@ from ns.options import NsOptions
 from runtime import cli
 from runtime.log import read_json_lines
 from runtime.options import flat_options, parse_options
-from runtime.record import SCHEMA, RunRecord
+from runtime.record import RunRecord
+from runtime.typed import SCHEMA
 from tests.processes import finish, python, run_command, start, together, torchrun
 from tests.scripts import Done
 from tests.tiny_model import TinySource

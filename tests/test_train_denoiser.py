@@ -279,7 +279,7 @@ def broken(folder: Path) -> None:
         file.writestr("100.png", b"no image")
 
 
-NONE = "holds no JSON object of constructor settings ("
+NONE = "holds no JSON object of constructor settings: correct it"
 LOSS = "the loss is for networks with EDM's preconditioning and Gaussian noise, not for "
 #: options, what to do to the folder first, the sentence
 REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
@@ -322,7 +322,7 @@ REFUSED: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
         lambda folder: (folder / "song.json").write_text(json.dumps({**SONG, "D": 128})),
         LOSS + "EDMPrecond with D, PFGM++: train an EDMPrecond",
     ),
-    "no JSON": (["--config={}/train.zip"], None, "{}/train.zip " + NONE + "'utf-8' codec"),
+    "no JSON": (["--config={}/train.zip"], None, "{}/train.zip is no text file: give a JSON"),
     "a number": ([], lambda folder: (folder / "song.json").write_text("7"), "{}/song.json " + NONE),
     "a slip": (
         [],

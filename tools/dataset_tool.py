@@ -16,6 +16,7 @@ from image_data.raw.dataset import RawDataset
 from image_data.raw.opening import open_raw
 from image_data.writer import SquareShape, WrittenImages, destination, write_dataset
 from runtime import cli
+from runtime.bounds import MOST_IMAGES, MOST_SIDE
 
 PATH = click.Path(path_type=Path)
 EXAMPLES = """\b
@@ -48,8 +49,10 @@ def parse_resolution(_context: object, _option: object, text: str | None) -> int
     if text is None:
         return None
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x\1)?", text)
-    if not match:
-        raise click.BadParameter(f"'{text}' is not a square size: give it as 64 or 64x64")
+    if not match or int(match[1]) > MOST_SIDE:
+        raise click.BadParameter(
+            f"'{text}' is not a square size up to {MOST_SIDE}: give it as 64 or 64x64"
+        )
     return int(match[1])
 
 
@@ -67,7 +70,9 @@ def parse_resolution(_context: object, _option: object, text: str | None) -> int
     default="none",
     help="before resizing",
 )
-@click.option("--max-images", type=click.IntRange(1), help="use the first N  [default: all]")
+@click.option(
+    "--max-images", type=click.IntRange(1, MOST_IMAGES), help="use the first N  [default: all]"
+)
 @click.option("--skip-broken", is_flag=True, help="omit images that cannot be read")
 @click.option("--split", type=click.Choice(["train", "test"]), help="of CIFAR-10  [default: train]")
 def main(

@@ -20,6 +20,7 @@ from commands.options import (
     dry_run_option,
     dtype_option,
     model_options,
+    nodes,
 )
 from denoisers.batch import SeededBatch
 from denoisers.cards import Card
@@ -36,7 +37,7 @@ from runtime.record import RunRecord
 from runtime.seeds import SELECTION_START, seed_ranges, selection_seeds
 from runtime.typed import SCHEMA, write_result
 from solvers.gits import best_path, euler_errors
-from solvers.grids import SCHEDULES, Grid
+from solvers.grids import MOST_NODES, SCHEDULES, Grid
 
 EXAMPLES = """\b
 Examples:
@@ -143,7 +144,7 @@ def prepare(options: GitsOptions) -> GitsJob:
 
     Raises UserError or ValueError, one sentence with the remedy.
     """
-    lengths = parse_whole_numbers("--num_steps", options.num_steps, 2)
+    lengths = parse_whole_numbers("--num_steps", options.num_steps, 2, MOST_NODES)
     if lengths[-1] > options.fine:
         raise UserError(
             f"--num_steps {lengths[-1]} is more than the {options.fine} nodes of --fine: give "
@@ -158,7 +159,7 @@ def prepare(options: GitsOptions) -> GitsJob:
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.option("--num_steps", default="6", metavar="LIST", help="grid nodes, by comma")
-@click.option("--fine", type=click.IntRange(3), default=61, help="nodes of the fine grid")
+@click.option("--fine", type=nodes(3), default=61, help="nodes of the fine grid")
 @click.option(
     "--schedule_type",
     type=click.Choice(SCHEDULES),

@@ -43,7 +43,7 @@ Examples:
     metavar="LIST",
     help="candidate Restart intervals T_MIN:T_MAX",
 )
-@click.option("--most", type=click.IntRange(1), default=1, help="most intervals in one plan")
+@click.option("--most", type=click.IntRange(1, 3), default=1, help="most intervals in one plan")
 @click.option(
     "--walks",
     default=PlanSearchOptions.walks,

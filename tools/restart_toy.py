@@ -9,12 +9,14 @@ The three errors are defined in toy/distances.py; docs/restart.md explains the r
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from commands.options import PATH, dry_run_option
+from commands.options import BATCH, PATH, SEED, WIDTH, blocks, dry_run_option, images
 from runtime import cli
-from runtime.errors import UserError
+from runtime.bounds import MOST_SEARCHED
+from runtime.lists import parse_whole_numbers
 from toy.experiment import Settings, outline, plans, run
 from toy.report import claims, table, write_report
 
@@ -26,14 +28,6 @@ Examples:
 """
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """``23,31`` -> (23, 31).  Raises UserError for anything else."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--budgets {text}: give numbers of evaluations such as 23,31") from None
-
-
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.option(
     "--budgets",
@@ -43,32 +37,33 @@ def numbers(text: str) -> tuple[int, ...]:
 )
 @click.option(
     "--points",
-    type=click.IntRange(2),
+    type=images(2),
     default=DEFAULTS.points,
     help="points in the data and in every cloud of samples",
 )
 @click.option(
     "--choosing",
-    type=click.IntRange(2),
+    type=blocks(2),
     default=DEFAULTS.choosing,
     help="clouds on which each sampler's settings are chosen",
 )
 @click.option(
-    "--blocks", type=click.IntRange(2), default=DEFAULTS.blocks, help="further clouds to report on"
+    "--blocks", type=blocks(2), default=DEFAULTS.blocks, help="further clouds to report on"
 )
 @click.option("--kimg", type=float, default=DEFAULTS.kimg, help="training length, in 1000 points")
-@click.option("--batch", type=click.IntRange(1), default=DEFAULTS.batch, help="training batch")
-@click.option("--width", type=click.IntRange(4), default=DEFAULTS.width, help="network width")
-@click.option("--seed", type=click.IntRange(0), default=DEFAULTS.seed, help="seed of the network")
+@click.option("--batch", type=BATCH, default=DEFAULTS.batch, help="training batch")
+@click.option("--width", type=WIDTH, default=DEFAULTS.width, help="network width")
+@click.option("--seed", type=SEED, default=DEFAULTS.seed, help="seed of the network")
 @click.option("--outdir", type=PATH, default=Path("exps/toy"), help="results folder")
 @dry_run_option
-def main(budgets: str, outdir: Path, dry_run: bool, **options: float) -> int:
+def main(budgets: str, outdir: Path, dry_run: bool, **options: Any) -> int:
     """Run the Restart paper's synthetic experiment (arXiv:2306.14878, section 4.1, figure 2).
 
     Run the same command again to continue after an interruption.  The exit code is 1 if one of the
     paper's inequalities fails.
     """
-    settings = Settings(budgets=numbers(budgets), **options)  # type: ignore[arg-type]
+    chosen = tuple(parse_whole_numbers("--budgets", budgets, 1, MOST_SEARCHED))
+    settings = Settings(budgets=chosen, **options)
     if dry_run:
         click.echo(f"{settings}\nwould be measured in {outdir}:")
         for budget, labels in outline(plans(settings)).items():

@@ -7,7 +7,6 @@ which `sample.py --model_path` and `denoisers/cards.json` take.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import MISSING, fields
@@ -19,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints.weights import constructing, fill, read_metadata
-from commands.options import PATH, device_option, threads_option
+from commands.options import BATCH, PATH, SEED, device_option, threads_option, updates
 from denoisers.cards import cards
 from denoisers.families.edm import read_checkpoint
 from denoisers.families.precond import EDMPrecond, build
@@ -29,13 +28,15 @@ from denoisers.training.report import STATE, Reporter, TrainedNetwork
 from denoisers.training.trainer import Recipe, Trainer
 from image_data.labelled import LabelledImages
 from runtime import cli
+from runtime.bounds import MOST_THREADS
 from runtime.dist import world
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.log import progress
 from runtime.record import RunRecord
-from runtime.typed import to_plain
+from runtime.typed import parse_json, to_plain
 
+WHOLE = {"batch": BATCH, "seed": SEED}  #: options of a recipe that are whole numbers
 HELD_OUT = 1024  #: images of --valid on which the loss is measured
 EXAMPLES = """\b
 Examples:
@@ -86,9 +87,12 @@ def first_network(
 def read_settings(path: Path) -> tuple[dict[str, Any], str | None]:
     """Constructor settings from a JSON file, and the bottleneck if it names one."""
     try:
-        settings = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no JSON object of constructor settings ({error})") from error
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text file: give a JSON file of settings") from None
+    settings = parse_json(text, str(path), "correct it")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no JSON object of constructor settings: correct it")
     return settings, settings.pop("bottleneck", None)
 
 
@@ -145,7 +149,8 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         flag = f"--{name}/--no-{name}" if types[name] is bool else f"--{name}"
         default = {"required": True} if field.default is MISSING else {"default": field.default}
         help = field.metadata["help"]
-        command = click.option(flag, type=types[name], help=help, **default)(command)
+        kind = WHOLE.get(name, types[name])
+        command = click.option(flag, type=kind, help=help, **default)(command)
     return command
 
 
@@ -156,8 +161,10 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--init", type=PATH, help="start from these weights")
 @click.option("--config", type=PATH, help="JSON file of constructor settings")
 @click.option("--like", metavar="NAME", help="use the settings of this model's card")
-@click.option("--tick", type=click.IntRange(min=1), default=20_000, help="images between reports")
-@click.option("--workers", type=click.IntRange(min=0), default=1, help="image-loading processes")
+@click.option("--tick", type=updates(1), default=20_000, help="images between reports")
+@click.option(
+    "--workers", type=click.IntRange(0, MOST_THREADS), default=1, help="image-loading processes"
+)
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile the network")
 @threads_option
 @device_option

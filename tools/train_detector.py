@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from commands.options import PATH, POSITIVE, device_option, threads_option
+from checkpoints.states import read_state, restore
+from commands.options import PATH, POSITIVE, SEED, WIDTH, device_option, threads_option, updates
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
 from runtime import cli, files
+from runtime.bounds import MOST_BATCH
 from runtime.dist import World, world
 from runtime.images import image_grid
 from runtime.log import tensorboard
@@ -176,14 +178,14 @@ def resume(
     """
     if not state.is_file():
         return 0
-    saved = torch.load(state, weights_only=True, map_location="cpu")
+    kinds = {"plan": dict, "model": dict, "optimizer": dict, "epochs": int}
+    saved = read_state(state, kinds)
     if saved["plan"] != vars(plan):
         raise ValueError(
             f"{state} belongs to a run with other settings ({saved['plan']}): remove it, or "
             "give that run's options"
         )
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    restore({"model": model, "optimizer": optimizer}, saved, state)
     return int(saved["epochs"])
 
 
@@ -254,15 +256,17 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @click.option("--test", type=PATH, required=True, help="test images")
 @click.option("--dest", type=PATH, required=True, help="write the detector here")
 @click.option("--state", type=PATH, help="training state  [default: DEST.state]")
-@click.option("--channels", type=(int, int, int), default=(64, 192, 256), help="stage widths")
-@click.option("--epochs", type=click.IntRange(1), default=18, help="passes over the data")
-@click.option("--batch", type=click.IntRange(2), default=256, help="images, over all processes")
+@click.option("--channels", type=(WIDTH, WIDTH, WIDTH), default=(64, 192, 256), help="stage widths")
+@click.option("--epochs", type=updates(1), default=18, help="passes over the data")
+@click.option(
+    "--batch", type=click.IntRange(2, MOST_BATCH), default=256, help="images, over all processes"
+)
 @click.option("--lr", type=POSITIVE, default=0.2, help="peak learning rate")
 @click.option("--momentum", type=FRACTION, default=0.9, help="of SGD")
 @click.option("--weight_decay", type=click.FloatRange(0), default=5e-4, help="of weight matrices")
 @click.option("--smoothing", type=FRACTION, default=0.2, help="of labels")
 @click.option("--warmup", type=SHARE, default=0.2, help="fraction of the run before the peak")
-@click.option("--seed", type=int, default=0, help="of initial weights and every draw")
+@click.option("--seed", type=SEED, default=0, help="of initial weights and every draw")
 @click.option("--shift", type=click.IntRange(0, RESOLUTION // 2), default=2, help="most, in pixels")
 @click.option("--cutout", type=click.IntRange(0, RESOLUTION), default=0, help="side, in pixels")
 @click.option("--init", type=PATH, help="start from this detector")

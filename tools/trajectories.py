@@ -7,13 +7,16 @@ from typing import Any
 import click
 
 from commands.options import (
+    SEED,
     batch_option,
     condition_options,
     dataset_option,
     device_option,
     dry_run_option,
     dtype_option,
+    images,
     model_options,
+    nodes,
 )
 from runtime import cli
 from runtime.job import execute
@@ -35,9 +38,7 @@ Examples:
 @model_options
 @condition_options
 @click.option("--teacher", type=click.Choice(TEACHERS), default="heun")
-@click.option(
-    "--num_steps", type=click.IntRange(2), default=18, help="nodes, sigma_max to sigma_min"
-)
+@click.option("--num_steps", type=nodes(2), default=18, help="nodes, sigma_max to sigma_min")
 @click.option("--schedule_type", type=click.Choice(SCHEDULES), default="polynomial")
 @click.option(
     "--schedule_rho",
@@ -50,8 +51,8 @@ Examples:
     type=click.FloatRange(0, min_open=True),
     help="dopri5: relative and absolute tolerance  [default: 1e-5]",
 )
-@click.option("--number", type=click.IntRange(1), default=512, help="latents")
-@click.option("--seed", type=click.IntRange(0), default=0, help="of the latents")
+@click.option("--number", type=images(1), default=512, help="latents")
+@click.option("--seed", type=SEED, default=0, help="of the latents")
 @click.option(
     "--keep", type=click.Choice(KEEP), default="ends", help="states at both ends, or at all nodes"
 )

@@ -6,6 +6,7 @@ import base64
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +20,7 @@ from comparison.solver_error.results import SolverErrorResults
 from runtime.errors import UserError
 from runtime.files import write_text
 from runtime.record import RunRecord
-from runtime.typed import read_result
+from runtime.typed import pick, read_result
 
 FILE = "report.html"
 ERRORS = errors_report.FILE
@@ -54,8 +55,19 @@ def write_page(folder: Path) -> Path:
     errors = read_result(SolverErrorResults, folder / ERRORS)
     if results is None and errors is None:
         raise UserError(f"{folder} holds no {RESULTS}: give the --outdir of a comparison")
+    for name, found in ((RESULTS, results), (ERRORS, errors)):
+        if found is not None:
+            pick(_ReportedModel, found.record.model, f"the model in the record of {folder / name}")
     write_text(folder / FILE, page(results, errors, folder))
     return folder / FILE
+
+
+@dataclass(frozen=True)
+class _ReportedModel:
+    """What is read of the model in a record."""
+
+    name: str
+    sha256: str
 
 
 def closing_line(file: Path) -> str:

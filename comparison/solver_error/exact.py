@@ -17,7 +17,7 @@ from comparison.solver_error.results import ConditionsIdentity, SolutionsIdentit
 from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
 from denoisers.protocol import Model
-from runtime.files import atomic_write
+from runtime.files import atomic_write, require_readable
 from solvers.driver import Meter
 from solvers.oracle import dopri5
 
@@ -97,6 +97,7 @@ class Exact:
 
     def states(self, seeds: Sequence[int], times: Sequence[float]) -> Tensor:
         """Solutions at some of ``times``, (len(times), B, C, H, W) on the device."""
+        require_readable(self.file(seeds))
         with safe_open(self.file(seeds), "pt") as file:
             index = {t: i for i, t in enumerate(file.get_tensor("t").tolist())}
             states = file.get_slice("x")

@@ -37,6 +37,7 @@ from runtime.log import note_once, progress
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
+from solvers.grids import MOST_NODES
 
 NO_DETECTOR = "none"
 CHECK = 200  #: nodes of the Heun walk that checks the exact solutions
@@ -172,7 +173,7 @@ def prepare(options: SolverErrorOptions) -> SolverErrorJob:
     Raises UserError or ValueError, one sentence with the remedy.
     """
     seeds = parse_seeds(options.seeds)
-    budgets = parse_whole_numbers("--budgets", options.budgets, 1)
+    budgets = parse_whole_numbers("--budgets", options.budgets, 1, MOST_NODES)
     card = options.model.card()
     students = load_students(options.predictors, card)
     rate = table_rate(options.conditions.guidance_rate, students)

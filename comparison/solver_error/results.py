@@ -70,6 +70,15 @@ class SolverErrorRow:
     identity: ErrorIdentity
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        if not 0 < len(self.local) == len(self.times) - 1 == len(self.along) - 1:
+            raise ValueError(
+                f"{len(self.times)} times with {len(self.along)} errors and {len(self.local)} of "
+                "intervals are no walk"
+            )
+        if (self.features is None) != (self.features_error is None):
+            raise ValueError("features and features_error go together")
+
 
 @dataclass(frozen=True)
 class SkippedRow:
@@ -94,6 +103,10 @@ class SolutionsSummary:
     detector: str | None
     detector_sha256: str | None
     feature_scale: float | None  #: root mean square distance of two exact images
+
+    def __post_init__(self) -> None:
+        if (self.detector is None) != (self.feature_scale is None):
+            raise ValueError("detector and feature_scale go together")
 
 
 @dataclass(frozen=True)

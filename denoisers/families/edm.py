@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints.pickles.files import read
+from checkpoints.pickles.files import RATIO, read
 from checkpoints.snapshots import find_network, read_edm
 from checkpoints.weights import (
     Unfilled,
@@ -207,6 +207,14 @@ def _is_pickle(path: Path) -> bool:
 
 
 def make_network(config: Mapping[str, Any], bottleneck: str | None, path: Path) -> Precond:
-    """A network without weights from the settings in a file; UserError if they are invalid."""
-    with constructing(str(path), "settings"), Unfilled():
-        return build(config, bottleneck)
+    """A network without weights from the settings in a file.
+
+    Raises UserError if they are invalid, or of a network that is larger than the file.
+    """
+    with constructing(str(path), "settings"):
+        with torch.device("meta"):
+            count = sum(weight.numel() for weight in build(config, bottleneck).parameters())
+        if count > RATIO * path.stat().st_size:  # a byte or more each, but for an archive's
+            raise ValueError(f"it would have {count} weights, more than the file can hold")
+        with Unfilled():
+            return build(config, bottleneck)

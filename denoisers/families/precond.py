@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.pickles.records import shown
 from denoisers.families.precond_base import Coefficients, Precond
 from denoisers.noise_schedules import LinearVP
+from runtime.bounds import MOST_SIDE
+from solvers.grids import MOST_NODES
 
 
 def edm_scaling(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,6 +180,12 @@ def cosine_levels(C_1: float, C_2: float, M: int) -> Tensor:
     return u
 
 
+#: Bounds of the settings that size a network, of some twenty times the published ones: blocks of
+#: a level, layers, levels, steps of iDDPM and VP.
+MOST = {
+    "num_blocks": 100, "layers": 100, "channel_mult": 16, "M": MOST_NODES,
+    "img_resolution": MOST_SIDE, "img_channels": 1024,
+}  # fmt: skip
 PRECONDITIONINGS: dict[str, type[Precond]] = {
     "EDMPrecond": EDMPrecond,
     "VPPrecond": VPPrecond,
@@ -193,6 +202,11 @@ def build(config: Mapping[str, Any], bottleneck: str | None = None) -> Precond:
     """
     settings = dict(config)
     name = settings.pop("class_name", None)
+    for setting, most in MOST.items():
+        value = settings.get(setting)
+        size = len(value) if isinstance(value, (list, tuple)) else value
+        if isinstance(size, (int, float)) and not 1 <= size <= most:
+            raise ValueError(f"{setting} is {shown(value)}, where networks have 1 to {most}")
     if name not in PRECONDITIONINGS:
         raise ValueError(f"preconditioning '{name}' is not one of {', '.join(PRECONDITIONINGS)}")
     return PRECONDITIONINGS[name](bottleneck=bottleneck, **settings)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints.pickles.records import shown
 from checkpoints.weights import axis_size
 from denoisers.nets.batch_invariant import InvariantConv2d, InvariantLinear
 from denoisers.nets.layers import channel_mean, one_of
@@ -31,6 +32,7 @@ from denoisers.nets.openai_blocks import (
     Upsample,
 )
 from denoisers.precision import wide_dtype
+from runtime.bounds import MOST_SIDE
 from runtime.errors import UserError
 
 
@@ -246,6 +248,7 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
             f"'{unknown[0]}' is no setting of the U-Net of guided diffusion; remove it from its "
             "config"
         )
+    _check_stated(base)
     is_classifier = "out.2.positional_embedding" in tensors
     depth, stride = _levels(tensors, base["image_size"] if is_classifier else None)
     first = [f"input_blocks.{1 + level * stride}" for level in range(depth)]
@@ -270,6 +273,18 @@ def settings_from(tensors: Mapping[str, Tensor], base: Mapping[str, Any]) -> dic
     if tensors["middle_block.1.qkv.weight"].ndim == 4:
         own["attention"] = "flash"
     return {**base, **own}
+
+
+def _check_stated(base: Mapping[str, Any]) -> None:
+    """Raise UserError for a setting that no weights bear out and that is no plausible size."""
+    for name in ("image_size", "num_heads", "num_head_channels"):
+        value = base.get(name, 1)
+        free = value is None and name == "num_head_channels"
+        if not free and not (type(value) is int and 1 <= value <= MOST_SIDE):
+            raise UserError(
+                f"'{name}' of the U-Net is {shown(value)}, no whole number from 1 to {MOST_SIDE}; "
+                "correct it in its config"
+            )
 
 
 def _size(tensors: Mapping[str, Tensor], name: str, axis: int = 0) -> int:

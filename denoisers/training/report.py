@@ -97,12 +97,13 @@ def loss_curve(rows: Sequence[Row]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, label in (("loss", "training"), ("valid", "held out, averaged weights")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(r["step"], r[name]) for r in rows if isinstance(r.get(name), (int, float))]
         if points:
             axes.plot(*zip(*points, strict=True), ".-", label=label)
     axes.set_xlabel("images")
     axes.set_ylabel("loss")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return figure
 
 

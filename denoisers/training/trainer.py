@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from checkpoints.states import Stateful, read_state, restore
 from denoisers.families.precond import EDMPrecond
 from denoisers.precision import DTYPES, wide_dtype
 from denoisers.training.augment import LABELS, Change
@@ -30,6 +31,7 @@ from runtime.noise import SeedNoise
 #: Settings that a resumed run may change: its length, and how it ends.
 FREE = frozenset({"kimg", "decay_kimg"})
 POSITIVE = frozenset({"kimg", "batch", "lr", "p_std"})
+SAVED = {"recipe": dict, "about": dict, "images": int}  #: entries of a state, beside its parts
 PORTION = 64  #: held-out images evaluated at a time
 #: What a run trains, and on which data, as plain values: a state is only resumed with the same.
 RunIdentity = Mapping[str, object]
@@ -262,15 +264,9 @@ class Trainer:
         Settings that an older version did not have are taken to have their defaults.
         """
         defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-        try:
-            saved = torch.load(path, weights_only=True, map_location=self.world.device)
-            before = {**defaults, **saved["recipe"], **saved["about"]}
-            images, net, ema, optimizer = (saved[k] for k in ("images", "net", "ema", "optimizer"))
-        except Exception as error:  # a damaged file may raise anything
-            raise UserError(
-                f"{path} is no state of a training run ({type(error).__name__}); remove it, or "
-                "choose another folder"
-            ) from error
+        parts: dict[str, Stateful] = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
+        saved = read_state(path, {**SAVED, **dict.fromkeys(parts, dict)})
+        before = {**defaults, **saved["recipe"], **saved["about"]}
         now = {**asdict(self.recipe), **identity}
         for name in sorted((set(before) | set(now)) - FREE):
             if before.get(name) != now.get(name):
@@ -278,10 +274,8 @@ class Trainer:
                     f"{path} is of a run with {name} {before.get(name)}, not {now.get(name)}; "
                     "repeat that run's options, or choose another folder"
                 )
-        self.images = int(images)
-        self.net.load_state_dict(net)
-        self.ema.load_state_dict(ema)
-        self.optimizer.load_state_dict(optimizer)
+        restore(parts, saved, path)
+        self.images = saved["images"]
 
 
 def _augment_dim(net: EDMPrecond) -> int:

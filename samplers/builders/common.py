@@ -10,6 +10,7 @@ from runtime.errors import UserError
 from samplers.options import SamplerOptions
 from solvers.registry import CLASSIC
 
+PER_NODE = 4  #: calls that a node adds to a walk: one, and one for each that a solver inserts
 #: Default number of nodes without ``num_steps`` and ``nfe`` (AMED's and EDM's defaults).
 DEFAULT_STEPS = {**dict.fromkeys(CLASSIC, 6), "ddpm": 18, "edm": 18, "restart": 18}
 
@@ -49,16 +50,24 @@ def _fit(
     make: Callable[[int], Plan],
     lengths: Sequence[int],
 ) -> tuple[int, Plan]:
-    """The length whose plan has exactly the NFE ``budget``; the NFE increases with the length."""
+    """The length whose plan has exactly the NFE ``budget``; the NFE increases with the length.
+
+    Lengths that are certainly too short are passed over: a node more costs `PER_NODE` calls at
+    most.
+    """
     costs: list[int] = []
     problem: ValueError | None = None
-    for num_steps in lengths:
+    at = 0
+    while at < len(lengths):
+        num_steps = lengths[at]
+        at += 1
         try:
             plan = make(num_steps)
         except ValueError as error:  # for example too short for its restart intervals
             problem = error
             continue
         costs.append(plan_nfe(plan, cost))
+        at += max(0, (budget - costs[-1]) // (PER_NODE * cost) - 1)
         if costs[-1] == budget:
             return num_steps, plan
         if costs[-1] > budget:

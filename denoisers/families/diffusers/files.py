@@ -7,7 +7,6 @@ levels, are known without loading it, even if ``diffusers`` is not installed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
+from denoisers.families.diffusers.sizes import check_sizes, upsampling
 from denoisers.noise_schedules import BETAS, DiscreteVP
-from runtime.errors import UserError
-from runtime.files import sha256_file
+from runtime.bounds import MOST_LAYERS, MOST_SIDE
+from runtime.errors import UserError, first_line
+from runtime.files import require_readable, sha256_file
+from runtime.typed import parse_json
 
 INDEX = "model_index.json"
 EPSILON_T = 1e-3  #: smallest time that samplers use (arXiv:2206.00927, section 5)
@@ -56,11 +58,12 @@ def _names(path: Path) -> Iterable[str]:
     """The names of the tensors in a single file; none if it is something else, or not safe."""
     try:
         if path.suffix == ".safetensors":
+            require_readable(path)
             with safe_open(path, framework="pt") as file:
                 return list(file.keys())
         if path.suffix == ".ckpt":
             return list(read_weights(path)[0])
-    except (OSError, SafetensorError, UserError):
+    except (FileNotFoundError, SafetensorError, UserError):
         pass
     return ()
 
@@ -93,15 +96,23 @@ def settings_folder(main: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A settings file; UserError if it is missing or no JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so the pipeline is not complete; copy it anew"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is no JSON file ({error}); copy it anew") from error
+    content = parse_json(text, str(path), "copy it anew")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; copy it anew")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a network; UserError as `read_json`, and for sizes that no network has."""
+    content = read_json(folder / "config.json")
+    check_sizes(content, f"{folder / 'config.json'}: its settings")
     return content
 
 
@@ -119,18 +130,14 @@ def describe_diffusers(name: str, path: Path) -> Card:
     folder = settings_folder(path)
     parts = component_classes(read_json(folder / INDEX), str(path))
 
-    def settings(part: str, file: str = "config.json") -> dict[str, Any]:
-        return read_json(component_folder(folder, part) / file) if part in parts else {}
-
-    stage = first_stage(parts)
-    card = pipeline_card(
-        name,
-        parts,
-        settings("unet"),
-        settings("scheduler", "scheduler_config.json"),
-        settings(stage) if stage else {},
-        str(path),
+    scheduler = (
+        read_json(component_folder(folder, "scheduler") / "scheduler_config.json")
+        if ("scheduler" in parts)
+        else {}
     )
+    networks = {n: read_config(component_folder(folder, n)) for n in WEIGHTED if n in parts}
+    stage = networks.get(first_stage(parts) or "", {})
+    card = pipeline_card(name, parts, networks.get("unet", {}), scheduler, stage, str(path))
     return replace(card, file=path.name)
 
 
@@ -191,7 +198,7 @@ def pipeline_card(
         guidance="cfg" if text else None,
         text=text,
         noise_schedule=noise,
-        image_resolution=side * 2 ** (len(stage["block_out_channels"]) - 1) if stage else None,
+        image_resolution=side * upsampling(stage, source) if stage else None,
     )
 
 
@@ -219,8 +226,13 @@ def _check_unet(unet: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: the network's {what} = {unet.get(what)!r} {why}")
 
     size = unet.get("sample_size")
-    if not isinstance(size, int) and not (isinstance(size, list | tuple) and len(set(size)) == 1):
+    sides = size if isinstance(size, list | tuple) else [size]
+    if not sides or any(side != sides[0] for side in sides):
         refuse("sample_size", "is no square; only square images are supported")
+    if not all(type(side) is int and 1 <= side <= MOST_SIDE for side in sides):
+        refuse("sample_size", f"is no whole number from 1 to {MOST_SIDE}")
+    if type(unet.get("in_channels")) is not int or not 1 <= unet["in_channels"] <= MOST_LAYERS:
+        refuse("in_channels", f"is no whole number from 1 to {MOST_LAYERS}")
     if unet.get("in_channels") != unet.get("out_channels"):
         refuse("out_channels", f"differs from in_channels = {unet.get('in_channels')}")
     for what in ("num_class_embeds", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim"):
@@ -237,7 +249,7 @@ def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str,
     """
 
     def known(what: str, value: Any, values: Iterable[str]) -> None:
-        if value not in values:
+        if value not in list(values):  # it may be of any type
             raise UserError(f"{source}: {what} {value!r} is not one of {', '.join(values)}")
 
     if not {"beta_start", "beta_end", "beta_schedule"} <= set(scheduler):
@@ -258,7 +270,9 @@ def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str,
     try:
         schedule = DiscreteVP.from_betas(**noise)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source}: its betas {noise} make no noise schedule ({error})") from error
+        raise UserError(
+            f"{source}: its betas {noise} make no noise schedule ({first_line(error)})"
+        ) from error
     return {"kind": "discrete_vp", **noise}, schedule
 
 

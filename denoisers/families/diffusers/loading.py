@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from checkpoints.snapshots import read_weights
-from checkpoints.weights import missing_entry, own_storages, unknown_entry
+from checkpoints.snapshots import as_safetensors
+from checkpoints.weights import missing_entry, unknown_entry
 from denoisers.cards import Card
 from denoisers.families.diffusers.files import (
     INDEX,
@@ -33,7 +31,7 @@ from denoisers.families.diffusers.files import (
 from denoisers.families.diffusers.model import DiffusersModel, from_pipeline
 from denoisers.precision import wide_dtype
 from denoisers.protocol import Files
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.files import write_text
 
 NOTE = "weights.sha256"  #: in a folder from the hub: it is whole, and its weights had this hash
@@ -61,11 +59,12 @@ def load_diffusers(
     with _quiet():
         try:
             pipe = _place(_read(diffusers, files.main), device, dtype)
+            _limit_tokenizers(pipe)
         except UserError:
             raise
         except Exception as error:  # the libraries may raise anything for a damaged file
             raise UserError(
-                f"{source} does not load as a pipeline ({_first_line(error)}); copy it anew, or "
+                f"{source} does not load as a pipeline ({first_line(error)}); copy it anew, or "
                 "give one that diffusers itself loads"
             ) from error
     return from_pipeline(pipe, card, digest)
@@ -91,7 +90,7 @@ def fetch_pipeline(repo: str, folder: Path) -> Path:
         with _quiet():
             main = Path(download(repo, cache_dir=folder, **dict.fromkeys(UNWANTED)))
     except (OSError, ValueError) as error:
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         raise UserError(
             f"{repo} could not be fetched from https://huggingface.co/{repo} into {folder} "
             f"({reason}): run again to carry on, or fetch it elsewhere and give its folder with "
@@ -111,11 +110,6 @@ def require_diffusers() -> ModuleType:
             f"pipelines of diffusers need {error.name}: pip install 'amed-toolkit[diffusion]'"
         ) from None
     return diffusers
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of a library's error message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_card(card: Card, own: Card, source: str) -> None:
@@ -148,7 +142,7 @@ def _read(diffusers: Any, main: Path) -> Any:
         options = {"config": str(folder), "local_files_only": True, **left_out}
         with tempfile.TemporaryDirectory() as temporary:
             pickled = main.suffix != ".safetensors"
-            file = _as_safetensors([main], Path(temporary, "all.safetensors")) if pickled else main
+            file = as_safetensors([main], Path(temporary, "all.safetensors")) if pickled else main
             pipe = pipeline.from_single_file(str(file), **options)
         _check_whole(pipe, str(main))
         return pipe
@@ -162,19 +156,6 @@ def _read(diffusers: Any, main: Path) -> Any:
     return pipeline.from_pretrained(main, **safe, **loaded, **left_out)
 
 
-def _as_safetensors(files: Iterable[Path], target: Path) -> Path:
-    """``target``, made to hold the weights in these pickles, which are read as data.
-
-    The libraries unpickle such files by themselves, and a small one can take all memory.  Raises
-    UserError for what :func:`read_weights` refuses.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= read_weights(file)[0]
-    save_file(own_storages(tensors), target, {"format": "pt"})
-    return target
-
-
 def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
     wide = wide_dtype(dtype)
     stage = first_stage(pipe.components)
@@ -182,6 +163,19 @@ def _place(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if name in WEIGHTED and part is not None:
             part.to(device=device, dtype=wide if name == stage else dtype)
     return pipe
+
+
+def _limit_tokenizers(pipe: Any) -> None:
+    """Let no tokenizer make more tokens than its encoder has positions.
+
+    A tokenizer without a length has 10^30, which the library cannot pad to.
+    """
+    for suffix in ("", "_2"):
+        tokenizer = pipe.components.get(f"tokenizer{suffix}")
+        encoder = pipe.components.get(f"text_encoder{suffix}")
+        if tokenizer is not None and encoder is not None:
+            positions = encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
 
 def _component(diffusers: Any, kind: str, folder: Path) -> Any:
@@ -196,7 +190,7 @@ def _component(diffusers: Any, kind: str, folder: Path) -> Any:
             source = Path(shutil.copy(folder / "config.json", temporary)).parent
             weights = [f for f in files if "pytorch_model" in f.stem]
             name = "model" if library is transformers else "diffusion_pytorch_model"
-            _as_safetensors(weights, source / f"{name}.safetensors")
+            as_safetensors(weights, source / f"{name}.safetensors")
         part, report = getattr(library, kind).from_pretrained(
             source, local_files_only=True, use_safetensors=True, output_loading_info=True
         )

@@ -1,0 +1,38 @@
+"""Bounds of the settings by which ``diffusers`` and ``transformers`` build a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.bounds import MOST_LAYERS
+from runtime.errors import UserError
+
+MOST_SIZE = 1_000_000  #: of any setting; a vocabulary has 50,000 words
+MOST_ENTRIES = 1000  #: of a list or an object among the settings
+MOST_LEVELS = 8  #: of a first stage, each of half the resolution
+#: How the names end of settings by which blocks are repeated, or parts of a block.
+DEPTHS = ("layers_per_block'", "layers'")
+
+
+def check_sizes(value: Any, what: str) -> None:
+    """Raise UserError for a number or a list by which the library would build without an end."""
+    if isinstance(value, (dict, list)):
+        if len(value) > MOST_ENTRIES:
+            raise UserError(f"{what} have {len(value)} entries; copy it anew")
+        for key, part in value.items() if isinstance(value, dict) else ((None, p) for p in value):
+            check_sizes(part, what if key is None else f"{what}: '{key}'")
+    most = MOST_LAYERS if what.endswith(DEPTHS) else MOST_SIZE
+    if isinstance(value, (int, float)) and value > most:
+        raise UserError(f"{what} is {value}, more than any network's {most}; copy it anew")
+
+
+def upsampling(stage: Mapping[str, Any], source: str) -> int:
+    """The resolution of images over that of latents."""
+    widths = stage.get("block_out_channels")
+    if not isinstance(widths, list) or not 1 <= len(widths) <= MOST_LEVELS:
+        raise UserError(
+            f"{source}: the first stage's block_out_channels = {widths!r} is no list of 1 to "
+            f"{MOST_LEVELS} widths"
+        )
+    return 2 ** (len(widths) - 1)
