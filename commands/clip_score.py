@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.numbers import SEED
 from commands.options import (
     PATH,
     batch_option,
@@ -42,7 +43,7 @@ def main() -> None:
 @click.option("--aesthetic-path", type=PATH, help="predictor  [default: the improved one]")
 @click.option("--aesthetic-clip-path", type=PATH, help=f"its CLIP  [default: {CLIP_L}]")
 @num_option
-@click.option("--seed", type=int, default=0, help="draws the N images")
+@click.option("--seed", type=SEED, default=0, help="draws the N images")
 @json_option
 @batch_option(64)
 @cache_option

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from commands.numbers import NOT_NEGATIVE, SEED
 from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
@@ -18,7 +19,6 @@ from solvers.grids import SCHEDULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-POSITIVE = click.FloatRange(0, min_open=True)
 
 
 def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -121,7 +121,7 @@ guidance_options: Callable[[F], F] = combine(
     ),
     click.option(
         "--guidance_rate",
-        type=click.FloatRange(0),
+        type=NOT_NEGATIVE,
         help="1 is none  [default: the predictor's, or none]",
     ),
 )
@@ -198,7 +198,7 @@ metric_options: Callable[[F], F] = combine(
         metavar="N",
         help="of at most N images, for fid_inf, kid, pr and dc  [default: 10000]",
     ),
-    click.option("--seed", type=int, default=0, help="draws the N images, and subsets"),
+    click.option("--seed", type=SEED, default=0, help="draws the N images, and subsets"),
 )
 #: How many images of a folder or zip; torchrun takes --num for a prefix of its own options, hence
 #: the longer name.

@@ -163,6 +163,18 @@ def get_grid(
     return grid
 
 
+def check_exponent(schedule_type: str, rho: float | None) -> None:
+    """Raise ValueError for an exponent that was asked for of a schedule that has none.
+
+    Grids themselves take and ignore it, because published predictors state one for every schedule.
+    """
+    if rho is not None and DEFAULT_RHO.get(schedule_type, rho) is None:
+        raise ValueError(
+            f"--schedule_rho {rho:g} is not an option of --schedule_type {schedule_type}, which "
+            "has no exponent: leave it out"
+        )
+
+
 def _discrete(
     num_steps: int, sigma_min: float, sigma_max: float, rho: float | None, maps: TimeMaps | None
 ) -> Tensor:
@@ -178,7 +190,13 @@ def _discrete(
 
 def _power_ramp(first: float, last: float, num_steps: int, rho: float | None) -> Tensor:
     assert rho is not None
-    a, b = first ** (1 / rho), last ** (1 / rho)
+    try:
+        a, b = first ** (1 / rho), last ** (1 / rho)
+    except OverflowError:
+        raise ValueError(
+            f"schedule_rho = {rho:g} is too small: {max(first, last):g} to the power of 1 / rho is "
+            "no float; give a larger one, such as 1"
+        ) from None
     ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
     return (a + ramp * (b - a)) ** rho
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from commands.numbers import SEED
 from image_data.prompts import COLUMN, read_prompts
 from runtime import cli
 from runtime.errors import UserError
@@ -33,7 +34,7 @@ def draw(count: int, number: int, seed: int) -> list[int]:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--number", type=click.IntRange(1), default=5000, help="prompts to draw")
-@click.option("--seed", type=click.IntRange(0), default=0, help="seed of the draw")
+@click.option("--seed", type=SEED, default=0, help="seed of the draw")
 def main(source: Path, target: Path, number: int, seed: int) -> None:
     """Draw a reproducible subset of the prompts in a file.
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from commands.numbers import SEED
 from commands.options import PATH, batch_option, dry_run_option
 from image_data.sources import count_images, image_batches
 from pds.masks import Masks, fit
@@ -29,7 +30,7 @@ Example:
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.option("--data", type=PATH, required=True, help="folder or zip of images")
 @click.option("--num", type=click.IntRange(2), help="draw this many images  [default: use all]")
-@click.option("--seed", type=click.IntRange(0), default=0, help="seed of that draw")
+@click.option("--seed", type=SEED, default=0, help="seed of that draw")
 @click.option("--dest", type=PATH, required=True, help="folder for freq.npy and space.npy")
 @batch_option(256)
 @dry_run_option

@@ -11,6 +11,7 @@ import click
 import torch
 from torch import Tensor
 
+from commands.numbers import POSITIVE
 from commands.options import (
     PATH,
     batch_option,
@@ -168,7 +169,7 @@ def prepare(options: GitsOptions) -> GitsJob:
 @click.option("--number", type=click.IntRange(1, SELECTION_START), default=256, help="trajectories")
 @click.option(
     "--coefficient",
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     default=1.15,
     help="weight of every step relative to the one before",
 )

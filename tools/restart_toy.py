@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from commands.numbers import POSITIVE, SEED
 from commands.options import PATH, dry_run_option
 from runtime import cli
 from runtime.errors import UserError
@@ -56,10 +57,12 @@ def numbers(text: str) -> tuple[int, ...]:
 @click.option(
     "--blocks", type=click.IntRange(2), default=DEFAULTS.blocks, help="further clouds to report on"
 )
-@click.option("--kimg", type=float, default=DEFAULTS.kimg, help="training length, in 1000 points")
+@click.option(
+    "--kimg", type=POSITIVE, default=DEFAULTS.kimg, help="training length, in 1000 points"
+)
 @click.option("--batch", type=click.IntRange(1), default=DEFAULTS.batch, help="training batch")
 @click.option("--width", type=click.IntRange(4), default=DEFAULTS.width, help="network width")
-@click.option("--seed", type=click.IntRange(0), default=DEFAULTS.seed, help="seed of the network")
+@click.option("--seed", type=SEED, default=DEFAULTS.seed, help="seed of the network")
 @click.option("--outdir", type=PATH, default=Path("exps/toy"), help="results folder")
 @dry_run_option
 def main(budgets: str, outdir: Path, dry_run: bool, **options: float) -> int:

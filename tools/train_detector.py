@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from commands.options import PATH, POSITIVE, device_option, threads_option
+from commands.numbers import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, Number
+from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
 from runtime import cli, files
@@ -30,7 +31,6 @@ from runtime.dist import World, world
 from runtime.images import image_grid
 from runtime.log import tensorboard
 
-FRACTION, SHARE = click.FloatRange(0, 1, max_open=True), click.FloatRange(0, 1, True, True)
 _SHOWN = 64  #: images in TensorBoard's grid
 EXAMPLES = """\b
 Example:
@@ -259,10 +259,15 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @click.option("--batch", type=click.IntRange(2), default=256, help="images, over all processes")
 @click.option("--lr", type=POSITIVE, default=0.2, help="peak learning rate")
 @click.option("--momentum", type=FRACTION, default=0.9, help="of SGD")
-@click.option("--weight_decay", type=click.FloatRange(0), default=5e-4, help="of weight matrices")
+@click.option("--weight_decay", type=NOT_NEGATIVE, default=5e-4, help="of weight matrices")
 @click.option("--smoothing", type=FRACTION, default=0.2, help="of labels")
-@click.option("--warmup", type=SHARE, default=0.2, help="fraction of the run before the peak")
-@click.option("--seed", type=int, default=0, help="of initial weights and every draw")
+@click.option(
+    "--warmup",
+    type=Number(0, 1, min_open=True, max_open=True),
+    default=0.2,
+    help="fraction of the run before the peak",
+)
+@click.option("--seed", type=SEED, default=0, help="of initial weights and every draw")
 @click.option("--shift", type=click.IntRange(0, RESOLUTION // 2), default=2, help="most, in pixels")
 @click.option("--cutout", type=click.IntRange(0, RESOLUTION), default=0, help="side, in pixels")
 @click.option("--init", type=PATH, help="start from this detector")

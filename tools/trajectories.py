@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.numbers import POSITIVE, SEED, TOLERANCE
 from commands.options import (
     batch_option,
     condition_options,
@@ -41,17 +42,17 @@ Examples:
 @click.option("--schedule_type", type=click.Choice(SCHEDULES), default="polynomial")
 @click.option(
     "--schedule_rho",
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     help="[default: 7 for polynomial, else 1]",
 )
 @click.option("--restart_info", metavar="JSON", help="restart: intervals  [default: the model's]")
 @click.option(
     "--tol",
-    type=click.FloatRange(0, min_open=True),
+    type=TOLERANCE,
     help="dopri5: relative and absolute tolerance  [default: 1e-5]",
 )
 @click.option("--number", type=click.IntRange(1), default=512, help="latents")
-@click.option("--seed", type=click.IntRange(0), default=0, help="of the latents")
+@click.option("--seed", type=SEED, default=0, help="of the latents")
 @click.option(
     "--keep", type=click.Choice(KEEP), default="ends", help="states at both ends, or at all nodes"
 )
