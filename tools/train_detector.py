@@ -20,6 +20,7 @@ import click
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 from commands.numbers import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, Number
@@ -28,6 +29,7 @@ from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
 from runtime import cli, files
 from runtime.dist import World, world
+from runtime.errors import UserError
 from runtime.images import image_grid
 from runtime.log import tensorboard
 
@@ -209,7 +211,10 @@ def fit(
     here: World,
     compiled: bool = False,
 ) -> None:
-    """Train for all epochs; saves the state, and figures for TensorBoard, after each of them."""
+    """Train for all epochs; saves the state, and figures for TensorBoard, after each of them.
+
+    Raises UserError after an epoch with a loss or weights that are not finite, before it is saved.
+    """
     optimizer = make_optimizer(model, plan)
     first = resume(state, plan, model, optimizer)
     here.barrier()  # every rank has read the state before it is overwritten
@@ -220,6 +225,11 @@ def fit(
     for epoch in range(first, plan.epochs):
         start = time.monotonic()
         loss, shown = train_epoch(network, optimizer, train, plan, epoch, here)
+        if not (math.isfinite(loss) and parameters_to_vector(model.parameters()).isfinite().all()):
+            raise UserError(
+                f"the training diverged in epoch {epoch + 1}, its loss is {loss:.3g}: remove {state}, "
+                f"if there is one, and run again with a smaller --lr than {plan.lr:g}"
+            )
         speed = len(train[0]) / (time.monotonic() - start)
         score = accuracy(model, test, here)
         if board is None:
