@@ -20,7 +20,6 @@ import click
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 from commands.numbers import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, Number
@@ -225,10 +224,10 @@ def fit(
     for epoch in range(first, plan.epochs):
         start = time.monotonic()
         loss, shown = train_epoch(network, optimizer, train, plan, epoch, here)
-        if not (math.isfinite(loss) and parameters_to_vector(model.parameters()).isfinite().all()):
+        if not (math.isfinite(loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
             raise UserError(
-                f"the training diverged in epoch {epoch + 1}, its loss is {loss:.3g}: remove {state}, "
-                f"if there is one, and run again with a smaller --lr than {plan.lr:g}"
+                f"the training diverged in epoch {epoch + 1}, its loss is {loss:.3g}: run again "
+                f"with a smaller --lr than {plan.lr:g} and without {state}, if there is one"
             )
         speed = len(train[0]) / (time.monotonic() - start)
         score = accuracy(model, test, here)
