@@ -20,6 +20,9 @@ DEFAULT_RHO: dict[str, float | None] = {
 SCHEDULES = tuple(DEFAULT_RHO)
 EXPLICIT = "explicit"  #: the schedule of a grid whose noise levels are given one by one
 
+#: Beside noise of this level float32 no longer resolves a grey level: its spacing is 2/256.
+LARGEST_SIGMA = 1e5
+
 #: Smallest time of the VP process behind ``time_uniform`` (Song et al. 2021, arXiv:2011.13456).
 VP_EPSILON = 1e-3
 
@@ -67,13 +70,14 @@ class Grid:
     def explicit(cls, times: Sequence[float]) -> Grid:
         """The grid of these noise levels.
 
-        Raises ValueError unless they are two or more, finite, positive and decreasing.
+        Raises ValueError unless they are two or more, positive, decreasing, and at most
+        `LARGEST_SIGMA`.
         """
         pairs = zip(times, times[1:], strict=False)
-        if len(times) < 2 or not all(0 < b < a < math.inf for a, b in pairs):
+        if len(times) < 2 or not all(0 < b < a <= LARGEST_SIGMA for a, b in pairs):
             raise ValueError(
                 f"the noise levels {', '.join(f'{t:g}' for t in times) or '()'} are no grid: give "
-                "two or more that decrease and stay above 0"
+                f"two or more that decrease from {LARGEST_SIGMA:g} or less and stay above 0"
             )
         return cls(EXPLICIT, len(times), None, times[-1], times[0], times=tuple(times))
 
@@ -218,9 +222,9 @@ def _check(
         )
     if num_steps < 2:
         raise ValueError(f"a grid of {num_steps} node(s) has no interval; give num_steps >= 2")
-    if not 0 < sigma_min < sigma_max < math.inf:
+    if not 0 < sigma_min < sigma_max <= LARGEST_SIGMA:
         raise ValueError(
-            "noise levels must satisfy 0 < sigma_min < sigma_max, "
+            f"noise levels must satisfy 0 < sigma_min < sigma_max <= {LARGEST_SIGMA:g}, "
             f"got sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}"
         )
     if rho is not None and not rho > 0:

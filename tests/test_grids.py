@@ -200,6 +200,7 @@ def test_logsnr_and_polynomial_by_hand():
         (("logsnr", 6, 80.0, 80.0), "sigma_min = 80, sigma_max = 80"),
         (("logsnr", 6, 0.0, 80.0), "sigma_min = 0,"),
         (("logsnr", 6, 0.002, float("inf")), "sigma_max = inf"),
+        (("logsnr", 6, 0.002, 1e9), r"<= 100000, got sigma_min = 0.002, sigma_max = 1e\+09"),
         (("time_uniform", 6, 0.5, 1.0, 1), "does not decrease"),
         (("discrete", 6, 0.03, 14.0, 1), "'discrete' needs"),
     ],
