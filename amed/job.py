@@ -26,6 +26,7 @@ from runtime.errors import UserError
 from runtime.log import note
 from runtime.noise import SeedNoise
 from runtime.options import Json, flat_options
+from runtime.outputs import check_writable, claimed
 from runtime.record import RunRecord
 from solvers.driver import Meter, integrate
 from solvers.grids import Grid, check_exponent
@@ -130,13 +131,23 @@ class TrainingJob:
                 f"--batch={options.batch} leaves some of {here.size} processes without work; "
                 f"give --batch {here.size} or more"
             )
+        if here.is_main:
+            check_writable(Path(options.outdir) / RECORD, "--outdir")
         torch.backends.cudnn.benchmark = options.bench
         model = options.model.load(here)
         record, loop = self.record(model.sha256), _loop(options, here)
         folder = open_run(options.outdir, options.resume, self.name, record, here)
+        with claimed(folder, here):
+            self._train(model, record, loop, folder, here)
+        return folder
+
+    def _train(
+        self, model: Model, record: RunRecord, loop: Loop, folder: Path, here: World
+    ) -> None:
+        options = self.options
         if is_finished(folder, loop):
             note(f"already trained: {folder}")
-            return folder
+            return
         data = Data(
             bind=lambda noise, stream: self.conditions.bind(model, noise, here.device, stream),
             card=model.card,
@@ -147,7 +158,6 @@ class TrainingJob:
         predictor = self.predictor().to(here.device, data.dtype)
         preview = self._preview(model, here)
         train(predictor, self.student, self.teacher, data, loop, here, folder, record, preview)
-        return folder
 
     def _preview(self, model: Model, here: World) -> Preview:
         """A function that samples a few fixed seeds with the student, for TensorBoard."""

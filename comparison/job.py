@@ -34,6 +34,7 @@ from runtime.errors import UserError
 from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options
+from runtime.outputs import RECORD, claimed
 from runtime.record import RunRecord
 from runtime.seeds import selection_seeds
 from runtime.typed import to_plain
@@ -46,7 +47,6 @@ EXTRA: dict[str, tuple[str, ...]] = {
     "learned-restart": ("restart_info",),
 }
 PDS_ITERATIONS = "50"  #: 20 times fewer than published without preconditioning
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,10 @@ class ComparisonJob:
 
         ``harness`` takes the place of the one that the options name.
         """
+        with claimed(self.folder, here, self.command):
+            return self._run(here, harness)
+
+    def _run(self, here: World, harness: Harness | None) -> str:
         if harness is None:
             harness = open_harness(self.harness, self.seeds, self.blocks, here)
         record = self.record(harness)

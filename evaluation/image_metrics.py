@@ -22,6 +22,7 @@ from metrics.summary import FeatureSummary
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.options import flat_options
+from runtime.outputs import check_file
 from runtime.record import RunRecord
 
 STATISTICS = ".npz"  #: ending of files of statistics
@@ -56,6 +57,7 @@ class ImageMetricsJob:
     def run(self, here: World) -> str:
         """Measure, and write the result where asked; returns the metrics in words."""
         options = self.options
+        check_file(options.result_path, "--json", here)
         detectors = open_detectors(options.metric.detector, here)
         references = options.metric.open_references(options.ref, detectors)
         with self._summaries(detectors, here) as summaries:
@@ -110,6 +112,8 @@ class StatisticsJob:
     def run(self, here: World) -> str:
         """Write the statistics for each detector; returns which files."""
         options = self.options
+        for file in options.metric.destinations(options.dest):
+            check_file(file, "--dest", here)
         detectors = open_detectors(options.metric.detector, here)
         with self._summaries(detectors, here) as summaries:
             if not here.is_main:

@@ -12,8 +12,8 @@ from image_data.prompts import read_prompts
 from image_data.sources import ImageSource
 from metrics.draws import choose
 from runtime.errors import UserError
+from runtime.outputs import RECORD
 from runtime.record import RunRecord
-from samplers.folder import RECORD
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from runtime.errors import UserError
 from runtime.files import cache_folder
 from runtime.images import to_uint8_tensor
 from runtime.options import flat_options
+from runtime.outputs import check_file, claimed
 from runtime.record import RunRecord
 from samplers.folder import FREE, Folder
 from samplers.generate import SampleBatch
@@ -82,6 +83,14 @@ class SampleMetricsJob:
 
     def run(self, here: World) -> str:
         """Sample, measure and write; returns the metrics and what was written, in words."""
+        options = self.options
+        check_file(options.result_path, "--json", here)
+        for file in [] if options.dest is None else options.metric.destinations(options.dest):
+            check_file(file, "--dest", here)
+        with nullcontext() if self.folder is None else claimed(self.folder.path, here):
+            return self._run(here)
+
+    def _run(self, here: World) -> str:
         options, text = self.options, []
         detectors, references = open_detectors(options.metric.detector, here), []
         if options.ref != NONE:

@@ -11,11 +11,11 @@ from pathlib import Path
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import film_strip, image_grid, read_png, save_png, to_uint8
+from runtime.outputs import RECORD
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds, seed_ranges
 from samplers.generate import SampleBatch
 
-RECORD = "run.json"
 MAX_PICTURE = 256  #: images in an overview picture, rows in a picture of film strips
 #: Options that may change when a folder is continued, because they do not affect the images.
 FREE = (

@@ -33,6 +33,7 @@ from runtime.job import execute
 from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options, parse_options
+from runtime.outputs import check_file
 from runtime.record import RunRecord
 from runtime.seeds import SELECTION_START, seed_ranges, selection_seeds
 from runtime.typed import SCHEMA, write_result
@@ -109,6 +110,7 @@ class GitsJob:
 
     def run(self, here: World) -> str:
         """Find the grids; returns their noise levels, a line for each."""
+        check_file(self.options.dest, "--dest", here)
         source = self.options.model
         model = source.load(here)
         total, mine = torch.zeros(2 * (len(self.ts),), dtype=torch.float64), self._seeds(here)

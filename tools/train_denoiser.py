@@ -33,6 +33,7 @@ from runtime.dist import world
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.log import progress
+from runtime.outputs import claimed
 from runtime.record import RunRecord
 from runtime.typed import to_plain
 
@@ -174,7 +175,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(**settings)
-    with world(device) as here:
+    with world(device) as here, claimed(outdir, here):
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         net, network = first_network(init, config, like, recipe, data.name)
         wanted = (net.img_channels, net.img_resolution, net.label_dim)

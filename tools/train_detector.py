@@ -31,6 +31,7 @@ from runtime.dist import World, world
 from runtime.errors import UserError
 from runtime.images import image_grid
 from runtime.log import tensorboard
+from runtime.outputs import check_file
 
 _SHOWN = 64  #: images in TensorBoard's grid
 EXAMPLES = """\b
@@ -296,6 +297,7 @@ def main(
         torch.set_num_threads(threads)
     plan = DetectorRecipe(**settings, init=init and files.sha256_file(init))  # type: ignore[arg-type]
     with world(device) as here:
+        check_file(dest, "--dest", here)
         train_set, test_set = load_labelled(data), load_labelled(test)
         model, before = first_model(init, channels, plan.seed, train_set)
         model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
