@@ -13,7 +13,7 @@ from runtime.errors import UserError
 from runtime.images import film_strip, image_grid, read_png, save_png, to_uint8
 from runtime.outputs import RECORD
 from runtime.record import RunRecord
-from runtime.seeds import parse_seeds, seed_ranges
+from runtime.seeds import join_seeds
 from samplers.generate import SampleBatch
 
 MAX_PICTURE = 256  #: images in an overview picture, rows in a picture of film strips
@@ -138,13 +138,12 @@ def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
             f"{path} holds images of other settings (new != old: "
             f"{'; '.join(differences[:2])}{more}): give another --outdir, or remove that folder"
         )
-    seeds = seed_ranges(_seeds(older) | _seeds(record))
+    texts = [str(part.options["seeds"]) for part in (older, record) if part.options.get("seeds")]
+    try:
+        seeds = join_seeds(*texts)
+    except UserError as error:
+        raise UserError(f"{path / RECORD}: {error}") from None
     return dataclasses.replace(record, options={**record.options, "seeds": seeds})
-
-
-def _seeds(record: RunRecord) -> set[int]:
-    text = record.options.get("seeds")
-    return set(parse_seeds(str(text))) if text else set()
 
 
 def _short(line: str) -> str:
