@@ -22,7 +22,6 @@ from denoisers.families.edm import make_network
 from denoisers.recognise import describe
 from runtime.errors import UserError
 from runtime.files import sha256_file
-from runtime.outputs import check_writable
 
 
 def convert(content: Any, source: Path, target: Path, name: str | None = None) -> list[Path]:
@@ -57,13 +56,9 @@ def convert(content: Any, source: Path, target: Path, name: str | None = None) -
 
 
 def check_target(target: Path) -> None:
-    """Raise UserError for a name without the suffix of its format, and for a file that exists."""
+    """Raise UserError for a file name without the suffix of its format."""
     if target.suffix != ".safetensors":
         raise UserError(f"{target} would hold safetensors; give it the suffix .safetensors")
-    for file in (target, target.with_suffix(".card.json")):
-        if file.exists():
-            raise UserError(f"{file} exists already: remove it, or give another TARGET")
-    check_writable(target, "TARGET")
 
 
 def _network(snapshot: EDMSnapshot, source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

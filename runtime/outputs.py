@@ -6,7 +6,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.dist import World
@@ -16,6 +16,7 @@ from runtime.record import RunRecord
 
 LOCK = ".lock"
 RECORD = "run.json"
+ATTEMPTS = 1000  #: to lock what others keep removing
 
 
 @contextmanager
@@ -24,15 +25,23 @@ def claimed(folder: str | Path, here: World, *commands: str) -> Iterator[None]:
 
     ``commands`` are those whose record the folder may have.  Only rank 0 looks at the folder.
     Raises UserError if it cannot be written, if another run is using it, and if it has the record
-    of a command that is not among ``commands``, where any are given.
+    of a command that is not among ``commands``, where any are given.  A new folder in which the
+    block leaves nothing is removed.
     """
     if not here.is_main:
         yield
         return
-    with locked(Path(folder) / LOCK, folder):
-        if commands:
-            _check_record(Path(folder), commands)
-        yield
+    path = Path(folder)
+    new = not path.exists()
+    try:
+        with locked(path / LOCK, folder):
+            if commands:
+                _check_record(path, commands)
+            yield
+    finally:
+        if new:
+            with suppress(OSError):  # it does not exist, or holds results
+                path.rmdir()
 
 
 @contextmanager
@@ -74,10 +83,12 @@ def check_file(path: str | Path | None, flag: str, here: World) -> None:
 
 def _lock(path: Path, what: str | Path) -> int:
     """The descriptor of the locked file."""
-    while True:
+    for _ in range(ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder was removed between our two steps, being empty
+            continue
         except OSError as error:
             raise UserError(
                 f"{what} cannot be written ({reason(error)}): give another place for the results"
@@ -92,9 +103,10 @@ def _lock(path: Path, what: str | Path) -> int:
         except OSError as error:  # a file system without locks
             note(f"note: {what} cannot be locked ({reason(error)}): start no second run there")
             return descriptor
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)  # its owner ended and removed it between our two steps
+    raise UserError(f"{what} cannot be locked: give another place for the results")
 
 
 def _check_record(folder: Path, commands: Sequence[str]) -> None:

@@ -58,6 +58,9 @@ def test_a_folder_is_one_runs_until_it_dies(tmp_path: Path) -> None:
         with claimed(folder, HERE):
             assert [path.name for path in folder.iterdir()] == [LOCK]
         assert list(folder.iterdir()) == []
+    with claimed(folder / "fresh", HERE):
+        pass
+    assert list(folder.iterdir()) == []  # an empty new folder is not kept
 
 
 def count(folder: Path, times: int) -> None:

@@ -14,6 +14,8 @@ from checkpoints.pickles.files import read
 from checkpoints.snapshots import is_predictor
 from denoisers.convert import check_target, convert
 from runtime import cli
+from runtime.errors import UserError
+from runtime.outputs import check_writable
 
 EXAMPLES = """\b
 Examples:
@@ -35,6 +37,10 @@ def main(source: Path, target: Path, name: str | None) -> None:
     read as data; no code in them is run.
     """
     check_target(target)
+    for file in (target, target.with_suffix(".card.json")):
+        if file.exists():
+            raise UserError(f"{file} exists already: remove it, or give another TARGET")
+    check_writable(target, "TARGET")
     content = read(source)
     if is_predictor(content):
         student = load_predictor(str(source), source.parent)
