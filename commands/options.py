@@ -13,7 +13,7 @@ from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
-from runtime.lists import parse_numbers
+from runtime.lists import parse_files, parse_numbers, parse_sources
 from runtime.seeds import SELECTION_START
 from solvers.grids import SCHEDULES
 
@@ -171,9 +171,42 @@ def classic_options(function: F) -> F:
     )(function)
 
 
+def _sources(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> object:
+    return parse_sources(texts)
+
+
+def _statistics(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> object:
+    return parse_files(texts, ".npz") or None
+
+
 predictors_option = click.option(
-    "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
+    "--predictors",
+    multiple=True,
+    callback=_sources,
+    metavar="RUNS",
+    help="numbers, folders or files, by comma or repeated",
 )
+#: References of several detectors, and the statistics to write for them.
+references_option = click.option(
+    "--ref",
+    multiple=True,
+    callback=_sources,
+    default=("cifar10-small",),
+    help="bundled name, or .npz, or 'none' in gen; one for each detector, by comma or repeated",
+)
+
+
+def statistics_option(required: bool) -> Callable[[F], F]:
+    """``--dest``: files of statistics to write."""
+    return click.option(
+        "--dest",
+        multiple=True,
+        callback=_statistics,
+        required=required,
+        help=".npz to write; one for each detector, by comma or repeated",
+    )
+
+
 detector_path_option = click.option(
     "--detector-path",
     "detector_path",

@@ -54,7 +54,7 @@ class CompareOptions:
     """What ``compare.py`` is asked for, under the names of its flags."""
 
     harness: HarnessOptions
-    predictors: str = ""
+    predictors: tuple[str, ...] = ()
     budgets: str = "3,5,7,9"
     num: int = 2000  #: images per row
     blocks: int = 4

@@ -36,7 +36,7 @@ class ImageMetricsOptions:
     images: Path  #: folder, zip, or .npz of statistics
     metric: MetricOptions
     reading: ImagePassOptions
-    ref: str = "cifar10-small"
+    ref: tuple[str, ...] = ("cifar10-small",)  #: for each detector
     result_path: Path | None = None
 
 
@@ -80,7 +80,7 @@ def prepare_metrics(options: ImageMetricsOptions) -> ImageMetricsJob:
     Raises UserError or ValueError, one sentence with the remedy.
     """
     options.metric.needs()
-    options.metric.split("--ref", options.ref)
+    options.metric.check_each("--ref", options.ref)
     num = options.reading.num
     if options.images.suffix == STATISTICS and num is not None:
         raise UserError(
@@ -94,7 +94,7 @@ class StatisticsOptions:
     """What ``fid.py ref`` is asked for, under the names of its flags."""
 
     data: Path  #: folder, zip, or .npz of mu and sigma
-    dest: str  #: a file for each detector
+    dest: tuple[str, ...]  #: a file for each detector
     metric: MetricOptions
     reading: ImagePassOptions
 

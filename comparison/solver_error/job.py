@@ -54,7 +54,7 @@ class SolverErrorOptions:
     model: ModelSource = field(default_factory=ModelSource)
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
     detector: DetectorOptions = field(default_factory=DetectorOptions)
-    predictors: str = ""
+    predictors: tuple[str, ...] = ()
     budgets: str = "3,5,7,9"
     seeds: str = "0-31"
     tol: float = 1e-4  #: relative and absolute, of dopri5
