@@ -132,7 +132,7 @@ class TrainingJob:
                 f"give --batch {here.size} or more"
             )
         if here.is_main:
-            check_writable(Path(options.outdir) / RECORD, "--outdir")
+            check_writable(options.outdir, "--outdir")
         torch.backends.cudnn.benchmark = options.bench
         model = options.model.load(here)
         record, loop = self.record(model.sha256), _loop(options, here)

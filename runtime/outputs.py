@@ -61,8 +61,9 @@ def locked(path: Path, what: str | Path) -> Iterator[None]:
 
 def check_writable(path: str | Path, flag: str) -> None:
     """Raise UserError unless a file or folder can be made at ``path``; nothing is left behind."""
-    path = Path(path)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    full = Path(path).absolute()
+    places = full.parents if full.is_file() else (full, *full.parents)
+    folder = next(place for place in places if place.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -15,34 +14,14 @@ import torch
 from commands import compare, fid, sample, solver_error
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.outputs import LOCK, check_file, check_writable, claimed, locked
+from runtime.outputs import LOCK, check_file, check_writable, claimed
 from runtime.record import RunRecord
+from tests.locks import held
 from tests.processes import finish, start
 from tests.scripts import Script
 from tools import converged, convert, dataset_tool, fit_masks, gits, plan_search, train_denoiser
 
 HERE = World(0, 1, torch.device("cpu"))
-
-
-def hold(path: Path) -> None:
-    with locked(path, path):
-        path.with_name(f"{path.name}.held").touch()
-        time.sleep(60)
-
-
-@contextmanager
-def held(path: Path, logs: Path) -> Iterator[Callable[[], None]]:
-    """Another process has the lock; yields how to kill it."""
-    process = start(partial(hold, path), logs / "holder")
-    sign = path.with_name(f"{path.name}.held")
-    while process.is_alive() and not sign.exists():
-        time.sleep(0.005)
-    sign.unlink()
-    try:
-        yield process.kill
-    finally:
-        process.kill()
-        process.join()
 
 
 def test_a_folder_is_one_runs_until_it_dies(tmp_path: Path) -> None:

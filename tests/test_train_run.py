@@ -26,8 +26,10 @@ from runtime import cli
 from runtime.dist import World
 from runtime.log import read_json_lines
 from runtime.noise import SeedNoise
+from runtime.outputs import LOCK
 from runtime.record import RunRecord
 from teachers.build import build_teacher
+from tests.locks import held
 from tests.tiny_model import TinySource, tiny_model
 
 CPU = torch.device("cpu")
@@ -307,6 +309,22 @@ def test_a_note_if_a_restart_teacher_equals_a_heun_teacher(command):
     trajectory = command("--sampler_tea=restart", "--restart_target=trajectory")
     assert "note:" not in trajectory.err
     assert shifted(flow.folder, trajectory.folder) > 1e-6
+
+
+def test_a_run_is_continued_by_one_process_at_a_time(command, tmp_path):
+    folder = command().folder
+    for resume in ("--resume=auto", "--resume=1"):
+        with held(folder / LOCK, tmp_path):
+            refused = command(resume)
+        assert refused.code == 1 and f"error: {folder} is in use by another run" in refused.err
+    assert command("--resume=auto").folder == folder
+
+
+def test_an_unwritable_parent_is_found_out_first(command, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(TinySource, "load", lambda *_: pytest.fail("loaded"))
+    refused = command(f"--outdir={tmp_path / 'file' / 'exps'}")
+    assert refused.code == 1 and f"{tmp_path / 'file'}: Not a directory" in refused.err
 
 
 # Runs that diverge
