@@ -82,10 +82,14 @@ class Grid:
         return cls(EXPLICIT, len(times), None, times[-1], times[0], times=tuple(times))
 
     def resolve(self, card: NoiseRange) -> Grid:
-        """The same grid with every default filled in from the schedule and from ``card``."""
+        """The same grid with every default filled in from the schedule and from ``card``.
+
+        An exponent of a schedule that has none is dropped.
+        """
+        default = DEFAULT_RHO.get(self.schedule_type)
         return replace(
             self,
-            rho=DEFAULT_RHO.get(self.schedule_type) if self.rho is None else self.rho,
+            rho=default if None in (default, self.rho) else self.rho,
             sigma_min=card.sigma_min if self.sigma_min is None else self.sigma_min,
             sigma_max=card.sigma_max if self.sigma_max is None else self.sigma_max,
             time_maps=card.time_maps if self.time_maps is None else self.time_maps,
