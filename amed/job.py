@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,17 @@ from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from restart.intervals import Interval, interval_json, resolve_intervals
+from restart.intervals import interval_json, resolve_intervals
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import note
 from runtime.noise import SeedNoise
 from runtime.options import Json, flat_options
+from runtime.outputs import check_writable, claimed
 from runtime.record import RunRecord
 from solvers.driver import Meter, integrate
-from solvers.grids import Grid
+from solvers.grids import Grid, check_exponent
+from solvers.registry import SOLVERS
 from teachers.build import RestartSupervision, build_teacher
 from teachers.supervision import RestartTeacher, Teacher, teacher_nfe
 
@@ -63,12 +66,12 @@ class TrainOptions:
     schedule_type: str | None = None
     schedule_rho: float | None = None
     max_order: int | None = None
-    predict_x0: bool = True
-    lower_order_final: bool = True
-    thresholding: bool = False
+    predict_x0: bool | None = None
+    lower_order_final: bool | None = None
+    thresholding: bool | None = None
     restart_info: str | None = None
-    restart_target: str = "flow"
-    S_noise: float = 1.0
+    restart_target: str | None = None  #: None means that of `RestartSupervision`, as in S_noise
+    S_noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class TrainingJob:
     settings: StudentSettings
     student: Student
     teacher: Teacher
-    intervals: tuple[Interval, ...]  #: intervals of a Restart teacher
+    restart: RestartSupervision  #: of a Restart teacher; without intervals for another
 
     @property
     def name(self) -> str:
@@ -103,7 +106,9 @@ class TrainingJob:
         resolved = flat_options(self.options) | self.settings.to_options()
         for key in ("resume", "label"):  # not options of training itself
             resolved.pop(key)
-        resolved["restart_info"] = interval_json(self.intervals) if self.intervals else None
+        intervals = self.restart.intervals
+        resolved["restart_info"] = interval_json(intervals) if intervals else None
+        resolved |= {"restart_target": self.restart.target, "S_noise": self.restart.S_noise}
         resolved["prompts"] = self.conditions.describe()
         plan: dict[str, Json] = {
             "times": self.student.ts.tolist(),
@@ -126,13 +131,23 @@ class TrainingJob:
                 f"--batch={options.batch} leaves some of {here.size} processes without work; "
                 f"give --batch {here.size} or more"
             )
+        if here.is_main:
+            check_writable(options.outdir, "--outdir")
         torch.backends.cudnn.benchmark = options.bench
         model = options.model.load(here)
         record, loop = self.record(model.sha256), _loop(options, here)
         folder = open_run(options.outdir, options.resume, self.name, record, here)
+        with claimed(folder, here):
+            self._train(model, record, loop, folder, here)
+        return folder
+
+    def _train(
+        self, model: Model, record: RunRecord, loop: Loop, folder: Path, here: World
+    ) -> None:
+        options = self.options
         if is_finished(folder, loop):
             note(f"already trained: {folder}")
-            return folder
+            return
         data = Data(
             bind=lambda noise, stream: self.conditions.bind(model, noise, here.device, stream),
             card=model.card,
@@ -143,7 +158,6 @@ class TrainingJob:
         predictor = self.predictor().to(here.device, data.dtype)
         preview = self._preview(model, here)
         train(predictor, self.student, self.teacher, data, loop, here, folder, record, preview)
-        return folder
 
     def _preview(self, model: Model, here: World) -> Preview:
         """A function that samples a few fixed seeds with the student, for TensorBoard."""
@@ -165,29 +179,58 @@ def prepare(options: TrainOptions) -> TrainingJob:
 
     Raises UserError or ValueError, in one sentence, for invalid or contradictory options.
     """
-    restart = options.sampler_tea == "restart"
-    if options.restart_info and not restart:
-        raise UserError(
-            f"--restart_info was given, but the teacher is {options.sampler_tea}; "
-            "add --sampler_tea=restart or leave it out"
-        )
+    _check_used(options)
     card = options.model.card()
     conditions = options.conditions.resolve(card)
     settings = _settings(options, card)
     grid = settings.grid.resolve(card)
     fine, stride = grid.refined(settings.M)
-    _, intervals = resolve_intervals(options.restart_info, card) if restart else (None, ())
+    restart = _restart(options, card)
     teacher = build_teacher(
         settings.sampler_tea,
         fine,
         stride,
         solver=settings.teacher_solver(),
-        restart=RestartSupervision(intervals, options.restart_target, options.S_noise),
+        restart=restart,
         histories=settings.solver().kept_nodes > 0,
     )
     student = Student(settings.solver(), grid.nodes(), settings.afs)
     _warn_if_equal_to_heun(teacher, student)
-    return TrainingJob(options, card, conditions, settings, student, teacher, intervals)
+    return TrainingJob(options, card, conditions, settings, student, teacher, restart)
+
+
+def _check_used(options: TrainOptions) -> None:
+    """Raise UserError for an option that neither the student nor the teacher has."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    student, teacher = options.sampler_stu, options.sampler_tea
+    has = {name for kind in (student, teacher) if kind in SOLVERS for name in SOLVERS[kind].options}
+    for name in ("max_order", "predict_x0", "lower_order_final", "thresholding"):
+        if name in given and name not in has:
+            raise UserError(
+                f"--{name} {given[name]} is an option neither of the student {student} nor of the "
+                f"teacher {teacher}: leave it out"
+            )
+    for name in ("restart_info", "restart_target", "S_noise"):
+        if name in given and teacher != "restart":
+            raise UserError(
+                f"--{name} {given[name]} was given, but the teacher is {teacher}: add "
+                "--sampler_tea=restart or leave it out"
+            )
+    if teacher == "dopri5" and options.M != TrainOptions.M:
+        raise UserError(
+            f"--M {options.M} is not an option of the teacher dopri5, which chooses its own nodes: "
+            "leave it out"
+        )
+    check_exponent(options.schedule_type or "polynomial", options.schedule_rho)
+
+
+def _restart(options: TrainOptions, card: Card) -> RestartSupervision:
+    if options.sampler_tea != "restart":
+        return RestartSupervision(())
+    _, intervals = resolve_intervals(options.restart_info, card)
+    settings = {"target": options.restart_target, "S_noise": options.S_noise}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    return RestartSupervision(intervals, **given)
 
 
 def _warn_if_equal_to_heun(teacher: Teacher, student: Student) -> None:
@@ -211,7 +254,9 @@ def _open_run(root: str, resume: str | None, name: str, record: RunRecord) -> Pa
     folder: Path | None = None
     if resume == "auto":
         folder = find_resumable(root, record)
-    elif resume:
+    elif resume is not None:
+        if not resume:
+            raise UserError("--resume is empty: give auto, or the number or folder of a run")
         folder = find_run(resume, root)
         differences = RunRecord.read(folder / RECORD).differences(record, IGNORED)
         if differences:
@@ -244,7 +289,8 @@ def _settings(options: TrainOptions, card: Card) -> StudentSettings:
     schedule = options.schedule_type or "polynomial"
     grid = Grid(schedule, options.num_steps, options.schedule_rho).resolve(card)
     sigma_min, sigma_max = grid.ends
-    resolved = flat_options(options) | {"schedule_type": schedule, "schedule_rho": grid.rho}
+    given = {name: value for name, value in flat_options(options).items() if value is not None}
+    resolved = given | {"schedule_type": schedule, "schedule_rho": grid.rho}
     return StudentSettings.from_options(resolved | {"sigma_min": sigma_min, "sigma_max": sigma_max})
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from amed.experiments import PREDICTOR, save_predictor
 from amed.predictor import AMEDPredictor
@@ -21,6 +22,7 @@ from denoisers.cards import Card
 from denoisers.conditions import StreamName
 from plans.process import Noise
 from runtime.dist import World
+from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import progress
 from runtime.noise import SeedNoise
@@ -113,6 +115,7 @@ def train(
         for it in range(first, loop.iterations):
             micros = _micros(data, teacher, loop, world, it)
             results = train_batch(predictor, optimizer, student, micros, loop.batch, world.sum_)
+            _check_finite("loss", torch.tensor([r.loss for r in results]), it, loop)
             window.append(results)
             bar.update(loop.batch)
             if (it + 1) % loop.iterations_per_tick and it + 1 < loop.iterations:
@@ -122,10 +125,22 @@ def train(
             window = []
             bar.set_postfix(loss=f"{sum(metrics['loss']):.3f}")
             if world.is_main:
+                _check_finite("predictor", parameters_to_vector(predictor.parameters()), it, loop)
                 images = preview(predictor) if preview else None
+                if images is not None:
+                    _check_finite("preview", images, it, loop)
                 sinks.write((it + 1) * loop.batch, metrics, loop.lr, variance, images)
                 _save(folder, predictor, optimizer, record, it + 1, loop)
             world.barrier()
+
+
+def _check_finite(what: str, values: Tensor, it: int, loop: Loop) -> None:
+    """Raise UserError, before anything is saved, if iteration ``it`` of the training diverged."""
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            f"the training diverged: its {what} is not finite after {(it + 1) * loop.batch} "
+            f"trajectories; give a smaller --lr than {loop.lr:g} (the last good state is kept)"
+        )
 
 
 def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> list[MicroBatch]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
+from commands.numbers import SEED
 from commands.options import (
     PATH,
-    SEED,
     batch_option,
     cache_option,
     device_option,

@@ -17,6 +17,8 @@ from commands.options import (
     json_option,
     metric_options,
     num_option,
+    references_option,
+    statistics_option,
 )
 from evaluation.image_metrics import (
     ImageMetricsOptions,
@@ -51,7 +53,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--images", type=PATH, required=True, help="folder, zip, or .npz of statistics")
-@click.option("--ref", default="cifar10-small", help="bundled name, or .npz; one for each detector")
+@references_option
 @json_option
 @pass_options
 def calc(dry_run: bool, device: str | None, **flags: Any) -> None:
@@ -64,7 +66,7 @@ def calc(dry_run: bool, device: str | None, **flags: Any) -> None:
 
 @main.command()
 @click.option("--data", type=PATH, required=True, help="folder or zip; or .npz of mu and sigma")
-@click.option("--dest", required=True, help=".npz to write; one for each detector")
+@statistics_option(required=True)
 @pass_options
 def ref(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Statistics of images, to compare with later.
@@ -79,8 +81,8 @@ def ref(dry_run: bool, device: str | None, **flags: Any) -> None:
     params=SAMPLING, context_settings={"show_default": True, "default_map": {"seeds": "0-1999"}}
 )
 @click.option("--outdir", metavar="DIR", help="keep the images there too, as sample.py does")
-@click.option("--ref", default="cifar10-small", help="as of calc, or 'none' for --dest alone")
-@click.option("--dest", help=".npz: keep the statistics as a reference; one for each detector")
+@references_option
+@statistics_option(required=False)
 @json_option
 @metric_options
 def gen(dry_run: bool, device: str | None, **flags: Any) -> None:

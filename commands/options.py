@@ -8,55 +8,18 @@ from typing import Any, TypeVar
 
 import click
 
+from commands.numbers import BATCH, NOT_NEGATIVE, SEED, THREADS, blocks, images
 from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
-from runtime.bounds import (
-    MOST_BATCH,
-    MOST_BLOCKS,
-    MOST_IMAGES,
-    MOST_SEED,
-    MOST_THREADS,
-    MOST_UPDATES,
-    MOST_WIDTH,
-)
-from runtime.lists import parse_numbers
+from runtime.bounds import MOST_IMAGES
+from runtime.lists import parse_files, parse_numbers, parse_sources
 from runtime.seeds import SELECTION_START
-from solvers.grids import MOST_NODES, SCHEDULES
+from solvers.grids import SCHEDULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-POSITIVE = click.FloatRange(0, min_open=True)
-
-
-# How much work there may be: all whole numbers of all commands but seeds
-
-
-def nodes(least: int) -> click.IntRange:
-    """Nodes of a grid, and evaluations of a network."""
-    return click.IntRange(least, MOST_NODES)
-
-
-def images(least: int) -> click.IntRange:
-    """Images, latents, points, prompts."""
-    return click.IntRange(least, MOST_IMAGES)
-
-
-def updates(least: int) -> click.IntRange:
-    """Steps of a training, and counts of them."""
-    return click.IntRange(least, MOST_UPDATES)
-
-
-def blocks(least: int) -> click.IntRange:
-    """Parts that results are reported of."""
-    return click.IntRange(least, MOST_BLOCKS)
-
-
-SEED = click.IntRange(0, MOST_SEED)
-WIDTH = click.IntRange(4, MOST_WIDTH)
-BATCH = click.IntRange(1, MOST_BATCH)
-THREADS = click.IntRange(1, MOST_THREADS)
 
 
 def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -167,7 +130,7 @@ guidance_options: Callable[[F], F] = combine(
     ),
     click.option(
         "--guidance_rate",
-        type=click.FloatRange(0),
+        type=NOT_NEGATIVE,
         help="1 is none  [default: the predictor's, or none]",
     ),
 )
@@ -217,9 +180,42 @@ def classic_options(function: F) -> F:
     )(function)
 
 
+def _sources(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> object:
+    return parse_sources(texts)
+
+
+def _statistics(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> object:
+    return parse_files(texts, ".npz") or None
+
+
 predictors_option = click.option(
-    "--predictors", default="", metavar="RUNS", help="numbers, folders or files, by comma"
+    "--predictors",
+    multiple=True,
+    callback=_sources,
+    metavar="RUNS",
+    help="numbers, folders or files, by comma or repeated",
 )
+#: References of several detectors, and the statistics to write for them.
+references_option = click.option(
+    "--ref",
+    multiple=True,
+    callback=_sources,
+    default=("cifar10-small",),
+    help="bundled name, or .npz, or 'none' in gen; one for each detector, by comma or repeated",
+)
+
+
+def statistics_option(required: bool) -> Callable[[F], F]:
+    """``--dest``: files of statistics to write."""
+    return click.option(
+        "--dest",
+        multiple=True,
+        callback=_statistics,
+        required=required,
+        help=".npz to write; one for each detector, by comma or repeated",
+    )
+
+
 detector_path_option = click.option(
     "--detector-path",
     "detector_path",

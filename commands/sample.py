@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from commands.numbers import LIMIT, NOT_NEGATIVE, POSITIVE, SHARE, Number, nodes
 from commands.options import (
-    POSITIVE,
     batch_option,
     class_option,
     device_option,
@@ -16,7 +16,6 @@ from commands.options import (
     guidance_options,
     mask_options,
     model_options,
-    nodes,
     prompt_options,
     seeds_option,
     times_option,
@@ -107,15 +106,15 @@ Examples:
     "--r",
     "--dpm_r",  # torchrun takes --r for an abbreviation of its own options
     "r",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=SHARE,
     help="dpm: where the inserted node lies  [default: 0.5]",
 )
 # Noise: ddpm, edm and restart
-@click.option("--eta", type=click.FloatRange(0, 1), help="ddpm: 0 is DDIM  [default: 1]")
-@click.option("--S_churn", "S_churn", type=click.FloatRange(0), help="[default: 0]")
-@click.option("--S_min", "S_min", type=click.FloatRange(0), help="[default: 0]")
-@click.option("--S_max", "S_max", type=click.FloatRange(0), help="[default: no limit]")
-@click.option("--S_noise", "S_noise", type=click.FloatRange(0), help="[default: 1]")
+@click.option("--eta", type=Number(0, 1), help="ddpm: 0 is DDIM  [default: 1]")
+@click.option("--S_churn", "S_churn", type=NOT_NEGATIVE, help="[default: 0]")
+@click.option("--S_min", "S_min", type=NOT_NEGATIVE, help="[default: 0]")
+@click.option("--S_max", "S_max", type=LIMIT, help="[default: no limit]")
+@click.option("--S_noise", "S_noise", type=NOT_NEGATIVE, help="[default: 1]")
 # Restart
 @click.option(
     "--restart_info",
@@ -123,7 +122,7 @@ Examples:
     help='{"0": [N_restart, K, t_min, t_max], ...}  [default: the model\'s]',
 )
 @click.option("--restart_config", metavar="NAME", help=f"published: {', '.join(configurations())}")
-@click.option("--restart_gamma", type=click.FloatRange(0), help="[default: 0]")
+@click.option("--restart_gamma", type=NOT_NEGATIVE, help="[default: 0]")
 @click.option("--main_solver", type=click.Choice(CLASSIC), help="[default: heun]")
 @click.option("--restart_solver", type=click.Choice(CLASSIC), help="[default: heun]")
 @click.option("--final_zero", type=bool, help="restart: end at 0, not sigma_min  [default: True]")
@@ -136,7 +135,7 @@ Examples:
 # Predictor-corrector
 @click.option("--speed_up", type=nodes(1), help="pds: divides --num_steps  [default: 1]")
 @mask_options
-@click.option("--alpha", type=click.FloatRange(1, min_open=True), help="of masks  [default: 5]")
+@click.option("--alpha", type=Number(1, min_open=True), help="of masks  [default: 5]")
 @click.option("--snr", type=POSITIVE, help="of the corrector  [default: the model's, else 0.16]")
 @click.option("--n_steps", type=nodes(0), help="of the corrector  [default: 1]")
 @click.option(

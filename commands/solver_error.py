@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
+from commands.numbers import BATCH, TOLERANCE
 from commands.options import (
-    BATCH,
-    POSITIVE,
     classic_options,
     condition_options,
     predictors_option,
@@ -32,7 +31,7 @@ Examples:
 @predictors_option
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma")
 @seeds_option("0-31")
-@click.option("--tol", type=POSITIVE, default=1e-4, help="rtol = atol")
+@click.option("--tol", type=TOLERANCE, default=1e-4, help="rtol = atol")
 @click.option(
     "--check", type=bool, default=False, help="also Heun with 200 nodes: is the solution exact?"
 )

@@ -11,20 +11,25 @@ import amed.job
 import ns.job
 from amed.job import TrainOptions
 from amed.settings import STUDENTS
-from commands.options import (
+from commands.numbers import (
     BATCH,
+    FRACTION,
+    NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    Number,
+    images,
+    nodes,
+    updates,
+)
+from commands.options import (
     device_option,
     dry_run_option,
     dtype_option,
     guidance_options,
-    images,
     model_options,
-    nodes,
     prompt_options,
     times_option,
-    updates,
 )
 from denoisers.cards import cards
 from ns.losses import LOSSES
@@ -46,7 +51,6 @@ Examples:
 """
 NS = "ns"  #: the student that is a table
 Options = TypeVar("Options")
-FRACTION = click.FloatRange(0, 1, max_open=True)
 
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
@@ -60,7 +64,7 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--batch-gpu", "batch_gpu", type=BATCH, help="at once per process")
 @click.option("--lr", type=POSITIVE, default=5e-3)
 @click.option("--seed", type=SEED, default=0)
-@click.option("--tick", type=click.FloatRange(0), default=0.5, help="kimg between reports")
+@click.option("--tick", type=NOT_NEGATIVE, default=0.5, help="kimg between reports")
 @click.option("--snap", type=updates(0), default=0, help="ticks between kept predictors")
 @click.option("--desc", help="text to add to the folder's name")
 @click.option("--bench", type=bool, default=True, help="let cuDNN search for fast kernels")
@@ -81,17 +85,15 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--schedule_rho", type=POSITIVE)
 # Additional, for multistep solvers
 @click.option("--max_order", type=click.IntRange(1, 4), help="[default: ipndm 4, dpmpp 3]")
-@click.option("--predict_x0", type=bool, default=True, help="dpmpp: data form")
-@click.option("--lower_order_final", type=bool, default=True, help="dpmpp: taper the order")
-@click.option("--thresholding", type=bool, default=False, help="dpmpp: dynamic thresholding")
+@click.option("--predict_x0", type=bool, help="dpmpp: data form  [default: True]")
+@click.option("--lower_order_final", type=bool, help="dpmpp: taper the order  [default: True]")
+@click.option("--thresholding", type=bool, help="dpmpp: dynamic thresholding  [default: False]")
 # Guidance
 @guidance_options
 # Restart as a teacher
 @click.option("--restart_info", metavar="JSON", help="intervals  [default: the model's own]")
-@click.option("--restart_target", type=click.Choice(TARGETS), default="flow")
-@click.option(
-    "--S_noise", "S_noise", type=click.FloatRange(0), default=1.0, help="jump noise scale"
-)
+@click.option("--restart_target", type=click.Choice(TARGETS), help="[default: flow]")
+@click.option("--S_noise", "S_noise", type=NOT_NEGATIVE, help="of the jumps' noise  [default: 1]")
 # NS solvers, --sampler_stu=ns
 @click.option("--nfe", type=nodes(1), default=5, help="ns: network evaluations")
 @click.option("--trajectories", type=images(1), default=512, help="ns: for refinement")
@@ -101,11 +103,11 @@ FRACTION = click.FloatRange(0, 1, max_open=True)
 @click.option("--loss", type=click.Choice(LOSSES), default="spectral", help="ns: of images")
 @click.option(
     "--exponent",
-    type=click.FloatRange(0, 2),
+    type=Number(0, 2),
     help=f"ns: of the spectrum in the loss  [default: {EXPONENT}]",
 )
 @click.option(
-    "--unpaired", type=click.FloatRange(0), default=0.0, help="ns: weight of Restart's statistics"
+    "--unpaired", type=NOT_NEGATIVE, default=0.0, help="ns: weight of Restart's statistics"
 )
 @click.option("--report", type=updates(1), default=20, help="ns: updates between reports")
 @click.option("--checkpoint", is_flag=True, help="ns: recompute calls, to save memory")

@@ -12,10 +12,8 @@ import click
 from click.core import ParameterSource
 
 from commands import sample
-from commands.options import (
-    PATH,
-    blocks,
-)
+from commands.numbers import blocks
+from commands.options import PATH
 from runtime.errors import UserError
 from runtime.job import execute
 from runtime.options import flag_names, parse_options

@@ -35,6 +35,7 @@ from runtime.errors import UserError
 from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options
+from runtime.outputs import RECORD, claimed
 from runtime.record import RunRecord
 from runtime.seeds import selection_seeds
 from runtime.typed import to_plain
@@ -48,7 +49,6 @@ EXTRA: dict[str, tuple[str, ...]] = {
     "learned-restart": ("restart_info",),
 }
 PDS_ITERATIONS = "50"  #: 20 times fewer than published without preconditioning
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CompareOptions:
     """What ``compare.py`` is asked for, under the names of its flags."""
 
     harness: HarnessOptions
-    predictors: str = ""
+    predictors: tuple[str, ...] = ()
     budgets: str = "3,5,7,9"
     num: int = 2000  #: images per row
     blocks: int = 4
@@ -118,6 +118,10 @@ class ComparisonJob:
 
         ``harness`` takes the place of the one that the options name.
         """
+        with claimed(self.folder, here, self.command):
+            return self._run(here, harness)
+
+    def _run(self, here: World, harness: Harness | None) -> str:
         if harness is None:
             harness = open_harness(self.harness, self.seeds, self.blocks, here)
         record = self.record(harness)

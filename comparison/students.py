@@ -10,7 +10,6 @@ from denoisers.cards import Card
 from ns.experiments import AnyStudent, TrainedTable, load_student
 from restart.intervals import interval_json, resolve_intervals
 from runtime.errors import UserError
-from runtime.lists import parse_words
 from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.options import SamplerOptions
@@ -30,13 +29,13 @@ OWN_SOLVER = {"amed": "dpm", "euler": "euler", "dpm": "dpm", "dpmpp": "dpmpp", "
 SEGMENTS = {"main": "{} main", "restart": "{} descents", "both": "{}"}
 
 
-def load_students(specs: str, card: Card) -> list[AnyStudent]:
-    """Read the students of ``--predictors``: numbers, folders or files, separated by commas.
+def load_students(specs: Sequence[str], card: Card) -> list[AnyStudent]:
+    """Read the students of ``--predictors``: numbers, folders or files.
 
     Raises UserError for one that is missing or was trained for another model.
     """
     students: list[AnyStudent] = []
-    for spec in parse_words(specs):
+    for spec in specs:
         student = load_student(spec, ROOT)
         if student.dataset_name != card.name:
             raise UserError(

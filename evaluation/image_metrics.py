@@ -22,6 +22,7 @@ from metrics.summary import FeatureSummary
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.options import flat_options
+from runtime.outputs import check_file
 from runtime.record import RunRecord
 
 STATISTICS = ".npz"  #: ending of files of statistics
@@ -35,7 +36,7 @@ class ImageMetricsOptions:
     images: Path  #: folder, zip, or .npz of statistics
     metric: MetricOptions
     reading: ImagePassOptions
-    ref: str = "cifar10-small"
+    ref: tuple[str, ...] = ("cifar10-small",)  #: for each detector
     result_path: Path | None = None
 
 
@@ -56,6 +57,7 @@ class ImageMetricsJob:
     def run(self, here: World) -> str:
         """Measure, and write the result where asked; returns the metrics in words."""
         options = self.options
+        check_file(options.result_path, "--json", here)
         detectors = open_detectors(options.metric.detector, here)
         references = options.metric.open_references(options.ref, detectors)
         with self._summaries(detectors, here) as summaries:
@@ -78,7 +80,7 @@ def prepare_metrics(options: ImageMetricsOptions) -> ImageMetricsJob:
     Raises UserError or ValueError, one sentence with the remedy.
     """
     options.metric.needs()
-    options.metric.split("--ref", options.ref)
+    options.metric.check_each("--ref", options.ref)
     num = options.reading.num
     if options.images.suffix == STATISTICS and num is not None:
         raise UserError(
@@ -92,7 +94,7 @@ class StatisticsOptions:
     """What ``fid.py ref`` is asked for, under the names of its flags."""
 
     data: Path  #: folder, zip, or .npz of mu and sigma
-    dest: str  #: a file for each detector
+    dest: tuple[str, ...]  #: a file for each detector
     metric: MetricOptions
     reading: ImagePassOptions
 
@@ -110,6 +112,8 @@ class StatisticsJob:
     def run(self, here: World) -> str:
         """Write the statistics for each detector; returns which files."""
         options = self.options
+        for file in options.metric.destinations(options.dest):
+            check_file(file, "--dest", here)
         detectors = open_detectors(options.metric.detector, here)
         with self._summaries(detectors, here) as summaries:
             if not here.is_main:

@@ -12,9 +12,9 @@ from image_data.prompts import read_prompts
 from image_data.sources import ImageSource
 from metrics.draws import choose
 from runtime.errors import UserError
+from runtime.outputs import RECORD
 from runtime.record import RunRecord
 from runtime.typed import pick, to_plain
-from samplers.folder import RECORD
 
 
 @dataclass(frozen=True)

@@ -41,27 +41,29 @@ class MetricOptions:
         """What the metrics need of the images; ``kept`` also where ``--features`` asks for it."""
         return needs_of(self.names, self.features, always=kept and self.features is not None)
 
-    def split(self, flag: str, text: str) -> list[str]:
-        """The values of an option that has one for each detector, in their order."""
-        values, count = [part.strip() for part in text.split(",")], len(self.detector.sources())
+    def check_each(self, flag: str, values: Sequence[str]) -> None:
+        """Raise UserError unless an option has one value for each detector."""
+        count = len(self.detector.sources())
         if len(values) != count:
             raise UserError(
-                f"{flag} {text} names {len(values)} for {count} detectors: give one for each, "
-                "separated by commas"
+                f"{flag} {','.join(values)} names {len(values)} for {count} detectors: give one "
+                "for each, separated by commas, or repeat the option for paths with a comma"
             )
-        return values
 
-    def destinations(self, dest: str) -> list[str]:
+    def destinations(self, files: Sequence[str]) -> Sequence[str]:
         """The files of ``--dest``, one for each detector; UserError for another ending."""
-        files = self.split("--dest", dest)
+        self.check_each("--dest", files)
         for file in files:
             if not file.endswith(".npz"):
                 raise UserError(f"--dest {file} has to end in .npz: statistics are known by that")
         return files
 
-    def open_references(self, ref: str, detectors: Sequence[Detector]) -> list[FeatureSummary]:
+    def open_references(
+        self, files: Sequence[str], detectors: Sequence[Detector]
+    ) -> list[FeatureSummary]:
         """The reference of each detector, checked to hold what the metrics need."""
-        files, needs = self.split("--ref", ref), reference_needs(self.names)
+        self.check_each("--ref", files)
+        needs = reference_needs(self.names)
         return [
             require(FeatureSummary.load(file, detector), needs)
             for file, detector in zip(files, detectors, strict=True)

@@ -7,6 +7,7 @@ deterministic solver would make of the same seed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from runtime.files import cache_folder
 from runtime.images import to_uint8_tensor
 from runtime.log import progress
 from runtime.options import Json, flat_options
+from runtime.outputs import check_file, claimed
 from runtime.record import RunRecord
 from runtime.seeds import CONVERGED_START, parse_seeds
 from samplers.folder import FREE, Folder
@@ -134,6 +136,12 @@ class OdeSampleJob:
 
     def run(self, here: World) -> str:
         """Make the statistics and the images that are not there yet; returns what was made."""
+        options = self.options
+        check_file(options.dest, "--dest", here)
+        with nullcontext() if options.outdir is None else claimed(options.outdir, here):
+            return self._run(here)
+
+    def _run(self, here: World) -> str:
         options, source = self.options, self.options.model
         model, dest = source.load(here), options.dest
         share, dtype = here.share(options.batch), source.state_dtype

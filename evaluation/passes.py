@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +22,9 @@ from checkpoints.arrays import read_npz, require_like
 from metrics.detectors import Detector
 from metrics.summary import Collector, FeatureSummary, Gathers, Requirements, collect
 from runtime.dist import World
-from runtime.errors import UserError
+from runtime.errors import UserError, reason
 from runtime.files import atomic_write
-from runtime.log import progress
+from runtime.log import note, progress
 
 T = TypeVar("T")
 SAVE_EVERY = 60.0  #: seconds of work that an interruption may cost
@@ -59,7 +61,7 @@ class UnfinishedPass:
 
     def load(self) -> int:
         """Restore what the file holds; returns its number of images, 0 without a file."""
-        done = self._read() if self.here.is_main and self.file.is_file() else 0
+        done = self._read() if self.here.is_main and os.path.isfile(self.file) else 0
         return self.here.broadcast_object(done)
 
     def _read(self) -> int:
@@ -79,14 +81,35 @@ class UnfinishedPass:
                 "it and run again"
             ) from error
 
-    def save(self, done: int) -> None:
-        """Write what all ranks hold after ``done`` images; call it on every rank."""
+    def save(self, done: int) -> bool:
+        """Write what all ranks hold after ``done`` images; call it on every rank.
+
+        Returns False, with a note, on rank 0 of a cache that cannot be written: it is a help, not a
+        condition.
+        """
         states = [collector.state() for collector in self.collectors]
         if self.here.is_main:
             named: dict[str, Any] = {"done": done}
             named |= {f"{i}/{n}": part for i, s in enumerate(states) for n, part in s.items()}
-            with atomic_write(self.file) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **named)
+            try:
+                with atomic_write(self.file) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **named)
+            except (OSError, UserError) as error:
+                note(
+                    f"note: the state of this pass cannot be kept in {self.file.parent} "
+                    f"({reason(error)}): if it is interrupted, it begins anew"
+                )
+                return False
+        return True
+
+    def remove(self) -> None:
+        """Remove the file on rank 0, with a note if it cannot be removed."""
+        if not (self.here.is_main and os.path.isfile(self.file)):
+            return
+        try:
+            self.file.unlink()
+        except OSError as error:
+            note(f"note: {self.file} cannot be removed ({reason(error)})")
 
 
 def gather_features(
@@ -125,8 +148,7 @@ def resumable_pass(
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     state = UnfinishedPass(cache / FOLDER / f"{name[:32]}.npz", collectors, stream.total, here)
     yield _run(stream, state, here)
-    if here.is_main:
-        state.file.unlink(missing_ok=True)
+    state.remove()
 
 
 def _run(stream: ImageStream, state: UnfinishedPass, here: World) -> list[Any]:
@@ -147,8 +169,7 @@ def _save_between_batches(
     def save() -> None:
         nonlocal saved
         if here.broadcast_object(time.monotonic() > saved + SAVE_EVERY):
-            state.save(done)
-            saved = time.monotonic()
+            saved = time.monotonic() if state.save(done) else math.inf
 
     for images in stream.batches(start, bar):
         yield images  # the collectors have them when the next ones are asked for

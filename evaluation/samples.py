@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from runtime.errors import UserError
 from runtime.files import cache_folder
 from runtime.images import to_uint8_tensor
 from runtime.options import flat_options
+from runtime.outputs import check_file, claimed
 from runtime.record import RunRecord
 from samplers.folder import FREE, Folder
 from samplers.generate import SampleBatch
@@ -49,8 +50,8 @@ class SampleMetricsOptions:
 
     sampling: SampleOptions = field(default_factory=SampleOptions)
     metric: MetricOptions = field(default_factory=MetricOptions)
-    ref: str = "cifar10-small"
-    dest: str | None = None
+    ref: tuple[str, ...] = ("cifar10-small",)  #: for each detector, or `NONE`
+    dest: tuple[str, ...] | None = None
     result_path: Path | None = None
 
 
@@ -82,9 +83,17 @@ class SampleMetricsJob:
 
     def run(self, here: World) -> str:
         """Sample, measure and write; returns the metrics and what was written, in words."""
+        options = self.options
+        check_file(options.result_path, "--json", here)
+        for file in [] if options.dest is None else options.metric.destinations(options.dest):
+            check_file(file, "--dest", here)
+        with nullcontext() if self.folder is None else claimed(self.folder.path, here):
+            return self._run(here)
+
+    def _run(self, here: World) -> str:
         options, text = self.options, []
         detectors, references = open_detectors(options.metric.detector, here), []
-        if options.ref != NONE:
+        if options.ref != (NONE,):
             references = options.metric.open_references(options.ref, detectors)
         with self._measure(detectors, here) as (record, summaries):
             if here.is_main and options.dest is not None:
@@ -152,7 +161,7 @@ def prepare(options: SampleMetricsOptions) -> SampleMetricsJob:
     """
     metric, dest, sampling = options.metric, options.dest, options.sampling
     metric.needs(kept=True)
-    if options.ref == NONE and (dest is None or options.result_path is not None):
+    if options.ref == (NONE,) and (dest is None or options.result_path is not None):
         raise UserError(
             "--ref none measures nothing: give --dest to keep the statistics, and no --json"
         )
@@ -161,8 +170,8 @@ def prepare(options: SampleMetricsOptions) -> SampleMetricsJob:
     job = prepare_sampling(sampling)
     if len(job.seeds) < 2:
         raise UserError(f"--seeds {sampling.seeds} is one image, statistics need two: give more")
-    if options.ref != NONE:
-        metric.split("--ref", options.ref)
+    if options.ref != (NONE,):
+        metric.check_each("--ref", options.ref)
     if dest is not None:
         metric.destinations(dest)
     return SampleMetricsJob(options, job)

@@ -26,6 +26,7 @@ from runtime.errors import UserError
 from runtime.files import cache_folder, download, write_json
 from runtime.lists import parse_words
 from runtime.options import flat_options
+from runtime.outputs import check_file
 from runtime.record import RunRecord
 
 NAMES = ("clip", "aesthetic")
@@ -93,6 +94,7 @@ class ScoreJob:
     def run(self, here: World) -> str:
         """Score, and write the result where asked; returns the means in words."""
         options = self.options
+        check_file(options.result_path, "--json", here)
         source = options.prompts if "clip" in options.scorers.names else None
         images = pair_images(options.images, options.reading, source)
         scorers = open_scorers(options.scorers, here)

@@ -5,8 +5,10 @@ Images are ``00000/img00000000.png`` and so on; ``dataset.json`` holds their cla
 
 from __future__ import annotations
 
+import glob
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from image_data.raw.dataset import BrokenImage, RawDataset
 from runtime.errors import UserError
 from runtime.images import Pixels
 from runtime.log import TextLog, progress
+from runtime.outputs import locked
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  #: time of every file in a zip, so that equal images give equal bytes
 
@@ -82,13 +85,22 @@ WriteFile = Callable[[str, bytes], None]
 def destination(dest: Path) -> Iterator[WriteFile]:
     """A function that adds a file to the zip or folder ``dest``, which appears once it is complete.
 
-    Until then the files are in a hidden folder beside it, which is only left behind if the process
-    is killed.  Raises UserError if ``dest`` exists.
+    Until then the files are in a hidden folder beside it; that of a killed process is removed when
+    ``dest`` is written again.  Raises UserError if ``dest`` exists, or another process writes it.
     """
-    if dest.exists():
-        raise UserError(f"{dest} exists already: remove it, or give another --dest")
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}.") as scratch:
+    hidden = f".{dest.name}."
+    with locked(dest.with_name(f"{hidden}lock"), dest):
+        if dest.exists():
+            raise UserError(f"{dest} exists already: remove it, or give another --dest")
+        for left in dest.parent.glob(f"{glob.escape(hidden)}*/"):
+            shutil.rmtree(left)
+        with _scratch(dest, hidden) as write:
+            yield write
+
+
+@contextmanager
+def _scratch(dest: Path, hidden: str) -> Iterator[WriteFile]:
+    with tempfile.TemporaryDirectory(dir=dest.parent, prefix=hidden) as scratch:
         unfinished = Path(scratch, dest.name)
         if dest.suffix.lower() == ".zip":
             with ZipFile(unfinished, "w", ZIP_STORED) as archive:

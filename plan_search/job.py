@@ -26,12 +26,14 @@ from runtime.dist import World
 from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options
+from runtime.outputs import RECORD, claimed
 from runtime.record import RunRecord
 from runtime.seeds import selection_seeds
 from runtime.typed import to_plain
 
 OBJECTIVES: dict[str, Callable[[Harness], Objective]] = {"fid": Fid, "dopri5": Dopri5Error}
 #: Images per candidate in each round: FID needs many, the distance to the exact plan few.
+COMMAND = "plan_search"  #: of the record
 ROUNDS = {"fid": "64,256,1024", "dopri5": "4,16"}
 
 
@@ -78,7 +80,7 @@ class PlanSearchJob:
             "device": None if here is None else str(here.device),
         }
         model = {"name": self.card.name, "sha256": about["model_sha256"]}
-        return RunRecord.make("plan_search", given, model, plan)
+        return RunRecord.make(COMMAND, given, model, plan)
 
     def outline(self) -> str:
         """The record, and how many plans and images each budget has: for a dry run."""
@@ -90,10 +92,14 @@ class PlanSearchJob:
 
     def run(self, here: World) -> str:
         """Search every budget; returns the best plans, how to sample with them, and the traces."""
+        with claimed(self.options.outdir, here, COMMAND):
+            return self._run(here)
+
+    def _run(self, here: World) -> str:
         options, rounds = self.options, self.rounds
         harness = open_harness(options.harness, self.seeds, 1, here)
         if here.is_main:
-            self.record(to_plain(harness.identity), here).write(options.outdir / "run.json")
+            self.record(to_plain(harness.identity), here).write(options.outdir / RECORD)
         objective = OBJECTIVES[options.objective](harness)
         total = sum(search_images(len(plans), rounds) for plans in self.fields.values())
         lines = []

@@ -13,6 +13,10 @@ from runtime.errors import UserError
 from solvers.registry import make_solver
 from solvers.types import Guide, Solver
 
+MOST_CHURN = 1e4  #: S_churn has no more effect from sqrt(2) - 1 times the number of intervals on
+MOST_NOISE = 10.0  #: S_noise has published values from 1 to 1.01
+MOST_GAMMA = 1.0  #: restart_gamma, a relative increase, is 0.05 where published
+
 
 @dataclass(frozen=True)
 class WalkSpec:
@@ -48,19 +52,27 @@ class Churn:
     S_noise: float = 1.0  #: scale of the noise
 
     def __post_init__(self) -> None:
-        check_noise(S_churn=self.S_churn, S_min=self.S_min, S_noise=self.S_noise)
-        check_noise(infinite=True, S_max=self.S_max)
+        check_noise(MOST_CHURN, S_churn=self.S_churn)
+        check_noise(MOST_NOISE, S_noise=self.S_noise)
+        check_noise(S_min=self.S_min)
+        check_noise(S_max=self.S_max, infinite=True)
+        if self.S_min > self.S_max:
+            raise UserError(
+                f"S_min = {self.S_min:g} is above S_max = {self.S_max:g}, with no level between: "
+                "exchange them, or give S_churn 0"
+            )
 
     def gamma(self, ts: Tensor) -> float:
         """Relative increase of the noise level in every interval of ``ts``, at most sqrt(2) - 1."""
         return min(self.S_churn / int((ts > 0).sum()), math.sqrt(2) - 1)
 
 
-def check_noise(infinite: bool = False, **settings: float) -> None:
-    """Raise UserError for a setting that is negative, NaN or, unless allowed, infinite."""
+def check_noise(most: float = math.inf, infinite: bool = False, **settings: float) -> None:
+    """Raise UserError unless every setting is from 0 to ``most``, and finite unless allowed."""
     for name, value in settings.items():
-        if not value >= 0 or (math.isinf(value) and not infinite):
-            raise UserError(f"{name} = {value:g} is invalid; give a number of at least 0")
+        if not 0 <= value <= most or (math.isinf(value) and not infinite):
+            limit = f" and at most {most:g}" if math.isfinite(most) else ""
+            raise UserError(f"{name} = {value:g} is invalid; give a number of at least 0{limit}")
 
 
 def churned_walk(

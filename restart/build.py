@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plans.plan import TIME_TOLERANCE, Jump, Plan, Solve
-from plans.walk import Churn, WalkSpec, check_noise, churned_walk
+from plans.walk import MOST_GAMMA, Churn, WalkSpec, check_noise, churned_walk
 from restart.intervals import Interval, check_interval
 from runtime.errors import UserError
 from solvers.grids import get_grid
@@ -40,7 +40,7 @@ def restart_plan(
     ``("restart", i, k, "churn", j)``, where i is an index into ``intervals``.
     Raises UserError, naming the interval, for intervals that do not fit the grid.
     """
-    check_noise(restart_gamma=restart_gamma)
+    check_noise(MOST_GAMMA, restart_gamma=restart_gamma)
     churn = churn or Churn()
     main, descent = WalkSpec.of(main), WalkSpec.of(descent or make_solver("heun"))
     gamma = churn.gamma(main_ts)

@@ -68,7 +68,7 @@ def resolve_intervals(text: str | None, card: IntervalDefaults) -> Line:
 
     Raises UserError if there are none, and as `parse_restart_line` does.
     """
-    if text:
+    if text is not None:
         return parse_restart_line(text)
     if not card.restart_info:
         raise UserError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 import urllib.error
 import urllib.parse
@@ -30,24 +32,49 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; on success it is renamed to ``path``.
 
     The folder is created if needed. If the block raises, the temporary file is removed and an
-    existing ``path`` is left unchanged. The temporary name starts with a dot and ends in ``.tmp``,
-    so that a file left behind by a killed process is never mistaken for a result. Pass the format
-    to writers that infer it from the name (PIL, matplotlib), and an open file to ``numpy.savez``,
-    which appends to the name.
+    existing ``path`` is left unchanged; a full disk is a UserError. The temporary name starts with
+    a dot and ends in ``.tmp``, so that a file left behind by a killed process is never mistaken for
+    a result. Pass the format to writers that infer it from the name (PIL, matplotlib), and an open
+    file to ``numpy.savez``, which appends to the name.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if not temporary.exists():
+                raise RuntimeError(
+                    f"nothing was written to {temporary}: did the writer append a suffix?"
+                )
+            share(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: str | Path) -> Iterator[None]:
+    """Raise UserError, with the path and the free space, where the disk is full."""
     try:
-        yield temporary
-        if not temporary.exists():
-            raise RuntimeError(
-                f"nothing was written to {temporary}: did the writer append a suffix?"
-            )
-        share(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:  # safetensors and torch have errors of their own
+        if not _is_full(error):
+            raise
+        parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        free = shutil.disk_usage(parent).free / 2**20
+        raise UserError(
+            f"{path} cannot be written, the disk is full ({free:.1f} MiB are free): make room "
+            "and run again"
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors and torch's older format pass the system's words on; the newer one's writer only
+    # notices that its file is too short
+    return any(words in str(error) for words in ("No space left", "Disk quota", "inline_container"))
 
 
 def share(path: Path) -> None:

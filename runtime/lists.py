@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
 from runtime.errors import UserError
 
 
@@ -43,3 +47,24 @@ def _between(part: str, least: int, most: int) -> bool:
 def parse_words(text: str) -> list[str]:
     """``"a, b"`` -> ["a", "b"]; empty parts are left out."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_sources(texts: Iterable[str]) -> tuple[str, ...]:
+    """Names and paths that exist, from an option that may be repeated: ``("1,2", "a,b/x")``.
+
+    A text that is the path of something is one value, commas and all; any other is a list.
+    """
+    return tuple(
+        value
+        for text in texts
+        for value in ([text] if text and Path(text).exists() else parse_words(text))
+    )
+
+
+def parse_files(texts: Iterable[str], suffix: str) -> tuple[str, ...]:
+    """Files to write, all with ``suffix``, from an option that may be repeated.
+
+    A list is separated by the commas that follow the suffix, so others may be part of a path.
+    """
+    between = rf"(?<={re.escape(suffix)})\s*,"
+    return tuple(part.strip() for text in texts for part in re.split(between, text))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from runtime.dist import environment
 from runtime.errors import UserError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, room_for
 from runtime.typed import parse_json
 
 if TYPE_CHECKING:
@@ -47,13 +47,15 @@ class JsonLines:
     def append(self, row: dict[str, Any]) -> None:
         """Write one row; to be resumable, it needs an integer ``step``."""
         if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
+            with room_for(self._file.name):
+                self._file.write(_line(row))
+                self._file.flush()
 
     def close(self) -> None:
         """Close the file; further rows are an error."""
         if self._file is not None:
-            self._file.close()
+            with room_for(self._file.name):  # what could not be written is tried once more
+                self._file.close()
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -88,7 +90,7 @@ class TextLog:
             return
         tqdm.write(message)
         if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with room_for(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write(message + "\n")
 
 

@@ -36,9 +36,34 @@ def parse_seeds(text: str) -> list[int]:
     Raises:
         UserError: no seeds, an invalid or a decreasing range, a repeated seed.
     """
-    seeds: list[int] = []
+    ranges = _parse_ranges(text)
+    if sum(last - first + 1 for first, last in ranges) > MAX_SEEDS:
+        raise UserError(f"seeds '{text}': more than {MAX_SEEDS} seeds, use several runs")
+    seeds = [seed for first, last in ranges for seed in range(first, last + 1)]
+    if len(set(seeds)) < len(seeds):
+        repeated = Counter(seeds).most_common(1)[0][0]
+        raise UserError(f"seeds '{text}': seed {repeated} is given twice, give it once")
+    return seeds
+
+
+def seed_ranges(seeds: Iterable[int]) -> str:
+    """The seeds in increasing order, as `parse_seeds` reads them: ``0-9,12``."""
+    return _write_ranges((seed, seed) for seed in seeds)
+
+
+def join_seeds(*texts: str) -> str:
+    """The seeds of all ``texts`` in increasing order, each once, as `seed_ranges` writes them.
+
+    No list of them is made, however many they are.  Raises UserError for anything but seeds.
+    """
+    return _write_ranges(ends for text in texts for ends in _parse_ranges(text))
+
+
+def _parse_ranges(text: str) -> list[tuple[int, int]]:
+    """The first and the last seed of every part of ``text``."""
+    ranges: list[tuple[int, int]] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", part)
         if match is None:
             raise UserError(
                 f"seeds '{text}': '{part.strip()}' is neither a number nor a range, "
@@ -49,21 +74,15 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(
                 f"seeds '{text}': the range {first}-{last} decreases, write {last}-{first}"
             )
-        if len(seeds) + last - first >= MAX_SEEDS:
-            raise UserError(f"seeds '{text}': more than {MAX_SEEDS} seeds, use several runs")
-        seeds.extend(range(first, last + 1))
-    if len(set(seeds)) < len(seeds):
-        repeated = Counter(seeds).most_common(1)[0][0]
-        raise UserError(f"seeds '{text}': seed {repeated} is given twice, give it once")
-    return seeds
+        ranges.append((first, last))
+    return ranges
 
 
-def seed_ranges(seeds: Iterable[int]) -> str:
-    """The seeds in increasing order, as `parse_seeds` reads them: ``0-9,12``."""
-    ranges: list[list[int]] = []
-    for seed in sorted(seeds):
-        if ranges and seed == ranges[-1][1] + 1:
-            ranges[-1][1] = seed
+def _write_ranges(ranges: Iterable[tuple[int, int]]) -> str:
+    merged: list[list[int]] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1][1] = max(merged[-1][1], last)
         else:
-            ranges.append([seed, seed])
-    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in ranges)
+            merged.append([first, last])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in merged)

@@ -11,12 +11,12 @@ from pathlib import Path
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import film_strip, image_grid, read_png, save_png, to_uint8
+from runtime.outputs import RECORD
 from runtime.record import RunRecord
-from runtime.seeds import parse_seeds, seed_ranges
+from runtime.seeds import join_seeds
 from runtime.typed import pick
 from samplers.generate import SampleBatch
 
-RECORD = "run.json"
 MAX_PICTURE = 256  #: images in an overview picture, rows in a picture of film strips
 #: Options that may change when a folder is continued, because they do not affect the images.
 FREE = (
@@ -154,7 +154,11 @@ def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
             f"{'; '.join(differences[:2])}{more}): give another --outdir, or remove that folder"
         )
     earlier = pick(_FolderOptions, older.options, f"the options in {path / RECORD}").seeds
-    seeds = seed_ranges({*parse_seeds(earlier), *parse_seeds(record.options["seeds"])})
+    texts = [str(seeds) for seeds in (earlier, record.options.get("seeds")) if seeds]
+    try:
+        seeds = join_seeds(*texts)
+    except UserError as error:
+        raise UserError(f"{path / RECORD}: {error}") from None
     return dataclasses.replace(record, options={**record.options, "seeds": seeds})
 
 

@@ -20,6 +20,7 @@ from runtime.dist import World, environment
 from runtime.errors import UserError
 from runtime.log import progress, watch_batch
 from runtime.options import Json, flat_options
+from runtime.outputs import claimed
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
 from samplers.build import build
@@ -88,6 +89,10 @@ class SamplingJob:
         ``model`` is the job's model if it is loaded already.
         """
         check_coupled(self.sampler, len(self.seeds), self.options.batch, here.size)
+        with claimed(self.folder.path, here):
+            return self._run(here, model)
+
+    def _run(self, here: World, model: Model | None) -> SamplingResult:
         model = model or self.source.load(here)
         record = self.record(model.sha256, here)
         record, missing = self.folder.open_on_all(record, self.seeds, here)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from plans.walk import Churn
 from runtime.errors import UserError
-from solvers.grids import Grid
+from solvers.grids import Grid, check_exponent
 from solvers.registry import CLASSIC, SOLVERS, SolverOptions
 
 LEARNED = ("main", "restart", "both")
@@ -153,6 +153,7 @@ def check_grid(options: SamplerOptions) -> None:
             f"--num_steps {options.num_steps} and --nfe {options.nfe} both set the number of "
             "steps: give one of them"
         )
+    check_exponent(options.schedule_type or "polynomial", options.schedule_rho)
     if options.times is None:
         return
     grid = options.grid

@@ -21,6 +21,9 @@ SCHEDULES = tuple(DEFAULT_RHO)
 MOST_NODES = 10_000  #: of a grid; the longest published samplers have 4000 steps
 EXPLICIT = "explicit"  #: the schedule of a grid whose noise levels are given one by one
 
+#: Beside noise of this level float32 no longer resolves a grey level: its spacing is 2/256.
+LARGEST_SIGMA = 1e5
+
 #: Smallest time of the VP process behind ``time_uniform`` (Song et al. 2021, arXiv:2011.13456).
 VP_EPSILON = 1e-3
 
@@ -73,21 +76,26 @@ class Grid:
     def explicit(cls, times: Sequence[float]) -> Grid:
         """The grid of these noise levels.
 
-        Raises ValueError unless they are two or more, finite, positive and decreasing.
+        Raises ValueError unless they are two or more, positive, decreasing, and at most
+        `LARGEST_SIGMA`.
         """
         pairs = zip(times, times[1:], strict=False)
-        if len(times) < 2 or not all(0 < b < a < math.inf for a, b in pairs):
+        if len(times) < 2 or not all(0 < b < a <= LARGEST_SIGMA for a, b in pairs):
             raise ValueError(
                 f"the noise levels {', '.join(f'{t:g}' for t in times) or '()'} are no grid: give "
-                "two or more that decrease and stay above 0"
+                f"two or more that decrease from {LARGEST_SIGMA:g} or less and stay above 0"
             )
         return cls(EXPLICIT, len(times), None, times[-1], times[0], times=tuple(times))
 
     def resolve(self, card: NoiseRange) -> Grid:
-        """The same grid with every default filled in from the schedule and from ``card``."""
+        """The same grid with every default filled in from the schedule and from ``card``.
+
+        An exponent of a schedule that has none is dropped.
+        """
+        default = DEFAULT_RHO.get(self.schedule_type)
         return replace(
             self,
-            rho=DEFAULT_RHO.get(self.schedule_type) if self.rho is None else self.rho,
+            rho=default if None in (default, self.rho) else self.rho,
             sigma_min=card.sigma_min if self.sigma_min is None else self.sigma_min,
             sigma_max=card.sigma_max if self.sigma_max is None else self.sigma_max,
             time_maps=card.time_maps if self.time_maps is None else self.time_maps,
@@ -169,6 +177,18 @@ def get_grid(
     return grid
 
 
+def check_exponent(schedule_type: str, rho: float | None) -> None:
+    """Raise ValueError for an exponent that was asked for of a schedule that has none.
+
+    Grids themselves take and ignore it, because published predictors state one for every schedule.
+    """
+    if rho is not None and DEFAULT_RHO.get(schedule_type, rho) is None:
+        raise ValueError(
+            f"--schedule_rho {rho:g} is not an option of --schedule_type {schedule_type}, which "
+            "has no exponent: leave it out"
+        )
+
+
 def _discrete(
     num_steps: int, sigma_min: float, sigma_max: float, rho: float | None, maps: TimeMaps | None
 ) -> Tensor:
@@ -184,7 +204,13 @@ def _discrete(
 
 def _power_ramp(first: float, last: float, num_steps: int, rho: float | None) -> Tensor:
     assert rho is not None
-    a, b = first ** (1 / rho), last ** (1 / rho)
+    try:
+        a, b = first ** (1 / rho), last ** (1 / rho)
+    except OverflowError:
+        raise ValueError(
+            f"schedule_rho = {rho:g} is too small: {max(first, last):g} to the power of 1 / rho is "
+            "no float; give a larger one, such as 1"
+        ) from None
     ramp = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
     return (a + ramp * (b - a)) ** rho
 
@@ -207,9 +233,9 @@ def _check(
     _check_length(num_steps)
     if num_steps < 2:
         raise ValueError(f"a grid of {num_steps} node(s) has no interval; give num_steps >= 2")
-    if not 0 < sigma_min < sigma_max < math.inf:
+    if not 0 < sigma_min < sigma_max <= LARGEST_SIGMA:
         raise ValueError(
-            "noise levels must satisfy 0 < sigma_min < sigma_max, "
+            f"noise levels must satisfy 0 < sigma_min < sigma_max <= {LARGEST_SIGMA:g}, "
             f"got sigma_min = {sigma_min:g}, sigma_max = {sigma_max:g}"
         )
     if rho is not None and not rho > 0:

@@ -25,7 +25,7 @@ from runtime.files import cache_folder, sha256_file
 from runtime.log import note, progress
 from runtime.options import Json, flat_options
 from runtime.record import RunRecord
-from solvers.grids import Grid
+from solvers.grids import Grid, check_exponent
 from teachers.build import RestartSupervision, build_teacher
 from teachers.supervision import GridTeacher
 from teachers.trajectory_files import (
@@ -215,6 +215,7 @@ def prepare(options: TrajectoryOptions) -> TrajectoryJob:
     Raises UserError or ValueError, one sentence with the remedy.
     """
     _check(options)
+    check_exponent(options.schedule_type, options.schedule_rho)
     card = options.model.card()
     conditions = options.conditions.resolve(card)
     grid = Grid(options.schedule_type, options.num_steps, options.schedule_rho).resolve(card)

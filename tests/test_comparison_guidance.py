@@ -82,7 +82,7 @@ def every_row(job: ComparisonJob) -> list[Row]:
 
 
 def test_a_guided_student_stands_in_the_table_of_what_it_spends(model: GuidedModel) -> None:
-    job = prepare_comparison(options(predictors="1,2", budgets="10", extra=("pds",)))
+    job = prepare_comparison(options(predictors=("1", "2"), budgets="10", extra=("pds",)))
     rows = {budget: [row.method for row in rows] for budget, rows in job.rows.items()}
     assert "AMED-Solver" in rows[10] and "AMED plugin on iPNDM" in rows[10]
     assert {"iPNDM(4)", "iPNDM(4) + AFS", "DPM-Solver-2 + AFS"} <= set(rows[10])
@@ -92,28 +92,30 @@ def test_a_guided_student_stands_in_the_table_of_what_it_spends(model: GuidedMod
     assert [row.method for row in job.ceilings] == ["Heun-70", "Restart-86"]
     assert job.harness.conditions.guidance_rate == job.facts["guidance_rate"] == 2.0
     with pytest.raises(UserError, match="spends 10 NFE, which is not among --budgets"):
-        prepare_comparison(options(predictors="1", budgets="5"))
+        prepare_comparison(options(predictors=("1",), budgets="5"))
     with pytest.raises(UserError, match="no Restart plan spends exactly 9 NFE"):  # calls cost 2
-        prepare_comparison(options(predictors="1", budgets="9,10"))
+        prepare_comparison(options(predictors=("1",), budgets="9,10"))
 
 
 def test_the_rate_that_was_asked_for_decides(model: GuidedModel) -> None:
-    job = prepare_comparison(options(1.0, predictors="1,2,3", budgets="5"))
+    job = prepare_comparison(options(1.0, predictors=("1", "2", "3"), budgets="5"))
     assert [row.budget for row in job.rows[5] if row.group == "learned"] == [5, 5, 5]
     assert {row.sampler.guidance_rate for row in every_row(job)} == {1.0}
     assert {row.sampler.cost for row in every_row(job)} == {1}
-    assert prepare_comparison(options(predictors="3", budgets="5")).facts["guidance_rate"] is None
+    assert (
+        prepare_comparison(options(predictors=("3",), budgets="5")).facts["guidance_rate"] is None
+    )
     assert prepare_comparison(options(budgets="5")).facts["guidance_rate"] is None
 
 
 def test_students_that_disagree_are_named_with_the_remedy(model: GuidedModel) -> None:
     with pytest.raises(UserError) as caught:
-        prepare_comparison(options(predictors="1,2,3", budgets="5,10"))
+        prepare_comparison(options(predictors=("1", "2", "3"), budgets="5,10"))
     said = str(caught.value)
     assert "00001-small, 00002-small: 2; 00003-small: none" in said
     assert "give --guidance_rate" in said and "\n" not in said
     with pytest.raises(UserError, match="different guidance rates"):
-        prepare_errors(SolverErrorOptions(ModelSource("cifar10-small"), predictors="1,3"))
+        prepare_errors(SolverErrorOptions(ModelSource("cifar10-small"), predictors=("1", "3")))
     assert table_rate(None, []) is None and table_rate(3.0, []) == 3.0
 
 
@@ -136,7 +138,7 @@ def test_solver_errors_are_those_of_guided_walks(model: GuidedModel, tmp_path: P
     asked = SolverErrorOptions(
         ModelSource("cifar10-small", dtype="float64"),
         detector=DetectorOptions("none"),
-        predictors="1",
+        predictors=("1",),
         budgets="10",
         seeds="0,1",
         ceilings=False,

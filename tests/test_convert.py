@@ -245,7 +245,8 @@ def test_plain_weights_as_torch_reads_them(zipped: bool, tmp_path: Path) -> None
     assert convert(read(path), path, target) == [target]  # of no family that we know: no card
     again = read_weights(target)[0]  # in another order
     assert equal({k: again[k] for k in found}, found) and len(again) == len(found)
-    result = CliRunner().invoke(main, [str(path), str(target)], catch_exceptions=False)
+    other = str(tmp_path / "y.safetensors")
+    result = CliRunner().invoke(main, [str(path), other], catch_exceptions=False)
     assert "no card: say with --name which published model" in result.output
 
 

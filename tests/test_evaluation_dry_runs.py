@@ -24,7 +24,7 @@ RUNS: dict[str, tuple[click.Command, list[str], dict[str, Any]]] = {
     "ref": (
         fid.main,
         ["ref", "--data=nowhere.zip", "--dest=own.npz", "--detector=clip", "--features=20"],
-        {"dest": "own.npz", "features": 20},
+        {"dest": ["own.npz"], "features": 20},
     ),
     "gen": (
         fid.main,
@@ -91,11 +91,11 @@ def test_models_on_the_hub(name: str, script: Script, nothing: Path) -> None:
     ("name", "flags", "sentence"),
     [
         ("calc", ["--detector-path=x.pt"], "--detector-path x.pt is for one detector"),
-        ("calc", ["--ref=a.npz"], "--ref a.npz names 1 for 2 detectors"),
+        ("calc", ["--ref=c.npz"], "--ref a.npz,b.npz,c.npz names 3 for 2 detectors"),
         ("calc", ["--images=x.npz", "--num=5"], "--num 5 draws images, but x.npz holds statistics"),
         ("calc", ["--metrics=is"], "unknown metric 'is'"),
         ("ref", ["--data=x.npz"], "x.npz does not say how many images it is of: add --num"),
-        ("ref", ["--dest=own.npz,other.npz"], "--dest own.npz,other.npz names 2 for 1 detectors"),
+        ("ref", ["--dest=other.npz"], "--dest own.npz,other.npz names 2 for 1 detectors"),
         ("gen", ["--ref=a.npz,b.npz"], "--ref a.npz,b.npz names 2 for 1 detectors"),
         ("gen", ["--dest=own"], "--dest own has to end in .npz"),
         ("clip_score", ["--metrics=fid"], "--metrics 'fid' is not a list of clip and aesthetic"),

@@ -92,7 +92,7 @@ def test_figures_are_those_of_images_on_disk(run: Script, tmp_path: Path) -> Non
         "seeds": "0-12,20",
         "metrics": "fid,kid,pr,dc",
         "outdir": None,
-        "dest": "gen.npz",
+        "dest": ["gen.npz"],
     }
     assert wanted_options.items() <= record["options"].items()
     again = run(fid, "calc", "--images=x", "--detector=pixels", "--ref=gen.npz")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
-from solvers.grids import SCHEDULES, Grid, TimeMaps, get_grid
+from solvers.grids import SCHEDULES, Grid, TimeMaps, check_exponent, get_grid
 
 F32 = float(np.finfo(np.float32).eps)
 MODELS: dict[str, NoiseSchedule] = {
@@ -200,6 +200,7 @@ def test_logsnr_and_polynomial_by_hand():
         (("logsnr", 6, 80.0, 80.0), "sigma_min = 80, sigma_max = 80"),
         (("logsnr", 6, 0.0, 80.0), "sigma_min = 0,"),
         (("logsnr", 6, 0.002, float("inf")), "sigma_max = inf"),
+        (("logsnr", 6, 0.002, 1e9), r"<= 100000, got sigma_min = 0.002, sigma_max = 1e\+09"),
         (("time_uniform", 6, 0.5, 1.0, 1), "does not decrease"),
         (("discrete", 6, 0.03, 14.0, 1), "'discrete' needs"),
     ],
@@ -233,6 +234,16 @@ def test_default_exponents():
     discrete = Grid("discrete", 6).resolve(own)
     assert discrete.rho == 1.0
     assert torch.equal(discrete.nodes(), get_grid("discrete", 6, 0.05, 10.0, 1.0, maps(model)))
+
+
+def test_an_exponent_without_effect_is_refused_where_asked_for_and_dropped_in_records():
+    grid = Grid("logsnr", 6, 7.0, 0.002, 80.0)  # as published predictors state it
+    assert grid.resolve(Levels()).rho is None
+    assert torch.equal(grid.nodes(), get_grid("logsnr", 6, 0.002, 80.0))
+    with pytest.raises(ValueError, match="--schedule_rho 7 is not an option .* logsnr"):
+        check_exponent("logsnr", 7.0)
+    for schedule, rho in (("logsnr", None), ("polynomial", 3.0), ("discrete", 1.0)):
+        check_exponent(schedule, rho)
 
 
 def test_given_settings_are_kept():

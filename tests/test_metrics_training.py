@@ -114,6 +114,20 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
         fit(fresh(train), train, train, other, tmp_path / "torn.state", CPU)
 
 
+@pytest.mark.parametrize("lr", ["nan", "inf", "1e30"])
+def test_a_rate_that_diverges_writes_no_detector(tmp_path: Path, lr: str) -> None:
+    data, dest = dataset(tmp_path / "a.zip", 24, 0), tmp_path / "d.safetensors"
+    arguments = f"--data {data} --test {data} --dest {dest} --channels 8 8 16 --epochs 2 --batch 8"
+    done = CliRunner().invoke(main, [*arguments.split(), f"--lr={lr}", "--device=cpu"])
+    if lr == "1e30":
+        assert "diverged in epoch 1" in str(done.exception) and "smaller --lr" in str(
+            done.exception
+        )
+    else:
+        assert done.exit_code == 2 and "is not a finite number" in done.output
+    assert not dest.exists() and not dest.with_name(dest.name + ".state").exists()
+
+
 def fit_share(folder: Path, pixels: torch.Tensor) -> None:
     with world("cpu") as here:
         model, data = fresh((pixels,)), equal_images(pixels[0])

@@ -113,6 +113,31 @@ def test_another_pass_does_not_take_it_up(tmp_path: Path) -> None:
         summary(Source(), tmp_path)
 
 
+@pytest.mark.usefixtures("always")
+def test_a_cache_that_cannot_be_written_is_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    made = summary(Source(), tmp_path / "file")
+    err = capsys.readouterr().err
+    assert same(made, summary(Source(), tmp_path / "other"))
+    assert err.count("note: the state of this pass cannot be kept in") == 1  # once, not every time
+    assert "if it is interrupted, it begins anew" in err
+
+
+@pytest.mark.usefixtures("always")
+def test_a_state_that_cannot_be_removed_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".npz":
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert summary(Source(), tmp_path).moments.n == 50
+    assert "cannot be removed (Permission denied)" in capsys.readouterr().err
+
+
 def test_a_short_pass_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         summary(Source(6), tmp_path)

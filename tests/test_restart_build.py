@@ -323,3 +323,17 @@ def test_invalid_noise_settings_raise(name):
         gamma = settings.pop("restart_gamma", 0.0)
         with pytest.raises(UserError, match=f"{name} = {value:g} "):
             restart_plan(MAIN, [], HEUN, churn=Churn(**settings), restart_gamma=gamma)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gamma", "message"),
+    [
+        ({"S_churn": 1e300}, 0.0, r"S_churn = 1e\+300 is invalid; .* at most 10000"),
+        ({"S_noise": 11.0}, 0.0, "S_noise = 11 is invalid; .* at most 10"),
+        ({"S_min": 50.0, "S_max": 0.05}, 0.0, "S_min = 50 is above S_max = 0.05"),
+        ({}, 1e9, r"restart_gamma = 1e\+09 is invalid; .* at most 1"),
+    ],
+)
+def test_noise_settings_without_sense_raise(settings, gamma, message):
+    with pytest.raises(UserError, match=message):
+        restart_plan(MAIN, [], HEUN, churn=Churn(**settings), restart_gamma=gamma)

@@ -2,15 +2,20 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
+import safetensors
+import torch
+from PIL import Image
 
 from runtime.errors import UserError
 from runtime.files import (
@@ -71,6 +76,53 @@ with atomic_write(sys.argv[1]) as temporary:
         print("half", flush=True)
         time.sleep(60)
 """
+
+
+def torch_zip(path: Path) -> None:
+    torch.save({"x": torch.zeros(100_000)}, path)
+
+
+def torch_older(path: Path) -> None:
+    torch.save({"x": torch.zeros(100_000)}, path, _use_new_zipfile_serialization=False)
+
+
+def safetensors_file(path: Path) -> None:
+    """Its writer makes a file of its own, so its error is that of a real full disk, as text."""
+    path.unlink()
+    raise safetensors.SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+def arrays(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, x=np.zeros(100_000))
+
+
+def picture(path: Path) -> None:
+    Image.new("RGB", (500, 500)).save(path, "PNG")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("write", [torch_zip, torch_older, safetensors_file, arrays, picture])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    path = tmp_path / "new" / "file"
+    with pytest.raises(UserError) as caught, atomic_write(path) as temporary:
+        temporary.symlink_to("/dev/full")  # on which every write fails for lack of space
+        write(temporary)
+    assert re.fullmatch(
+        rf"{path} cannot be written, the disk is full \([0-9.]+ MiB are free\): make room "
+        "and run again",
+        str(caught.value),
+    )
+    assert os.listdir(path.parent) == []
+
+
+def test_other_errors_are_not_a_full_disk(tmp_path: Path) -> None:
+    for error in (RuntimeError("a defect"), OSError(5, "Input/output error"), UserError("mine")):
+        with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "file"):
+            raise error
+        assert caught.value is error
 
 
 def test_sha256_of_a_file(tmp_path: Path) -> None:

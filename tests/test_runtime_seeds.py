@@ -8,6 +8,7 @@ from runtime.errors import UserError
 from runtime.seeds import (
     CONVERGED_START,
     SELECTION_START,
+    join_seeds,
     parse_seeds,
     seed_ranges,
     selection_seeds,
@@ -45,6 +46,7 @@ def test_anything_else_is_refused_in_one_sentence(text: str) -> None:
         ("9-5", "write 5-9"),
         ("0-9,5", "seed 5 "),
         ("0-99999999999", "more than 10000000 seeds"),
+        ("0-" + "9" * 5000, "' is neither"),
     ],
 )
 def test_errors_name_the_part(text: str, reason: str) -> None:
@@ -66,3 +68,14 @@ def test_the_ranges_of_the_uses_are_disjoint() -> None:
 def test_seed_ranges(seeds: list[int], text: str) -> None:
     assert seed_ranges(seeds) == text
     assert not seeds or parse_seeds(text) == sorted(seeds)
+
+
+@given(st.lists(st.sets(st.integers(0, 40), min_size=1), min_size=1, max_size=4))
+def test_joined_seeds_are_those_of_all_lists(sets: list[set[int]]) -> None:
+    assert join_seeds(*map(seed_ranges, sets)) == seed_ranges(set().union(*sets))
+
+
+def test_joining_makes_no_list() -> None:
+    assert join_seeds("0-99999999999", "5 - 7", "100000000000,200000000000") == (
+        "0-100000000000,200000000000"
+    )

@@ -30,6 +30,7 @@ from tests.scripts import Script
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "cifar10-small"
+OWN = f"--model_path={__file__}"  #: a file that exists
 
 
 @pytest.fixture
@@ -250,6 +251,19 @@ def test_the_help_shows_examples_and_defaults(run: Script) -> None:
         (("--sampler=euler", "--model_path=no.safetensors"), 1, "no.safetensors"),
         (("--sampler=euler", "--device=tpu9"), 1, "'tpu9'"),
         (("--sampler=edm", "--afs=True"), 1, "--afs True"),
+        (("--sampler=euler", "--dataset_name=../../x", OWN), 1, "'../../x' cannot name folders"),
+        (("--sampler=euler", "--dataset_name=a/b", OWN), 1, "'a/b' cannot name folders"),
+        (("--sampler=euler", "--dataset_name=.hidden", OWN), 1, "'.hidden' cannot name folders"),
+        (("--sampler=euler", f"--dataset_name={'x' * 300}", OWN), 1, "cannot name folders"),
+        (("--sampler=euler", "--sigma_max=1e9"), 1, "<= 100000, got"),
+        (("--sampler=euler", "--times=1e9,1"), 1, "that decrease from 100000 or less"),
+        (("--sampler=euler", "--schedule_type=logsnr", "--schedule_rho=7"), 1, "no exponent"),
+        (("--sampler=euler", "--schedule_rho=0.001"), 1, "schedule_rho = 0.001 is too small"),
+        (("--sampler=edm", "--S_churn=1e300"), 1, "S_churn = 1e+300 is invalid"),
+        (("--sampler=edm", "--S_min=2", "--S_max=1"), 1, "S_min = 2 is above S_max = 1"),
+        (("--sampler=restart", "--restart_gamma=1e9"), 1, "restart_gamma = 1e+09 is invalid"),
+        (("--sampler=euler", "--guidance_rate=inf"), 2, "inf is not a finite number"),
+        (("--sampler=euler", "--sigma_max=nan"), 2, "nan is not a finite number"),
         (("--sampler=restart", "--restart_info={"), 1, "not valid JSON"),
         (("--predictor_path=7",), 1, "no run 7 in exps"),
         (("--predictor_path=no/such.safetensors",), 1, "no predictor at no/such"),

@@ -12,6 +12,7 @@ from runtime.errors import UserError
 from runtime.images import to_uint8
 from runtime.options import Json
 from runtime.record import RunRecord
+from runtime.seeds import parse_seeds
 from samplers.folder import Folder, is_whole
 from samplers.generate import SampleBatch
 from solvers.types import Trajectory
@@ -165,3 +166,33 @@ def test_temporary_files_of_the_missing_seeds_are_removed(tmp_path: Path) -> Non
     folder.open(record(), [0, 1])
     left = sorted(path.name for path in (tmp_path / "000000").iterdir())
     assert left == [".000002.png.12-ab.tmp", ".keep.tmp"]
+
+
+def test_seeds_of_several_runs_are_recorded(tmp_path: Path) -> None:
+    """However they were written, and also where nothing is missing."""
+    folder = Folder(tmp_path / "out")
+    for asked, recorded in (
+        ("0-3, 5", "0-3, 5"),
+        ("7 - 8", "0-3,5,7-8"),
+        ("0-3", "0-3,5,7-8"),
+        ("2-3,9", "0-3,5,7-9"),
+    ):
+        now, missing = folder.open(record(asked), parse_seeds(asked))
+        if missing:
+            folder.save(batch(tuple(missing)))
+            folder.close(now, 5)
+        assert RunRecord.read(tmp_path / "out" / "run.json").options["seeds"] == recorded
+
+
+@pytest.mark.parametrize(
+    ("recorded", "now"), [("0-99999999999", "0-99999999999"), ("0-3,x", None), ("9" * 5000, None)]
+)
+def test_seeds_in_an_edited_record(tmp_path: Path, recorded: str, now: str | None) -> None:
+    folder = Folder(tmp_path / "out")
+    older = record(recorded)
+    older.write(tmp_path / "out" / "run.json")
+    if now is None:
+        with pytest.raises(UserError, match=r"out/run.json: seeds '.*' is neither"):
+            folder.open(record("0-3"), range(4))
+    else:  # no list is made of them
+        assert folder.open(record("0-3"), range(4))[0].options["seeds"] == now

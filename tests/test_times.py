@@ -46,7 +46,7 @@ def test_a_grid_of_given_levels_has_these_nodes() -> None:
      (80.0, float("nan"), 1.0)],
 )  # fmt: skip
 def test_levels_that_are_no_grid_are_refused(times: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="two or more that decrease and stay above 0"):
+    with pytest.raises(ValueError, match="that decrease from 100000 or less and stay above 0"):
         Grid.explicit(times)
 
 

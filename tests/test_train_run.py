@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from runtime import cli
 from runtime.dist import World
 from runtime.log import read_json_lines
 from runtime.noise import SeedNoise
+from runtime.outputs import LOCK
 from runtime.record import RunRecord
 from teachers.build import build_teacher
+from tests.locks import held
 from tests.tiny_model import TinySource, tiny_model
 
 CPU = torch.device("cpu")
@@ -306,6 +309,61 @@ def test_a_note_if_a_restart_teacher_equals_a_heun_teacher(command):
     trajectory = command("--sampler_tea=restart", "--restart_target=trajectory")
     assert "note:" not in trajectory.err
     assert shifted(flow.folder, trajectory.folder) > 1e-6
+
+
+def test_a_run_is_continued_by_one_process_at_a_time(command, tmp_path):
+    folder = command().folder
+    for resume in ("--resume=auto", "--resume=1"):
+        with held(folder / LOCK, tmp_path):
+            refused = command(resume)
+        assert refused.code == 1 and f"error: {folder} is in use by another run" in refused.err
+    assert command("--resume=auto").folder == folder
+
+
+def test_an_unwritable_parent_is_found_out_first(command, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(TinySource, "load", lambda *_: pytest.fail("loaded"))
+    refused = command(f"--outdir={tmp_path / 'file' / 'exps'}")
+    assert refused.code == 1 and f"{tmp_path / 'file'}: Not a directory" in refused.err
+
+
+# Runs that diverge
+
+
+def test_a_run_that_diverges_at_once_saves_nothing(command, tmp_path):
+    done = command("--lr=1e300")
+    assert done.code == 1 and done.out == ""
+    assert "error: the training diverged: its loss is not finite after 4 traj" in done.err
+    (folder,) = (tmp_path / "exps").iterdir()
+    assert not list(folder.glob("predictor*")) and not list(folder.glob("*state*"))
+    assert rows(folder) == []
+
+
+@pytest.mark.parametrize("what", ["loss", "predictor", "preview"])
+def test_a_run_that_diverges_keeps_its_last_good_state(command, monkeypatch, tmp_path, what):
+    whole = command(f"--outdir={tmp_path / 'whole'}").folder
+    real, calls = amed.trainer.train_batch, []
+
+    def diverge(predictor: Any, *args: Any) -> Any:
+        calls.append(1)
+        results = real(predictor, *args)
+        if len(calls) == 4 and what == "loss":
+            return [results[0]._replace(loss=float("nan")), *results[1:]]
+        if len(calls) == 4:
+            bad = math.inf if what == "predictor" else 1e300
+            for parameter in predictor.parameters():
+                parameter.data.normal_().mul_(bad)  # 1e300: sums of both signs overflow to NaN
+        return results
+
+    with monkeypatch.context() as patch:
+        patch.setattr(amed.trainer, "train_batch", diverge)
+        done = command()
+    assert done.code == 1
+    (folder,) = (tmp_path / "exps").iterdir()
+    assert f"its {what} is not finite after 16 trajectories; give a smaller --lr" in done.err
+    assert [row["step"] for row in rows(folder)] == [4, 8, 12]
+    assert torch.load(folder / "training-state.pt", weights_only=True)["done"] == 3
+    assert_bit_equal(command("--resume=auto").folder, whole)  # once the cause is gone
 
 
 # Dry run and refusals

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
+from commands.numbers import TOLERANCE
 from commands.options import (
     PATH,
-    POSITIVE,
     batch_option,
     condition_options,
     dataset_option,
@@ -47,7 +47,7 @@ Examples:
 @batch_option(128)
 @click.option(
     "--tol",
-    type=POSITIVE,
+    type=TOLERANCE,
     default=1e-4,
     help="relative and absolute tolerance of dopri5",
 )

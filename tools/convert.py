@@ -16,6 +16,7 @@ from denoisers.convert import check_target, convert
 from denoisers.settings import parse_settings
 from runtime import cli
 from runtime.errors import UserError
+from runtime.outputs import check_writable
 
 EXAMPLES = """\b
 Examples:
@@ -42,6 +43,10 @@ def main(source: Path, target: Path, name: str | None, model_settings: str | Non
     read as data; no code in them is run.
     """
     check_target(target)
+    for file in (target, target.with_suffix(".card.json")):
+        if file.exists():
+            raise UserError(f"{file} exists already: remove it, or give another TARGET")
+    check_writable(target, "TARGET")
     content = read(source)
     if is_predictor(content):
         if model_settings is not None:

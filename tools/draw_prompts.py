@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
+from commands.numbers import SEED, images
 from image_data.prompts import COLUMN, read_prompts
 from runtime import cli
-from runtime.bounds import MOST_IMAGES, MOST_SEED
 from runtime.errors import UserError
 from runtime.files import atomic_write
 
@@ -33,8 +33,8 @@ def draw(count: int, number: int, seed: int) -> list[int]:
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--number", type=click.IntRange(1, MOST_IMAGES), default=5000, help="prompts to draw")
-@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, help="seed of the draw")
+@click.option("--number", type=images(1), default=5000, help="prompts to draw")
+@click.option("--seed", type=SEED, default=0, help="seed of the draw")
 def main(source: Path, target: Path, number: int, seed: int) -> None:
     """Draw a reproducible subset of the prompts in a file.
 

@@ -8,15 +8,19 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from commands.options import PATH, SEED, batch_option, dry_run_option, images
+from commands.numbers import SEED, images
+from commands.options import PATH, batch_option, dry_run_option
 from image_data.sources import count_images, image_batches
 from pds.masks import Masks, fit
 from runtime import cli
+from runtime.dist import World
 from runtime.files import atomic_write
 from runtime.log import progress
+from runtime.outputs import RECORD, claimed
 from runtime.record import RunRecord
 from runtime.typed import to_plain
 
@@ -44,12 +48,13 @@ def main(dry_run: bool, **options: Any) -> None:
     record = RunRecord.make("fit_masks", to_plain(options), {}, {"images": total})
     if dry_run:
         return click.echo(record.to_json())
-    with progress(total, "fit", "img") as bar:
+    alone = World(0, 1, torch.device("cpu"))
+    with claimed(dest, alone, "fit_masks"), progress(total, "fit", "img") as bar:
         batches = image_batches(data, options["batch"], num=num, seed=options["seed"])
         masks = fit(_counted(batches, bar))
-    for path in write(masks, dest):
-        click.echo(str(path))
-    record.write(dest / "run.json")
+        for path in write(masks, dest):
+            click.echo(str(path))
+        record.write(dest / RECORD)
 
 
 def write(masks: Masks, folder: Path) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ import click
 import torch
 from torch import Tensor
 
+from commands.numbers import POSITIVE, nodes
 from commands.options import (
     PATH,
     batch_option,
@@ -20,7 +21,6 @@ from commands.options import (
     dry_run_option,
     dtype_option,
     model_options,
-    nodes,
 )
 from denoisers.batch import SeededBatch
 from denoisers.cards import Card
@@ -33,6 +33,7 @@ from runtime.job import execute
 from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options, parse_options
+from runtime.outputs import check_file
 from runtime.record import RunRecord
 from runtime.seeds import SELECTION_START, seed_ranges, selection_seeds
 from runtime.typed import SCHEMA, write_result
@@ -109,6 +110,7 @@ class GitsJob:
 
     def run(self, here: World) -> str:
         """Find the grids; returns their noise levels, a line for each."""
+        check_file(self.options.dest, "--dest", here)
         source = self.options.model
         model = source.load(here)
         total, mine = torch.zeros(2 * (len(self.ts),), dtype=torch.float64), self._seeds(here)
@@ -169,7 +171,7 @@ def prepare(options: GitsOptions) -> GitsJob:
 @click.option("--number", type=click.IntRange(1, SELECTION_START), default=256, help="trajectories")
 @click.option(
     "--coefficient",
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     default=1.15,
     help="weight of every step relative to the one before",
 )

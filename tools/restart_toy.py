@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from commands.options import BATCH, PATH, SEED, WIDTH, blocks, dry_run_option, images
+from commands.numbers import BATCH, POSITIVE, SEED, WIDTH, blocks, images
+from commands.options import PATH, dry_run_option
 from runtime import cli
 from runtime.bounds import MOST_SEARCHED
 from runtime.lists import parse_whole_numbers
@@ -50,7 +51,9 @@ Examples:
 @click.option(
     "--blocks", type=blocks(2), default=DEFAULTS.blocks, help="further clouds to report on"
 )
-@click.option("--kimg", type=float, default=DEFAULTS.kimg, help="training length, in 1000 points")
+@click.option(
+    "--kimg", type=POSITIVE, default=DEFAULTS.kimg, help="training length, in 1000 points"
+)
 @click.option("--batch", type=BATCH, default=DEFAULTS.batch, help="training batch")
 @click.option("--width", type=WIDTH, default=DEFAULTS.width, help="network width")
 @click.option("--seed", type=SEED, default=DEFAULTS.seed, help="seed of the network")

@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints.weights import constructing, fill, read_metadata
-from commands.options import BATCH, PATH, SEED, device_option, threads_option, updates
+from commands.numbers import BATCH, SEED, updates
+from commands.options import PATH, device_option, threads_option
 from denoisers.cards import cards
 from denoisers.families.edm import read_checkpoint
 from denoisers.families.precond import EDMPrecond, build
@@ -33,6 +34,7 @@ from runtime.dist import world
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.log import progress
+from runtime.outputs import claimed
 from runtime.record import RunRecord
 from runtime.typed import parse_json, to_plain
 
@@ -181,7 +183,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     recipe = Recipe(**settings)
-    with world(device) as here:
+    with world(device) as here, claimed(outdir, here):
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         net, network = first_network(init, config, like, recipe, data.name)
         wanted = (net.img_channels, net.img_resolution, net.label_dim)

@@ -23,16 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoints.states import read_state, restore
-from commands.options import PATH, POSITIVE, SEED, WIDTH, device_option, threads_option, updates
+from commands.numbers import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, WIDTH, Number, updates
+from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
 from runtime import cli, files
 from runtime.bounds import MOST_BATCH
 from runtime.dist import World, world
+from runtime.errors import UserError
 from runtime.images import image_grid
 from runtime.log import tensorboard
+from runtime.outputs import check_file
 
-FRACTION, SHARE = click.FloatRange(0, 1, max_open=True), click.FloatRange(0, 1, True, True)
 _SHOWN = 64  #: images in TensorBoard's grid
 EXAMPLES = """\b
 Example:
@@ -211,7 +213,10 @@ def fit(
     here: World,
     compiled: bool = False,
 ) -> None:
-    """Train for all epochs; saves the state, and figures for TensorBoard, after each of them."""
+    """Train for all epochs; saves the state, and figures for TensorBoard, after each of them.
+
+    Raises UserError after an epoch with a loss or weights that are not finite, before it is saved.
+    """
     optimizer = make_optimizer(model, plan)
     first = resume(state, plan, model, optimizer)
     here.barrier()  # every rank has read the state before it is overwritten
@@ -222,6 +227,11 @@ def fit(
     for epoch in range(first, plan.epochs):
         start = time.monotonic()
         loss, shown = train_epoch(network, optimizer, train, plan, epoch, here)
+        if not (math.isfinite(loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
+            raise UserError(
+                f"the training diverged in epoch {epoch + 1}, its loss is {loss:.3g}: run again "
+                f"with a smaller --lr than {plan.lr:g} and without {state}, if there is one"
+            )
         speed = len(train[0]) / (time.monotonic() - start)
         score = accuracy(model, test, here)
         if board is None:
@@ -263,9 +273,14 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 )
 @click.option("--lr", type=POSITIVE, default=0.2, help="peak learning rate")
 @click.option("--momentum", type=FRACTION, default=0.9, help="of SGD")
-@click.option("--weight_decay", type=click.FloatRange(0), default=5e-4, help="of weight matrices")
+@click.option("--weight_decay", type=NOT_NEGATIVE, default=5e-4, help="of weight matrices")
 @click.option("--smoothing", type=FRACTION, default=0.2, help="of labels")
-@click.option("--warmup", type=SHARE, default=0.2, help="fraction of the run before the peak")
+@click.option(
+    "--warmup",
+    type=Number(0, 1, min_open=True, max_open=True),
+    default=0.2,
+    help="fraction of the run before the peak",
+)
 @click.option("--seed", type=SEED, default=0, help="of initial weights and every draw")
 @click.option("--shift", type=click.IntRange(0, RESOLUTION // 2), default=2, help="most, in pixels")
 @click.option("--cutout", type=click.IntRange(0, RESOLUTION), default=0, help="side, in pixels")
@@ -286,6 +301,7 @@ def main(
         torch.set_num_threads(threads)
     plan = DetectorRecipe(**settings, init=init and files.sha256_file(init))  # type: ignore[arg-type]
     with world(device) as here:
+        check_file(dest, "--dest", here)
         train_set, test_set = load_labelled(data), load_labelled(test)
         model, before = first_model(init, channels, plan.seed, train_set)
         model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

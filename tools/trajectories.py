@@ -6,17 +6,15 @@ from typing import Any
 
 import click
 
+from commands.numbers import POSITIVE, SEED, TOLERANCE, images, nodes
 from commands.options import (
-    SEED,
     batch_option,
     condition_options,
     dataset_option,
     device_option,
     dry_run_option,
     dtype_option,
-    images,
     model_options,
-    nodes,
 )
 from runtime import cli
 from runtime.job import execute
@@ -42,13 +40,13 @@ Examples:
 @click.option("--schedule_type", type=click.Choice(SCHEDULES), default="polynomial")
 @click.option(
     "--schedule_rho",
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     help="[default: 7 for polynomial, else 1]",
 )
 @click.option("--restart_info", metavar="JSON", help="restart: intervals  [default: the model's]")
 @click.option(
     "--tol",
-    type=click.FloatRange(0, min_open=True),
+    type=TOLERANCE,
     help="dopri5: relative and absolute tolerance  [default: 1e-5]",
 )
 @click.option("--number", type=images(1), default=512, help="latents")

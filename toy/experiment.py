@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.log import progress
 from runtime.options import Json
+from runtime.outputs import RECORD, claimed
 from runtime.record import RunRecord
 from runtime.typed import read_earlier, to_plain, write_result
 from solvers.types import Denoiser
@@ -22,6 +24,7 @@ from toy.distances import Cloud, PathErrors, wasserstein1
 from toy.network import STATE, recipe, train_network
 from toy.processes import FAMILIES, Levels, SamplerSettings, candidates
 
+COMMAND = "toy"  #: of the record
 MIN_BLOCKS = 2  #: needed for a standard deviation
 
 
@@ -137,10 +140,15 @@ def run(settings: Settings, folder: Path) -> Results:
 
     Finished work is kept in ``folder``.
     """
+    with claimed(folder, World(0, 1, torch.device("cpu")), COMMAND):
+        return _run(settings, folder)
+
+
+def _run(settings: Settings, folder: Path) -> Results:
     by_budget = plans(settings)
-    record = RunRecord.make("toy", asdict(settings), {}, outline(by_budget))
+    record = RunRecord.make(COMMAND, asdict(settings), {}, outline(by_budget))
     bench = Bench(settings, folder)
-    record.write(folder / "run.json")
+    record.write(folder / RECORD)
     blocks = range(settings.choosing, settings.choosing + settings.blocks)
     everything = [c for group in by_budget.values() for c in group]
     total = len(everything) * settings.choosing + len(by_budget) * len(FAMILIES) * len(blocks)

@@ -35,6 +35,7 @@ from runtime.errors import UserError
 from runtime.lists import parse_whole_numbers
 from runtime.log import note_once, progress
 from runtime.options import Json, flat_options
+from runtime.outputs import claimed
 from runtime.record import RunRecord
 from runtime.seeds import parse_seeds
 from solvers.grids import MOST_NODES
@@ -43,6 +44,7 @@ NO_DETECTOR = "none"
 CHECK = 200  #: nodes of the Heun walk that checks the exact solutions
 STOCHASTIC = "stochastic: no exact ODE path"
 RECORD = "errors-run.json"
+SHARED = ("compare", "nfe_sweep")  #: commands whose report may be in the same folder
 SOLUTIONS = "exact"  #: folder of the exact solutions
 
 
@@ -53,7 +55,7 @@ class SolverErrorOptions:
     model: ModelSource = field(default_factory=ModelSource)
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
     detector: DetectorOptions = field(default_factory=DetectorOptions)
-    predictors: str = ""
+    predictors: tuple[str, ...] = ()
     budgets: str = "3,5,7,9"
     seeds: str = "0-31"
     tol: float = 1e-4  #: relative and absolute, of dopri5
@@ -116,6 +118,10 @@ class SolverErrorJob:
 
         ``detector`` takes the place of the one that the options name.
         """
+        with claimed(self.options.outdir, here, *SHARED):
+            return self._run(here, detector)
+
+    def _run(self, here: World, detector: Detector | None) -> str:
         options = self.options
         model = options.model.load(here)
         if detector is None and options.detector.detector != NO_DETECTOR:
