@@ -61,9 +61,8 @@ def main(budgets: str, outdir: Path, dry_run: bool, **options: float) -> int:
     Run the same command again to continue after an interruption.  The exit code is 1 if one of the
     paper's inequalities fails.
     """
-    settings = Settings(
-        budgets=tuple(parse_whole_numbers("--budgets", budgets, 1, MOST_SEARCHED)), **options
-    )  # type: ignore[arg-type]
+    asked = tuple(parse_whole_numbers("--budgets", budgets, 1, MOST_SEARCHED))
+    settings = Settings(budgets=asked, **options)  # type: ignore[arg-type]
     if dry_run:
         click.echo(f"{settings}\nwould be measured in {outdir}:")
         for budget, labels in outline(plans(settings)).items():
