@@ -307,9 +307,8 @@ def test_ones_own_network_needs_no_settings(tmp_path: Path) -> None:
 def test_metadata_that_is_no_dict_is_refused(config: str, tmp_path: Path) -> None:
     path = tmp_path / "own.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"config": config})
-    with pytest.raises(
-        UserError, match=r"config in the metadata of .*own\.safetensors is ('\\[|not valid JSON)"
-    ):
+    sentence = r"config in the metadata of .*own\.safetensors is ('\[|not valid JSON)"
+    with pytest.raises(UserError, match=sentence):
         read_weights(path)
 
 

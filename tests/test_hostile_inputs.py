@@ -97,7 +97,8 @@ def zipped(path: Path, content: dict[str, bytes], method: int = zipfile.ZIP_STOR
 @pytest.mark.filterwarnings("error")
 def test_image_bombs_are_refused(side: int, tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", {"a.png": png(side, side)})
-    with ImageSource(path) as source, pytest.raises(ValueError, match="a.png in .* cannot be read"):
+    sentence = "a.png in .* cannot be read .*(pixels are more than|decompression bomb)"
+    with ImageSource(path) as source, pytest.raises(ValueError, match=sentence):
         source.read(0)
 
 
