@@ -30,6 +30,7 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.log import note, progress
 from runtime.options import Json, flat_options
+from runtime.outputs import check_writable, claimed
 from runtime.record import RunRecord
 from solvers.table import Table
 from teachers.trajectories import TrajectoryJob, TrajectoryOptions
@@ -94,14 +95,23 @@ class NsJob:
 
     def run(self, here: World) -> Path:
         """Search, calibrate and refine, or continue an earlier run; returns the run's folder."""
-        model = self.options.model.load(here)
-        record = self.record(model.sha256)
         options = self.options
+        if here.is_main:
+            check_writable(options.outdir, "--outdir")
+        model = options.model.load(here)
+        record = self.record(model.sha256)
         folder = open_run(options.outdir, options.resume, self.name, record, here)
+        with claimed(folder, here):
+            self._train(model, record, folder, here)
+        here.barrier()  # every process may read the table now
+        return folder
+
+    def _train(self, model: Model, record: RunRecord, folder: Path, here: World) -> None:
+        options = self.options
         state = read_state(folder / STATE, SAVED)
         if (folder / TABLE).exists() and state.get("done", 0) >= options.refine:
             note(f"already trained: {folder}")
-            return folder
+            return
         fit, judge = self.latents(model, here)
         images = [curves.images for curves in fit.curves]
         norm = SpectralNorm.of(images, self.options.norm_exponent, here.sum_)
@@ -119,8 +129,7 @@ class NsJob:
             note(f"calibrated: held out {error(start.table()):.5f}")
             if here.is_main:
                 save(start.table())
-            here.barrier()  # every process may read the table now
-            return folder
+            return
         pairs = self._pairs(model, self.pairs.run(here, model), here)
         numbers = range(JUDGED, JUDGED + options.trajectories)
         loop = RefineLoop(
@@ -132,7 +141,6 @@ class NsJob:
             options.seed,
         )
         refine(start, pairs, numbers, error, loss, loop, folder, here, save)
-        return folder
 
     def latents(self, model: Model, here: World) -> tuple[Latents, Latents]:
         """This process's latents for the closed form, and those that tables are judged on."""

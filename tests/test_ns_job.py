@@ -22,11 +22,13 @@ from ns.search import prior_table
 from plans.plan import run_plan
 from runtime.errors import UserError
 from runtime.log import read_json_lines
+from runtime.outputs import LOCK
 from runtime.record import RunRecord
 from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.options import SamplerOptions
 from solvers.table import Table, run_table
+from tests.locks import held
 from tests.processes import run_command, together
 from tests.scripts import Done, Script
 from tests.tiny_model import TinySource, tiny_model
@@ -127,6 +129,13 @@ def test_two_processes_train_what_one_trains(run: Any, tmp_path: Path) -> None:
     for a, b in zip(first["rows"], second["rows"], strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-3)
+
+
+def test_a_second_run_of_the_same_is_refused(run: Any, tmp_path: Path) -> None:
+    path = folder(run())
+    with held(path / LOCK, tmp_path):
+        assert f"{path} is in use by another run" in run("--resume=auto", code=1).err
+    assert "already trained" in run("--resume=auto").err
 
 
 def test_recomputing_calls_changes_nothing(run: Any) -> None:
