@@ -43,6 +43,7 @@ POSITIVE = Number(0, min_open=True)
 NOT_NEGATIVE = Number(0)
 FRACTION = Number(0, 1, max_open=True)  #: of a whole that is never all of it
 SHARE = Number(0, 1, min_open=True)  #: of a whole, never nothing
+PART = Number(0, 1, min_open=True, max_open=True)  #: of a whole, neither nothing nor all
 LIMIT = Limit(0)
 TOLERANCE = Number(1e-14, 1)  #: of dopri5, relative and absolute; float64 resolves no smaller one
 

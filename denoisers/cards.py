@@ -91,12 +91,12 @@ def card_file(weights: Path) -> Path:
 
 
 def check_converted(weights: Path) -> None:
-    """Raise UserError if ``weights`` are not those that the card beside them is of.
+    """Raise UserError if converted ``weights`` are not those that the card beside them is of.
 
-    Weights without such a card, and folders, pass.
+    Weights without such a card pass, and so does the file that they were converted from.
     """
-    path = card_file(weights)
-    entries = read_result(dict[str, dict[str, Any]], path) if weights.is_file() else None
+    path, converted = card_file(weights), weights.suffix == ".safetensors" and weights.is_file()
+    entries = read_result(dict[str, dict[str, Any]], path) if converted else None
     for entry in (entries or {}).values():
         expected, digest = entry.get("sha256"), sha256_file(weights)
         if digest != expected:

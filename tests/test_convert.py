@@ -125,7 +125,7 @@ def test_networks_are_found_in_every_container(
 def test_positional_settings_get_their_names(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     settings = {"model_type": "SongUNet", "channel_mult": (1, 2)}
-    path.write_bytes(pickled(network("VPPrecond", settings, {}, 64, 3, 10, True)))
+    path.write_bytes(pickled(network("VPPrecond", settings, {"w": torch.ones(2)}, 64, 3, 10, True)))
     assert read_edm(path).config == {
         "class_name": "VPPrecond", "img_resolution": 64, "img_channels": 3, "label_dim": 10,
         "model_type": "SongUNet", "channel_mult": [1, 2],

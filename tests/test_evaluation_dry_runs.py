@@ -101,7 +101,11 @@ def test_models_on_the_hub(name: str, script: Script, nothing: Path) -> None:
         ("clip_score", ["--metrics=fid"], "--metrics 'fid' is not a list of clip and aesthetic"),
         ("converged", ["--class=1000"], "--class 1000 is not one of the 1000 classes"),
         ("plan_search", ["--class=1000"], "--class 1000 is not one of the 1000 classes"),
-        ("plan_search", ["--select=4,10000001"], "give --select 10000000 or less"),
+        (
+            "plan_search",
+            ["--select=4,10000001"],
+            "is not a list of whole numbers from 2 to 10000000",
+        ),
     ],
 )
 def test_what_a_dry_run_finds_wrong(

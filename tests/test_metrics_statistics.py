@@ -148,7 +148,7 @@ def test_an_equal_hash_is_a_check_and_not_a_result(
 ) -> None:
     stats = statistics(features(40))
     stats.source_sha256 = "ef" * 32
-    content = stats.arrays()
+    content = {name: np.asarray(value) for name, value in stats.arrays().items()}
     content["mu"], content["sigma"] = damage(stats.mean, stats.cov)
     damaged = Statistics.of_arrays("s.npz", content)
     for one, other in ((stats, damaged), (damaged, stats)):

@@ -192,7 +192,7 @@ def test_seeds_in_an_edited_record(tmp_path: Path, recorded: str, now: str | Non
     older = record(recorded)
     older.write(tmp_path / "out" / "run.json")
     if now is None:
-        with pytest.raises(UserError, match=r"out/run.json: seeds '.*' is neither"):
+        with pytest.raises(UserError, match=r"out/run.json: seeds '"):
             folder.open(record("0-3"), range(4))
     else:  # no list is made of them
         assert folder.open(record("0-3"), range(4))[0].options["seeds"] == now

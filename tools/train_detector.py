@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoints.states import read_state, restore
-from commands.numbers import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, WIDTH, Number, updates
+from commands.numbers import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, WIDTH, updates
 from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
@@ -275,12 +275,7 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @click.option("--momentum", type=FRACTION, default=0.9, help="of SGD")
 @click.option("--weight_decay", type=NOT_NEGATIVE, default=5e-4, help="of weight matrices")
 @click.option("--smoothing", type=FRACTION, default=0.2, help="of labels")
-@click.option(
-    "--warmup",
-    type=Number(0, 1, min_open=True, max_open=True),
-    default=0.2,
-    help="fraction of the run before the peak",
-)
+@click.option("--warmup", type=PART, default=0.2, help="fraction of the run before the peak")
 @click.option("--seed", type=SEED, default=0, help="of initial weights and every draw")
 @click.option("--shift", type=click.IntRange(0, RESOLUTION // 2), default=2, help="most, in pixels")
 @click.option("--cutout", type=click.IntRange(0, RESOLUTION), default=0, help="side, in pixels")
