@@ -104,7 +104,7 @@ def test_models_on_the_hub(name: str, script: Script, nothing: Path) -> None:
         (
             "plan_search",
             ["--select=4,10000001"],
-            "is not a list of whole numbers from 2 to 10000000",
+            "whole numbers from 2 to 10000000",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoints.states import read_state, restore
-from commands.numbers import FRACTION, NOT_NEGATIVE, POSITIVE, SEED, WIDTH, updates
+from commands.numbers import FRACTION, NOT_NEGATIVE, PART, POSITIVE, SEED, WIDTH, updates
 from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
