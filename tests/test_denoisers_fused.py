@@ -84,10 +84,10 @@ def test_bfloat16_follows_float32_in_value_and_gradient(family: str) -> None:
 
 
 def test_bfloat16_is_as_exact_as_autocast() -> None:
-    """Root mean square error of the bundled model's x0 against float32, at five noise levels."""
+    """Root mean square error of the bundled model's x0 against float32, at three noise levels."""
     high = load_model("cifar10-small", device="cpu").bind()
     low = load_model("cifar10-small", device="cpu", dtype="bfloat16").bind()
-    for sigma in (80.0, 10.0, 1.0, 0.2, 0.02):
+    for sigma in (80.0, 1.0, 0.1):
         torch.manual_seed(1)
         x, t = torch.randn(8, 3, 32, 32) * (sigma**2 + 0.25) ** 0.5, torch.tensor(sigma)
         exact = high(x, t).x0

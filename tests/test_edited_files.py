@@ -117,7 +117,7 @@ def test_predictors(tmp_path: Path) -> None:
     good = path.read_bytes()
     weights = safetensors.torch.load(good)
     record = json.loads(student.record.to_json())
-    for number in range(300):
+    for number in range(120):
         options = edited(record["options"], number) if number % 2 else record["options"]
         changed = {**record, "options": options} if number % 2 else edited(record, number)
         safetensors.torch.save_file(weights, path, {"record": json.dumps(changed)})
@@ -146,7 +146,7 @@ def test_training_states(tmp_path: Path) -> None:
         restore(parts.all, found, path)
         parts.run(1)
 
-    for number in range(300):
+    for number in range(120):
         torch.save(edited(state, number), path)
         survives(use, f"edit {number}")
     torch.save(state, path)
@@ -161,7 +161,7 @@ def test_rows_of_a_training(tmp_path: Path) -> None:
         loss_curve(read_json_lines(path))
         JsonLines(path, resume_after=2).close()
 
-    for number in range(150):
+    for number in range(75):
         path.write_text("".join(f"{json.dumps(row)}\n" for row in edited_rows(rows, number)))
         survives(use, f"edit {number}")
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -223,10 +223,12 @@ class Killed(BaseException):
     """Ends the run at once, as a kill would."""
 
 
-@pytest.mark.parametrize("teacher", [(), RESTART], ids=["heun", "restart"])
 @pytest.mark.parametrize(
-    ("place", "after"),
-    [("train_batch", n) for n in (0, 1, 3)] + [("_save", n) for n in (0, 1, 2)],
+    ("place", "after", "teacher"),
+    [("train_batch", 1, ()), ("_save", 1, ())]
+    + [
+        (place, n, RESTART) for place, last in (("train_batch", 3), ("_save", 2)) for n in (0, last)
+    ],
 )
 def test_a_killed_run_resumes_bit_equal(command, monkeypatch, tmp_path, teacher, place, after):
     """Killed between two saved states, and between a row of metrics and its state."""
