@@ -10,7 +10,7 @@ import torch
 from runtime import cli
 from runtime.dist import World, choose_device, world
 from runtime.errors import UserError
-from tests.processes import run_command, together, torchrun
+from tests.processes import run_command, together
 
 
 def sum_and_share(folder: Path) -> None:
@@ -49,9 +49,6 @@ def fails(ranks: str) -> None:
         w.sum_(torch.zeros(1))
 
 
-SCRIPT = "from runtime import cli\nfrom tests.test_runtime_dist import fails\ncli.run(fails)\n"
-
-
 def test_rank_0_is_the_first_to_report_what_all_ranks_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,13 +59,6 @@ def test_rank_0_is_the_first_to_report_what_all_ranks_share(
     assert [rank.err for rank in done] == [f"error: sentence of rank {r}\n" for r in (0, 1)]
     spoke = [(tmp_path / f"rank-{rank}.err").stat().st_mtime for rank in (0, 1)]
     assert spoke[1] - spoke[0] > 0.3
-
-
-def test_a_failure_under_torchrun_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = torchrun(tmp_path / "script.py", "1")
-    assert done.code != 0 and done.err.count("error: sentence of rank 1\n") == 1
-    assert f'File "{tmp_path}' not in done.err  # no traceback of the script
 
 
 def test_one_process_needs_no_group() -> None:

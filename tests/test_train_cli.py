@@ -103,13 +103,21 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert other.code == 0 and other.out == "" and len(list((tmp_path / "two").iterdir())) == 1
 
 
-def test_torchrun_trains_the_bundled_model(tmp_path, script):
+def test_torchrun_runs_the_script(tmp_path):
+    """And what all processes find wrong is one sentence."""
+    done = torchrun("train.py", "--dataset_name=cifar10-small", "--M=0", f"--outdir={tmp_path}")
+    assert done.code != 0 and done.err.count("error: M = 0 ") == 1, done.err
+    assert f'File "{ROOT}/train.py' not in done.err and not any(tmp_path.iterdir())
+
+
+def test_two_processes_train_the_bundled_model(tmp_path, script):
     arguments = (
         *("--dataset_name=cifar10-small", "--num_steps=3", "--batch=2", "--afs=True"),
         *("--total_kimg=0.002", "--dtype=float64", "--scale_dir=0.01", "--device=cpu"),
     )
     one = trained(script(train.main, *arguments, f"--outdir={tmp_path / 'one'}"))
-    folder = trained(torchrun("train.py", *arguments, f"--outdir={tmp_path / 'two'}"))
+    both = (*arguments, f"--outdir={tmp_path / 'two'}")
+    folder = trained(together(lambda: run_command(train.main, *both), tmp_path)[0])
     same_to(folder, one, 1e-9)
     assert folder.name == "00001-cifar10-small-3-3-amed-heun-1-polynomial-afs"
     (row,) = read_json_lines(folder / "stats.jsonl")
