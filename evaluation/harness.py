@@ -15,6 +15,7 @@ from denoisers.protocol import Model
 from denoisers.registry import ModelSource
 from evaluation.converged import Converged, ConvergedIdentity, open_converged
 from evaluation.detectors import DetectorOptions, open_detector
+from evaluation.image_prompts import PromptsIdentity
 from metrics.detectors import Detector, load_reference
 from metrics.fid import BlockFid, block_fid
 from metrics.measures import KEPT
@@ -70,20 +71,6 @@ class HarnessOptions:
             "seeds": seed_ranges(seeds),
             "blocks": blocks,
         }
-
-
-@dataclass(frozen=True)
-class PromptsIdentity:
-    """Which prompts."""
-
-    count: int
-    sha256: str
-
-    @classmethod
-    def of(cls, conditions: Conditions) -> PromptsIdentity | None:
-        """The prompts of ``conditions``; None where there are none."""
-        known = conditions.describe()
-        return None if known is None else cls(int(known["count"]), str(known["sha256"]))
 
 
 @dataclass(frozen=True)

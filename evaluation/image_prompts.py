@@ -64,11 +64,17 @@ def pair_images(
 
 
 @dataclass(frozen=True)
-class _PromptsIdentity:
-    """What a record keeps of prompts."""
+class PromptsIdentity:
+    """Which prompts."""
 
     count: int
     sha256: str
+
+    @classmethod
+    def of(cls, conditions: Conditions) -> PromptsIdentity | None:
+        """The prompts of ``conditions``; None where there are none."""
+        known = conditions.describe()
+        return None if known is None else cls(int(known["count"]), str(known["sha256"]))
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class _RecordedPrompts:
 
     prompt: str | None = None
     prompt_path: str | None = None
-    prompts: _PromptsIdentity | None = None
+    prompts: PromptsIdentity | None = None
 
 
 def _sampling_record(path: Path) -> RunRecord | None:

@@ -12,6 +12,7 @@ import click
 from amed.experiments import load_predictor, save_predictor
 from checkpoints.pickles.files import read
 from checkpoints.snapshots import is_predictor
+from denoisers.cards import card_file
 from denoisers.convert import check_target, convert
 from denoisers.settings import parse_settings
 from runtime import cli
@@ -43,7 +44,7 @@ def main(source: Path, target: Path, name: str | None, model_settings: str | Non
     read as data; no code in them is run.
     """
     check_target(target)
-    for file in (target, target.with_suffix(".card.json")):
+    for file in (target, card_file(target)):
         if file.exists():
             raise UserError(f"{file} exists already: remove it, or give another TARGET")
     check_writable(target, "TARGET")

@@ -130,11 +130,9 @@ def describe_diffusers(name: str, path: Path) -> Card:
     folder = settings_folder(path)
     parts = component_classes(read_json(folder / INDEX), str(path))
 
-    scheduler = (
-        read_json(component_folder(folder, "scheduler") / "scheduler_config.json")
-        if ("scheduler" in parts)
-        else {}
-    )
+    scheduler: Mapping[str, Any] = {}
+    if "scheduler" in parts:
+        scheduler = read_json(component_folder(folder, "scheduler") / "scheduler_config.json")
     networks = {n: read_config(component_folder(folder, n)) for n in WEIGHTED if n in parts}
     stage = networks.get(first_stage(parts) or "", {})
     card = pipeline_card(name, parts, networks.get("unet", {}), scheduler, stage, str(path))
