@@ -27,7 +27,6 @@ from runtime.record import RunRecord
 from runtime.typed import pick
 
 PREDICTOR = "predictor.safetensors"
-RECORD = "run.json"
 _NUMBERED = re.compile(r"(\d{5,})(-.*)?")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed.experiments import RECORD, create_run, find_run, list_runs
+from amed.experiments import create_run, find_run, list_runs
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import Student
@@ -27,7 +27,7 @@ from runtime.log import note
 from runtime.noise import SeedNoise
 from runtime.options import Json, flat_options
 from runtime.outputs import check_writable, claimed
-from runtime.record import RunRecord
+from runtime.record import RECORD, RunRecord
 from solvers.driver import Meter, integrate
 from solvers.grids import Grid, check_exponent
 from solvers.registry import SOLVERS

@@ -35,8 +35,8 @@ from runtime.errors import UserError
 from runtime.lists import parse_whole_numbers
 from runtime.log import progress
 from runtime.options import Json, flat_options
-from runtime.outputs import RECORD, claimed
-from runtime.record import RunRecord
+from runtime.outputs import claimed
+from runtime.record import RECORD, RunRecord
 from runtime.seeds import selection_seeds
 from runtime.typed import to_plain
 from samplers.options import SamplerOptions

@@ -12,9 +12,8 @@ from image_data.prompts import read_prompts
 from image_data.sources import ImageSource
 from metrics.draws import choose
 from runtime.errors import UserError
-from runtime.outputs import RECORD
-from runtime.record import RunRecord
-from runtime.typed import pick, to_plain
+from runtime.record import RECORD, RunRecord
+from runtime.typed import pick
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _read(source: PromptSource, record: RunRecord | None, path: Path) -> tuple[s
             f"nothing says what the images in {path} show: give --prompt_path, a prompt for each"
         )
     known = recorded.prompts
-    if known is not None and to_plain(known) != Conditions(prompts=prompts).describe():
+    if known is not None and known != PromptsIdentity.of(Conditions(prompts=prompts)):
         raise UserError(
             f"the images in {path} were made from other prompts than {file or repr(prompt)}: give "
             f"those ({known.count}, SHA-256 {known.sha256[:12]}...)"

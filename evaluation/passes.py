@@ -84,8 +84,8 @@ class UnfinishedPass:
     def save(self, done: int) -> bool:
         """Write what all ranks hold after ``done`` images; call it on every rank.
 
-        Returns False, with a note, on rank 0 of a cache that cannot be written: it is a help, not a
-        condition.
+        Where the cache cannot be written, rank 0 prints a note and returns False: a pass works
+        without one.
         """
         states = [collector.state() for collector in self.collectors]
         if self.here.is_main:

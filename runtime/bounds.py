@@ -1,4 +1,4 @@
-"""Upper bounds of the numbers that size work: more is a slip of the pen, or could not end.
+"""Upper bounds of the numbers that size work: more is probably a typo, or would never end.
 
 They are checked before anything is made.  The bound of a grid's nodes is with the grids, in
 `solvers.grids.MOST_NODES`; that of seeds is in `runtime.seeds`.
@@ -11,7 +11,7 @@ MOST_SIDE = 8192  #: pixels along a side; 256 times the pixels of the largest mo
 MOST_THREADS = 1024  #: of a process, and processes that load images
 MOST_BLOCKS = 10_000  #: parts that a spread is computed of, reports, columns of a picture
 MOST_WIDTH = 65_536  #: units of a layer: a square matrix of them has 17 GB
-MOST_UPDATES = 10_000_000  #: steps of a training, and rows of what it keeps of each
+MOST_UPDATES = 10_000_000  #: steps of a training, each of which may add a row to its files
 MOST_SEARCHED = 200  #: evaluations of a plan that is searched for: five times the published tables
 MOST_IMAGES = 10_000_000  #: of a set, of a row, of a cloud of points
 MOST_SEED = 2**32 - 1  #: of one draw; times a million it still fits into 64 bits

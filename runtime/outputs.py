@@ -12,11 +12,10 @@ from pathlib import Path
 from runtime.dist import World
 from runtime.errors import UserError, reason
 from runtime.log import note
-from runtime.record import RunRecord
+from runtime.record import RECORD, RunRecord
 
 LOCK = ".lock"
-RECORD = "run.json"
-ATTEMPTS = 1000  #: to lock what others keep removing
+ATTEMPTS = 1000  #: to lock a file that other runs keep removing
 
 
 @contextmanager

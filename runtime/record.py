@@ -23,6 +23,9 @@ from runtime.typed import SCHEMA, from_plain, parse_json
 ROOT = Path(__file__).resolve().parent.parent
 
 
+RECORD = "run.json"  #: name of a record's file in a folder of results
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """Every resolved option of a run, the model and the versions; plain JSON values only."""

@@ -11,8 +11,7 @@ from pathlib import Path
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.images import film_strip, image_grid, read_png, save_png, to_uint8
-from runtime.outputs import RECORD
-from runtime.record import RunRecord
+from runtime.record import RECORD, RunRecord
 from runtime.seeds import join_seeds
 from runtime.typed import pick
 from samplers.generate import SampleBatch

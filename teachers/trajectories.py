@@ -24,12 +24,11 @@ from runtime.errors import UserError
 from runtime.files import cache_folder, sha256_file
 from runtime.log import note, progress
 from runtime.options import Json, flat_options
-from runtime.record import RunRecord
+from runtime.record import RECORD, RunRecord
 from solvers.grids import Grid, check_exponent
 from teachers.build import RestartSupervision, build_teacher
 from teachers.supervision import GridTeacher
 from teachers.trajectory_files import (
-    RECORD,
     SHARD,
     TRAJECTORIES,
     Shard,

@@ -20,12 +20,11 @@ from torch import Tensor
 from denoisers.conditions import StreamName
 from runtime.errors import UserError
 from runtime.files import atomic_write, require_readable
-from runtime.record import RunRecord
+from runtime.record import RECORD, RunRecord
 from runtime.typed import pick
 
 TRAJECTORIES = "trajectories"  #: first part of the names of all draws, and folder in the cache
 SHARD = 64  #: latents in a full shard; the number of the last one may still grow
-RECORD = "run.json"
 TIMES, X, X0, NFE = "times", "x", "x0", "nfe"  #: tensors of a shard
 
 

@@ -20,8 +20,8 @@ from runtime import cli
 from runtime.dist import World
 from runtime.files import atomic_write
 from runtime.log import progress
-from runtime.outputs import RECORD, claimed
-from runtime.record import RunRecord
+from runtime.outputs import claimed
+from runtime.record import RECORD, RunRecord
 from runtime.typed import to_plain
 
 EXAMPLES = """\b

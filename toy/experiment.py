@@ -15,8 +15,8 @@ from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.log import progress
 from runtime.options import Json
-from runtime.outputs import RECORD, claimed
-from runtime.record import RunRecord
+from runtime.outputs import claimed
+from runtime.record import RECORD, RunRecord
 from runtime.typed import read_earlier, to_plain, write_result
 from solvers.types import Denoiser
 from toy.data import Mixture, point_denoiser

@@ -24,7 +24,7 @@ from runtime.files import atomic_write, sha256_file, write_json
 from runtime.images import image_grid, to_uint8
 from runtime.log import JsonLines, TextLog, read_json_lines, tensorboard
 from runtime.noise import SeedNoise
-from runtime.record import RunRecord
+from runtime.record import RECORD, RunRecord
 from solvers.driver import integrate
 from solvers.grids import get_grid
 from solvers.registry import make_solver
@@ -122,7 +122,7 @@ class Reporter:
         self.folder, self.trainer, self.network = folder, trainer, network
         self.held_out, self.record = held_out, record
         if main:
-            record.write(folder / "run.json")
+            record.write(folder / RECORD)
         self.say = TextLog(folder / "log.txt", main)
         self.rows = JsonLines(folder / ROWS, trainer.images, main)
         self.board = tensorboard(folder, trainer.images, main)
