@@ -61,14 +61,15 @@ recipe_full() { # 3 to 6 nodes are 3, 5, 7, 9 evaluations with AFS, and one more
 small_students() { # NUM_STEPS AFS FLAG...: AMED's students of the bundled model under each of their
     # teachers, Heun at about Restart's evaluations; appends the runs' folders to $predictors.
     # Each is on the grid that its own solver is published with. Flow targets need a restart that
-    # reaches a noise level which an interval starts from: the log-SNR grid has one, the other not.
+    # reaches a noise level which an interval starts from: of four log-SNR nodes that is 0.068, just
+    # above 0.06; no interval of the polynomial grid starts between 0.06 and 0.3.
     local num_steps=$1 afs=$2
     shift 2
     GPUS=${GPUS:-$SMALL_PROCESSES}
     set -- --dtype="$DTYPE" "$@"
     keep student_amed cifar10-small heun "$num_steps" 3 "$afs" --schedule_type=logsnr "$@"
     keep student_amed cifar10-small restart "$num_steps" 1 "$afs" --schedule_type=logsnr \
-        --restart_target=flow "$@"
+        --restart_target=flow --restart_info='{"0": [3, 2, 0.06, 0.3]}' "$@"
     set -- --schedule_type=polynomial --schedule_rho=7 "$@"
     keep student_plugin cifar10-small ipndm "$num_steps" 2 "$afs" "$@"
     keep student_plugin cifar10-small heun "$num_steps" 4 "$afs" "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -26,6 +27,15 @@ torch.set_num_threads(1)
 # The same examples on every machine, and no time limit: a busy machine is not a defect.
 settings.register_profile("project", derandomize=True, deadline=None, database=None)
 settings.load_profile("project")
+
+gc.disable()  # imports and collection make a million objects that stay
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays, so garbage collections need not look at it again."""
+    gc.freeze()
+    gc.enable()
+
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

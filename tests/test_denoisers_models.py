@@ -116,7 +116,7 @@ def test_cards_agree_with_their_settings() -> None:
         lowest = card.resolution >> (len(config["channel_mult"]) - 1)
         assert card.bottleneck == f"{lowest}x{lowest}_block{config['num_blocks'] - 1}"
         assert (card.sigma_min, card.sigma_max) == (0.002, 80)
-        low = 0.14 if card.name in ("cifar10", "cifar10-pfgmpp") else 0.06
+        low = 0.14 if card.name in ("cifar10-small", "cifar10", "cifar10-pfgmpp") else 0.06
         assert card.restart_info == {"0": [3, 2, low, 0.30]}
 
 

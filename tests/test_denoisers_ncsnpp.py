@@ -178,7 +178,8 @@ def test_published_sizes_without_their_memory(name: str) -> None:
     attention = per_level + 1 + 1
     count = 4 + depth * (2 * per_level + 1) + 2 + 3 * (depth - 1) + attention + 2 * ends
     assert len({name.split(".")[1] for name in own}) == count
-    assert all(tensor.is_meta for tensor in own.values())
+    made = [tensor for tensor in own.values() if not tensor.is_meta]
+    assert sum(tensor.numel() for tensor in made) < 1000  # frequencies and filters
 
 
 def test_own_files_make_their_own_card(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_number_of_a_line_is_that_of_the_other_main_walk() -> None:
     nodes = {r.method: r.sampler.options.num_steps for r in rows if r.group == "learned"}
     assert [nodes[f"Restart, {words}"] for words in WORDS] == [4, 6, 4]
     own = learned_restart_rows([small_student("00001")], CARD)  # the model's own intervals
-    assert own[0].sampler.options.restart_info == '{"0": [3, 2, 0.06, 0.3]}'
+    assert own[0].sampler.options.restart_info == '{"0": [3, 2, 0.14, 0.3]}'
 
 
 def test_two_students_of_one_kind_share_heun_and_keep_their_files() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import denoisers.cards
 from amed.experiments import load_predictor
 from denoisers.cards import cards
 from denoisers.families.first_stage import VQDecoder
@@ -30,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUTS = {"exps", "samples", "data", ".venv", ".git"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 Replay = Callable[[str, Path], None]
+Smaller = Callable[[str, int], None]
 FEATURES = 6  #: of the tiny detector
 
 
@@ -63,6 +66,27 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AMED_CACHE", str(cache))
     torch.jit.script(Detector()).save(str(cache / "inception-2015-12-05.pt"))
     return checkout
+
+
+@pytest.fixture
+def smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smaller:
+    """``smaller(name, side)`` makes a known model one of smaller samples, which saves time."""
+
+    def change(name: str, side: int) -> None:
+        home, folder = denoisers.cards.HERE, tmp_path / "cards"
+        entries = json.loads((home / "cards.json").read_text())
+        card = entries[name]
+        if "image_resolution" in card:
+            card["image_resolution"] = card["image_resolution"] * side // card["resolution"]
+        for key in {"img_resolution", "image_size"} & card["config"].keys():
+            card["config"][key] = side
+        card["resolution"] = side
+        folder.mkdir()
+        (folder / "bundled").symlink_to(home / "bundled")
+        (folder / "cards.json").write_text(json.dumps(entries))
+        monkeypatch.setattr(denoisers.cards, "HERE", folder)
+
+    return change
 
 
 def launch(checkout: Path, *arguments: str) -> str:
@@ -132,17 +156,21 @@ def edm_checkpoint(name: str, path: Path) -> Path:
     ("name", "statistics"),
     [("cifar10", "cifar10-32x32"), ("imagenet64", "imagenet-64x64")],  # ffhq differs in names
 )
-def test_pixel_models(name: str, statistics: str, checkout: Path, replay: Replay) -> None:
+def test_pixel_models(
+    name: str, statistics: str, checkout: Path, replay: Replay, smaller: Smaller
+) -> None:
+    smaller(name, 32)
     (checkout / "data/fid-refs").mkdir(parents=True)
     moments = {"mu": np.full(FEATURES, 100.0), "sigma": 50 * np.eye(FEATURES)}
     np.savez(checkout / f"data/fid-refs/{statistics}.npz", **moments)
     model = edm_checkpoint(name, checkout.parent / "network.pkl")
     replay(name, model)
     for images, _ in results(checkout, [5, 5]):
-        assert images.shape[1:] == (cards()[name].resolution,) * 2 + (3,)
+        assert images.shape[1:] == (32, 32, 3)
 
 
-def test_latent_diffusion(checkout: Path, replay: Replay) -> None:
+def test_latent_diffusion(checkout: Path, replay: Replay, smaller: Smaller) -> None:
+    smaller("lsun_bedroom_ldm", 16)
     card = cards()["lsun_bedroom_ldm"]
     torch.manual_seed(0)
     small = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 1, 1]}
@@ -157,25 +185,27 @@ def test_latent_diffusion(checkout: Path, replay: Replay) -> None:
     torch.save({"state_dict": tensors}, path)
     replay("lsun_bedroom_ldm", path)
     ((images, made),) = results(checkout, [5])
-    assert images.shape[1:] == (256, 256, 3) and made is not None and made.n == 8
+    assert images.shape[1:] == (64, 64, 3) and made is not None and made.n == 8
 
 
-def test_stable_diffusion(checkout: Path, replay: Replay) -> None:
+def test_stable_diffusion(checkout: Path, replay: Replay, smaller: Smaller) -> None:
+    smaller("ms_coco", 8)
     (checkout / "data").mkdir()
     captions = checkout / "data/MS-COCO_val2014_30k_captions.csv"
     captions.write_text("id,text\n" + "".join(f'{i},"a cat, {i}"\n' for i in range(8)))
-    replay("ms_coco", tiny_pipeline.stable_diffusion(checkout.parent / "pipe", side=64))
+    replay("ms_coco", tiny_pipeline.stable_diffusion(checkout.parent / "pipe"))
     ((images, made),) = results(checkout, [20])
-    assert images.shape[1:] == (128, 128, 3) and made is not None and made.n == 8
+    assert images.shape[1:] == (16, 16, 3) and made is not None and made.n == 8
 
 
-def test_stable_diffusion_with_restart(checkout: Path, replay: Replay) -> None:
+def test_stable_diffusion_with_restart(checkout: Path, replay: Replay, smaller: Smaller) -> None:
     """Four samplers at four guidance rates: all metered alike, no two images the same."""
+    smaller("ms_coco", 8)
     (checkout / "data").mkdir()
     (checkout / "data/MS-COCO_val2014_30k_captions.csv").write_text(
         "id,text\n1,a cat\n2,a dog\n3,ox\n"
     )
-    replay("sd_restart", tiny_pipeline.stable_diffusion(checkout.parent / "pipe", side=64))
+    replay("sd_restart", tiny_pipeline.stable_diffusion(checkout.parent / "pipe"))
     swept = checkout / "samples/sd_restart-try"
     records = [RunRecord.read(path / "run.json") for path in sorted(swept.glob("*-w-*"))]
     assert len(records) == 16 and all(r.plan["nfe_metered"] == 12 for r in records)
@@ -184,4 +214,4 @@ def test_stable_diffusion_with_restart(checkout: Path, replay: Replay) -> None:
     made = [path.read_bytes() for path in swept.glob("*-w-*/*.png")]
     assert len(made) == len(set(made)) == 32
     with Image.open(swept / "side-by-side.png") as page:
-        assert page.height > 16 * 128 and page.width > 2 * 128
+        assert page.height > 16 * 16 and page.width > 2 * 16

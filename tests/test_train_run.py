@@ -301,7 +301,7 @@ def test_restart_intervals_are_recorded_however_they_were_given(command, tmp_pat
 
 
 def test_a_note_if_a_restart_teacher_equals_a_heun_teacher(command):
-    flow = command("--sampler_tea=restart")  # the default interval, 0.06 to 0.3, below 2.515
+    flow = command("--sampler_tea=restart")  # the default interval ends far below 2.515
     assert flow.code == 0 and flow.err.startswith("note: ")
     assert "t_max above 2.52" in flow.err
     assert shifted(flow.folder, command().folder) == 0.0

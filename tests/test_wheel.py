@@ -95,12 +95,8 @@ def test_an_installed_wheel_works_in_any_folder(wheel: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert run(amed, "--version", cwd=work).stdout == f"amed, version {__version__}\n"
-    assert "  solver-error  " in run(amed, "--help", cwd=work).stdout
-    assert "amed convert edm-ffhq" in run(amed, "convert", "--help", cwd=work).stdout
     done = run(amed, "sample", "--sampler=ipndm", "--nfe=5", "--device=cpu", "-n", cwd=work)
     assert done.returncode == 0 and json.loads(done.stdout)["plan"]["nfe_planned"] == 5, done.stderr
-    done = run(amed, "fid", "calc", "--images=nowhere", "--device=cpu", cwd=work)
-    assert done.returncode == 1 and done.stderr.startswith("error: nowhere"), done.stderr
     done = run(python, "-c", PROGRAM, cwd=work)
     said = f"(3, 32, 32) denoisers.registry {site / 'amed/__init__.py'}\n"
     assert (done.stdout, list(work.iterdir())) == (said, []), done.stderr

@@ -25,11 +25,6 @@ SCHEDULER = {
     "prediction_type": "epsilon",
 }
 WIDTH = 16  #: of the text embedding
-DEEP = {
-    "block_out_channels": (8, 8, 8, 16),
-    "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
-}
 TOKENS = 12  #: in a prompt, the two ends included
 
 
@@ -119,11 +114,10 @@ def vae() -> Any:
     return model.eval()
 
 
-def stable_diffusion(folder: Path, side: int = 8, **scheduler: Any) -> Path:
+def stable_diffusion(folder: Path, **scheduler: Any) -> Path:
     """Save a pipeline like Stable Diffusion v1 into ``folder``: images are twice the latents.
 
-    ``scheduler`` replaces entries of the scheduler's settings.  Large latents are halved more
-    often before the attention, which would take most of the time.
+    ``scheduler`` replaces entries of the scheduler's settings.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -131,7 +125,7 @@ def stable_diffusion(folder: Path, side: int = 8, **scheduler: Any) -> Path:
         vae=vae(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(folder / "tokenizer"),
-        unet=unet(sample_size=side, **({} if side == 8 else DEEP)),
+        unet=unet(),
         scheduler=DDIMScheduler(**{**SCHEDULER, **scheduler}),
         safety_checker=None,
         feature_extractor=None,

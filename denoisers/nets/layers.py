@@ -105,7 +105,8 @@ class Conv2d(nn.Module):
             self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
             self.bias = nn.Parameter(torch.zeros(out_channels))
         if up or down:
-            taps = torch.tensor(resample_filter, dtype=torch.float32)
+            # On "meta", where networks are counted, a product would import PyTorch's compiler.
+            taps = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")
             kernel2d = torch.outer(taps, taps) / taps.sum() ** 2
             self.register_buffer("resample_filter", kernel2d[None, None])
 
@@ -161,7 +162,7 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int, scale: float = 16) -> None:
         super().__init__()
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+        self.register_buffer("freqs", torch.randn(channels // 2, device="cpu") * scale)
 
     def forward(self, x: Tensor) -> Tensor:
         angle = torch.outer(x, 2 * math.pi * self.freqs.to(x.dtype))

@@ -24,8 +24,8 @@ from solvers.types import Guide
 from tools.docs_tables.pages import markdown
 
 HEAD = ("solver", "order", "NFE per step", "history", "grid", "source (arXiv)")
-T_FIRST, T_LAST = 2.0, 0.5  #: noise levels between which every solver walks
-INTERVALS = 256  #: the last doubling is from this number to twice as many
+T_FIRST, T_LAST = 2.0, 1.4  #: noise levels between which every solver walks
+INTERVALS = 64  #: the last doubling is from this number to twice as many
 
 GRIDS: dict[str, Callable[[int], Tensor]] = {
     "uniform": lambda n: torch.linspace(T_FIRST, T_LAST, n, dtype=torch.float64),
