@@ -272,7 +272,7 @@ run() { # SCRIPT FLAG..., or -m MODULE FLAG...: in one process, or in one per GP
     esac
     if [ "${GPUS:-1}" -gt 1 ] && [ "$1" != -c ]; then
         local threads=${OMP_NUM_THREADS:-$((CORES > GPUS ? CORES / GPUS : 1))}
-        OMP_NUM_THREADS=$threads call "$VENV_PYTHON" -m torch.distributed.run --standalone \
+        OMP_NUM_THREADS=$threads call "$VENV_PYTHON" -m commands.torchrun \
             --nproc_per_node="$GPUS" "$@"
     else
         call "$VENV_PYTHON" "$@"
@@ -347,7 +347,7 @@ esac
 case "$RECIPE $TRY$MODEL_PATH" in
     "default 0" | "full 0" | "toy 0" | "test 0" | help*) ;;
     "default "* | "full "* | "toy "* | "test "*)
-        fail 2 "--try and --model_path mean nothing to '$RECIPE': they are for published recipes" ;;
+        fail 2 "'$RECIPE' takes no --try or --model_path: they belong to published recipes" ;;
 esac
 if [ "$RECIPE" = help ]; then
     echo "$USAGE"
@@ -360,5 +360,15 @@ case $RECIPE in
     ms_coco | sd_restart) setup diffusion ;;
     *) setup "" ;;
 esac
-"recipe_$RECIPE"
+set -m # the recipe gets a process group of its own, which ends with this script
+"recipe_$RECIPE" &
+stop() { # SIGNAL CODE
+    trap "" INT TERM HUP
+    kill "-$1" -- -$! 2>/dev/null || true
+    wait $! 2>/dev/null || true # says what ended it
+    exit "$2"
+}
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM HUP
+wait $!
 [ "$DRY_RUN" = 1 ] || note "$RECIPE took $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from typing import NoReturn
@@ -19,13 +20,17 @@ HEAD_START = 3.0  #: seconds that other ranks wait before they report an error
 def run(command: click.Command) -> NoReturn:
     """Run a script's command and exit.
 
-    The exit code is 0 on success, 2 for wrong usage, 130 after Ctrl-C, and 1 for an error that
-    the user can correct, printed as ``error: <one sentence>``: a ValueError (such as UserError) or
-    an OSError.  Set ``AMED_TRACEBACK=1`` to see its traceback.  Other exceptions are defects and
-    keep their traceback.
+    The exit code is 0 on success, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM, and 1
+    for an error that the user can correct, printed as ``error: <one sentence>``: a ValueError (such
+    as UserError) or an OSError.  Set ``AMED_TRACEBACK=1`` to see its traceback.  Other exceptions
+    are defects and keep theirs.  SIGTERM ends a process of torchrun at once, without a word.
     """
     try:
+        if environment()[1] == 1:  # a process of several may be waiting for the others
+            signal.signal(signal.SIGTERM, _terminated)
         code = command.main(standalone_mode=False)
+    except _Terminated:
+        _leave("terminated", 128 + signal.SIGTERM)
     except (click.Abort, KeyboardInterrupt):
         _leave("interrupted", 130)
     except click.ClickException as error:
@@ -44,6 +49,14 @@ def run(command: click.Command) -> NoReturn:
         _await_turn(turn=2)  # perhaps only the echo of another rank's failure
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which unwinds as Ctrl-C does."""
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise _Terminated
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -42,8 +42,7 @@ def python(*arguments: object) -> Done:
 
 def torchrun(script: object, *arguments: object) -> Done:
     """A script as two processes under the real launcher."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    return python(*launcher, script, *arguments)
+    return python("-m", "commands.torchrun", "--nproc_per_node=2", script, *arguments)
 
 
 def start(work: Callable[[], object], log: Path, **environment: str) -> BaseProcess:

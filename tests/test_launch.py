@@ -6,16 +6,17 @@ import importlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 
 import click
 import pytest
-from torch.distributed.run import get_args_parser
 
-from commands import app, visualize
+from commands import visualize
 from denoisers.cards import cards
 from restart.tables import configuration
 from samplers.build import build
@@ -52,7 +53,7 @@ def scripts(*arguments: str) -> Iterator[tuple[str, list[str]]]:
     for command in commands(*arguments):
         place = [i for i, word in enumerate(command) if word.endswith(".py")]
         place += [i + 1 for i, word in enumerate(command[:-1]) if word == "-m"]
-        if place and command[max(place)] != "torch.distributed.run":
+        if place and command[max(place)] != "commands.torchrun":
             yield command[max(place)], command[max(place) + 1 :]
 
 
@@ -261,7 +262,7 @@ def test_tests_are_lint_format_types_and_pytest() -> None:
 @pytest.mark.parametrize("option", [["--gpus", "3"], ["--gpus=3"]])
 def test_several_gpus_go_through_torchrun(option: list[str]) -> None:
     single, several = commands("cifar10"), commands("cifar10", *option)
-    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    runner = ["-m", "commands.torchrun", "--nproc_per_node=3"]
     for one, many in zip(single, several, strict=True):
         assert many == (one if "-c" in one else [one[0], *runner, *one[1:]])
     assert commands("cifar10", "--gpus=1") == single
@@ -278,7 +279,7 @@ def test_several_gpus_go_through_torchrun(option: list[str]) -> None:
         (["--gpu=2"], f"unknown option '--gpu=2': there are {OPTIONS}"),
         (
             ["full", "--try"],
-            "--try and --model_path mean nothing to 'full': they are for published recipes",
+            "'full' takes no --try or --model_path: they belong to published recipes",
         ),
         (["--gpus", "two"], "--gpus 'two' is no number of processes: give 1 or more"),
         (["--gpus=0"], "--gpus '0' is no number of processes: give 1 or more"),
@@ -313,12 +314,13 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 PYTHON = """#!/usr/bin/env bash
-case "$(echo "$*" | sed 's/^-m torch.*--nproc_per_node=[0-9]* //')" in
+case "$(echo "$*" | sed 's/^-m commands.torchrun --nproc_per_node=[0-9]* //')" in
     -V) echo "Python 3.9.6" ;;
     "-m venv --clear .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     -c*version_info*) exit "${OLD:-0}" ;;
     *pip*) echo "installs ${!#}" >> said ;;
-    train.py*) echo "tick 1"; [[ "$*" = *"$BROKEN"* ]] && echo "error: no" >&2 && exit 1
+    train.py*) [ -z "${HANG:-}" ] || { touch hangs; exec sleep 60; }
+        echo "tick 1"; [[ "$*" = *"$BROKEN"* ]] && echo "error: no" >&2 && exit 1
         echo trained >> trained; echo "exps/$(grep -c . trained)" ;;
     compare.py*) echo "$@" >> said ;;
 esac
@@ -361,6 +363,22 @@ def test_a_failed_training_ends_the_recipe(elsewhere: Path, tmp_path: Path) -> N
     assert "compare.py" not in done.stderr
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_running_ends_with_the_script(
+    signum: int, code: int, elsewhere: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python3"), "HANG": "1"}
+    script = subprocess.Popen(
+        ["bash", elsewhere / "launch.sh"], env=environment, stderr=subprocess.PIPE
+    )
+    while not (elsewhere / "hangs").exists():
+        time.sleep(0.01)
+        assert script.poll() is None
+    script.send_signal(signum)
+    _, said = script.communicate(timeout=20)  # until nothing holds the other end any more
+    assert script.returncode == code and b" train.py " in said.splitlines()[-1]
+
+
 def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
     python = str(tmp_path / "python3")
     done = launch(script=elsewhere / "launch.sh", PYTHON=python, OLD="1")
@@ -374,20 +392,3 @@ def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
         "error: python3.0 was not found: install Python 3.10 or newer, or set PYTHON to its path\n",
     )
     assert not (elsewhere / ".venv").exists()
-
-
-PARALLEL = [
-    *("train", "sample", "fid", "clip-score", "compare", "solver-error", "visualize", "converged"),
-    *("nfe-sweep", "plan-search", "train-denoiser", "train-detector"),
-]
-
-
-@pytest.mark.parametrize("name", PARALLEL)
-def test_every_option_can_be_given_through_torchrun(name: str) -> None:
-    """torchrun refuses what abbreviates two options of its own, even behind a script's name."""
-    theirs = [o for action in get_args_parser()._actions for o in action.option_strings]
-    main = app.load(name)
-    for command in main.commands.values() if isinstance(main, click.Group) else [main]:
-        for option in command.params:
-            passes = [o for o in option.opts if not any(t.startswith(o) for t in theirs)]
-            assert passes, f"{command.name}: {option.opts}"

@@ -1,7 +1,10 @@
 """Scripts end with one sentence and the right exit code."""
 
 import errno
+import os
+import signal
 import sys
+import time
 
 import click
 import pytest
@@ -72,6 +75,36 @@ def test_one_sentence_and_the_exit_code(
     captured = capsys.readouterr()
     assert captured.out.strip() == "None 0-63 64 False"
     assert captured.err.strip("\n") == message.strip("\n")
+
+
+def test_sigterm_is_said_and_unwinds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = []
+
+    @click.command()
+    def waiting() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            left.append("cleaned up")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(waiting)
+    assert (ended.value.code, capsys.readouterr().err) == (143, "terminated\n")
+    assert left == ["cleaned up"]
+
+
+def test_several_processes_keep_the_systems_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's handler would wait as long as a process waits for the others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(signal, "signal", None)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(click.Command("nothing"))
+    assert ended.value.code == 0
 
 
 def test_wrong_usage_is_2_and_help_is_0(

@@ -29,7 +29,7 @@ from runtime.log import read_json_lines
 from runtime.options import flat_options, parse_options
 from runtime.record import RunRecord
 from runtime.typed import SCHEMA
-from tests.processes import finish, python, run_command, start, together, torchrun
+from tests.processes import finish, run_command, start, together, torchrun
 from tests.scripts import Done
 from tests.tiny_model import TinySource
 
@@ -106,20 +106,20 @@ def test_two_processes_train_what_one_trains(tmp_path):
 def test_torchrun_runs_the_script(tmp_path):
     """And what all processes find wrong is one sentence."""
     done = torchrun("train.py", "--dataset_name=cifar10-small", "--M=0", f"--outdir={tmp_path}")
-    assert done.code != 0 and done.err.count("error: M = 0 ") == 1, done.err
-    assert f'File "{ROOT}/train.py' not in done.err and not any(tmp_path.iterdir())
+    assert done.code == 1 and done.err.startswith("error: M = 0 "), done.err
+    assert done.err.count("\n") == 1 and not any(tmp_path.iterdir())
 
 
 def test_two_processes_train_the_bundled_model(tmp_path, script):
     arguments = (
-        *("--dataset_name=cifar10-small", "--num_steps=3", "--batch=2", "--afs=True"),
+        *("--dataset_name=cifar10-small", "--num_steps=2", "--batch=2"),
         *("--total_kimg=0.002", "--dtype=float64", "--scale_dir=0.01", "--device=cpu"),
     )
     one = trained(script(train.main, *arguments, f"--outdir={tmp_path / 'one'}"))
     both = (*arguments, f"--outdir={tmp_path / 'two'}")
     folder = trained(together(lambda: run_command(train.main, *both), tmp_path)[0])
     same_to(folder, one, 1e-9)
-    assert folder.name == "00001-cifar10-small-3-3-amed-heun-1-polynomial-afs"
+    assert folder.name == "00001-cifar10-small-2-2-amed-heun-1-polynomial"
     (row,) = read_json_lines(folder / "stats.jsonl")
     untrained = AMEDPredictor(0.01, seed=0).state_dict()
     learned = safetensors.torch.load_file(folder / "predictor.safetensors")
@@ -197,13 +197,6 @@ def test_invalid_options_end_in_one_sentence(
     assert last.lower().startswith("error: ") and message in last, err
     assert code == 2 or len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_of_the_script_has_no_traceback(tmp_path):
-    done = python("train.py", "--dataset_name=cifar11", f"--outdir={tmp_path / 'exps'}")
-    assert done.code == 1 and done.out == "" and not (tmp_path / "exps").exists()
-    assert done.err.startswith("error: ") and "'cifar11'" in done.err
-    assert done.err.count("\n") == 1
 
 
 # Folders

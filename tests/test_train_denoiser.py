@@ -242,8 +242,8 @@ def test_a_killed_run_continues_bit_equal(run, monkeypatch) -> None:
 
 
 def test_a_process_that_was_killed_continues_bit_equal(run) -> None:
-    arguments = ("--kimg=0.096", "--workers=1", "--dtype=bfloat16")
-    command = run.command(*arguments)[1:]
+    arguments = ("--kimg=0.096", "--dtype=bfloat16")
+    command = run.command(*arguments, "--workers=1")[1:]
     victim = start(lambda: run_command(train_denoiser.main, *command), run.folder / "log")
     stats = run.folder / "out" / "stats.jsonl"
     while victim.is_alive() and not (stats.exists() and stats.read_text().count("\n") >= 1):

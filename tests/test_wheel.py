@@ -35,10 +35,10 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(folder: Path) -> Path:
     """Built in a copy, since setuptools leaves files behind that a later build would pick up."""
-    clone, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("wheel")
+    clone, out = folder / "clone", folder / "wheel"
+    clone.mkdir()
     for path in ROOT.iterdir():
         if path.suffix in {".py", ".toml", ".md"} or path.name == "LICENSE":
             shutil.copy(path, clone)
@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Path) -> None:
+def holds_the_packages_with_their_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if not n.split("/")[0].endswith(".dist-info")}
     files = [path for room in PACKAGES for path in (ROOT / room).rglob("*") if path.is_file()]
@@ -66,7 +66,7 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel: Pa
     assert not [name for name in names if "/" not in name]  # no module called train or sample
 
 
-def test_the_only_console_script_is_amed(wheel: Path) -> None:
+def its_only_console_script_is_amed(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (text,) = (archive.read(n) for n in archive.namelist() if n.endswith("entry_points.txt"))
     found = configparser.ConfigParser()
@@ -83,7 +83,7 @@ print(model.card.shape, amed.load_model.__module__, amed.__file__)
 """
 
 
-def test_an_installed_wheel_works_in_any_folder(wheel: Path, tmp_path: Path) -> None:
+def works_installed_in_any_folder(wheel: Path, tmp_path: Path) -> None:
     """The dependencies are those of this environment; our packages are those of the wheel."""
     home, work = tmp_path / "venv", tmp_path / "elsewhere"
     work.mkdir()
@@ -100,3 +100,11 @@ def test_an_installed_wheel_works_in_any_folder(wheel: Path, tmp_path: Path) -> 
     done = run(python, "-c", PROGRAM, cwd=work)
     said = f"(3, 32, 32) denoisers.registry {site / 'amed/__init__.py'}\n"
     assert (done.stdout, list(work.iterdir())) == (said, []), done.stderr
+
+
+def test_a_wheel(tmp_path: Path) -> None:
+    """One test, so that one process builds it."""
+    made = wheel(tmp_path)
+    holds_the_packages_with_their_data_and_nothing_else(made)
+    its_only_console_script_is_amed(made)
+    works_installed_in_any_folder(made, tmp_path)

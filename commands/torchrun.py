@@ -1,0 +1,34 @@
+"""``torchrun --standalone`` that ends as our commands do: a sentence or nothing, never a traceback.
+
+    python -m commands.torchrun --nproc_per_node=2 train.py --dataset_name=cifar10-small
+
+The processes report their own errors; the launcher's report of them, some forty lines, adds
+nothing.  The exit code is that of the process that failed first.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def run(arguments: list[str]) -> int:
+    """Start the processes, wait for them, and return the exit code."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    try:
+        main(["--standalone", *arguments])
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    except SignalException as error:
+        print("interrupted", file=sys.stderr)
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
