@@ -9,6 +9,7 @@ nothing.  The exit code is that of the process that failed first.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,14 +19,15 @@ from torch.distributed.run import main
 
 def run(arguments: list[str]) -> int:
     """Start the processes, wait for them, and return the exit code."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    logging.disable(logging.ERROR)
     try:
         main(["--standalone", *arguments])
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     except SignalException as error:
-        print("interrupted", file=sys.stderr)
+        if error.sigval != signal.SIGINT:  # which rank 0 reports
+            print("terminated", file=sys.stderr)
         return 128 + error.sigval
     return 0
 

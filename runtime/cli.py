@@ -32,7 +32,7 @@ def run(command: click.Command) -> NoReturn:
     except _Terminated:
         _leave("terminated", 128 + signal.SIGTERM)
     except (click.Abort, KeyboardInterrupt):
-        _leave("interrupted", 130)
+        _leave("interrupted" if environment()[0] == 0 else "", 130)
     except click.ClickException as error:
         _await_turn()
         error.show()
@@ -61,7 +61,8 @@ def _terminated(*_: object) -> NoReturn:
 
 def _leave(message: str, code: int) -> NoReturn:
     _await_turn()
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
 

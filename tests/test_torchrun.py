@@ -21,7 +21,8 @@ FAILED = {0: ProcessFailure(0, 7, 1, "/none"), 1: ProcessFailure(1, 8, -15, "/no
         (None, 0, ""),
         (ChildFailedError("train.py", {0: FAILED[0]}), 1, ""),
         (ChildFailedError("train.py", {1: FAILED[1]}), 143, ""),
-        (SignalException("got 2", signal.SIGINT), 130, "interrupted\n"),
+        (SignalException("got 2", signal.SIGINT), 130, ""),
+        (SignalException("got 15", signal.SIGTERM), 143, "terminated\n"),
     ],
 )
 def test_the_launcher_ends_as_its_processes_do(
