@@ -35,10 +35,10 @@ PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newe
 # ---------------------------------------------------------------- recipes
 
 recipe_default() { # budget 5 only
-    note "kept short: 256 trajectories per student, $IMAGES images a row, 5 NFE only;"
+    note "kept short: 1024 trajectories per AMED student, $IMAGES images a row, 5 NFE only;"
     note "published lengths, 50,000 images and 3 to 10 NFE: ./launch.sh full"
     predictors=""
-    small_students 4 True --batch=16 --total_kimg=0.256 --tick=0.064
+    small_students 4 True --batch=16 --total_kimg=1.024 --tick=0.256
     keep student_ns cifar10-small 5 --dtype="$DTYPE" --refine=120 --batch=32 --trajectories=256
     small_report default 5 --num_images="$IMAGES" --select=32,128
 }

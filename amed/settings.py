@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from runtime.options import Json
 from solvers.driver import planned_nfe
 from solvers.grids import Grid
+from solvers.names import unknown
 from solvers.registry import SOLVERS, SolverOptions
 from solvers.rules import FixedRatio
 from solvers.types import Solver
@@ -41,9 +42,7 @@ class StudentSettings:
 
     def __post_init__(self) -> None:
         if self.sampler_stu not in STUDENTS:
-            raise ValueError(
-                f"unknown student {self.sampler_stu!r}; choose one of {', '.join(STUDENTS)}"
-            )
+            raise ValueError(unknown("student", self.sampler_stu, STUDENTS))
         if self.M < 1:
             raise ValueError(
                 f"M = {self.M} gives the teacher the grid of the student; give --M 1 or more"

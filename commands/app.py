@@ -164,4 +164,4 @@ def main() -> NoReturn:
         from runtime import cli  # imports torch
 
         cli.run(amed)
-    sys.exit(amed())
+    sys.exit(amed(help_option_names=["-h", "--help"]))

@@ -17,9 +17,26 @@ from runtime.bounds import MOST_IMAGES
 from runtime.lists import parse_files, parse_numbers, parse_sources
 from runtime.seeds import SELECTION_START
 from solvers.grids import SCHEDULES
+from solvers.names import unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+
+
+class Name(click.Choice):
+    """One of several names; a name of another tool is answered with ours."""
+
+    def __init__(self, kind: str, names: Iterable[str]) -> None:
+        super().__init__(list(names))
+        self.kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(unknown(self.kind, str(value), self.choices), param, ctx)
 
 
 def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -45,8 +62,6 @@ dry_run_option = click.option(
 #: See :func:`runtime.files.cache_folder`.
 cache_option = click.option(
     "--cache_dir",
-    "--cache-dir",
-    "cache_dir",
     metavar="DIR",
     help="for downloads  [default: $AMED_CACHE or ~/.cache/amed-toolkit]",
 )
@@ -173,7 +188,7 @@ def classic_options(function: F) -> F:
         ),
         click.option(
             "--schedule_type",
-            type=click.Choice(SCHEDULES),
+            type=Name("schedule", SCHEDULES),
             help="of all classic rows  [default: own]",
         ),
         times_option("classic rows on these noise levels too, such as those of tools.gits"),

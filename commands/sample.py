@@ -8,6 +8,7 @@ import click
 
 from commands.numbers import LIMIT, NOT_NEGATIVE, POSITIVE, SHARE, Number, nodes
 from commands.options import (
+    Name,
     batch_option,
     class_option,
     device_option,
@@ -83,7 +84,7 @@ Examples:
 )
 @click.option("--nfe", type=nodes(1), help="budget, instead of --num_steps")
 @click.option("--afs", type=bool, help="free analytical first step  [default: False]")
-@click.option("--schedule_type", type=click.Choice(SCHEDULES), help="[default: polynomial]")
+@click.option("--schedule_type", type=Name("schedule", SCHEDULES), help="[default: polynomial]")
 @click.option(
     "--schedule_rho", type=POSITIVE, help="exponent  [default: polynomial 7, the others 1]"
 )
@@ -123,8 +124,8 @@ Examples:
 )
 @click.option("--restart_config", metavar="NAME", help=f"published: {', '.join(configurations())}")
 @click.option("--restart_gamma", type=NOT_NEGATIVE, help="[default: 0]")
-@click.option("--main_solver", type=click.Choice(CLASSIC), help="[default: heun]")
-@click.option("--restart_solver", type=click.Choice(CLASSIC), help="[default: heun]")
+@click.option("--main_solver", type=Name("solver", CLASSIC), help="[default: heun]")
+@click.option("--restart_solver", type=Name("solver", CLASSIC), help="[default: heun]")
 @click.option("--final_zero", type=bool, help="restart: end at 0, not sigma_min  [default: True]")
 @click.option(
     "--learned",

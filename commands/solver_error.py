@@ -23,7 +23,7 @@ EXAMPLES = """\b
 Examples:
   python solver_error.py --budgets 5 --predictors 1,2
   python solver_error.py --dataset_name mine --model_path FILE --detector none --seeds 0-7
-  python solver_error.py --budgets 3,5,7,9 --outdir samples/compare     (into its report.html)
+  python solver_error.py --budgets 3,5,7,9 --outdir samples/compare     # into its report.html
 """
 
 

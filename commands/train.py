@@ -23,6 +23,7 @@ from commands.numbers import (
     updates,
 )
 from commands.options import (
+    Name,
     device_option,
     dry_run_option,
     dtype_option,
@@ -73,15 +74,17 @@ Options = TypeVar("Options")
 )
 @dtype_option
 # Solver
-@click.option("--sampler_stu", type=click.Choice((*STUDENTS, NS)), default="amed")
-@click.option("--sampler_tea", type=click.Choice(TEACHERS), default="heun")
+@click.option("--sampler_stu", type=Name("student", (*STUDENTS, NS)), default="amed")
+@click.option("--sampler_tea", type=Name("teacher", TEACHERS), default="heun")
 @click.option("--num_steps", type=nodes(2), default=4, help="nodes of the student's grid")
 @click.option("--M", "M", type=nodes(0), default=1, help="nodes the teacher inserts per interval")
 @click.option("--afs", type=bool, default=False, help="free analytical first step")
 @click.option("--scale_dir", type=FRACTION, default=0.0, help="range of the direction scale")
 @click.option("--scale_time", type=FRACTION, default=0.0, help="range of the network-time scale")
 # Schedule
-@click.option("--schedule_type", type=click.Choice(SCHEDULES), help="[default: polynomial, rho 7]")
+@click.option(
+    "--schedule_type", type=Name("schedule", SCHEDULES), help="[default: polynomial, rho 7]"
+)
 @click.option("--schedule_rho", type=POSITIVE)
 # Additional, for multistep solvers
 @click.option("--max_order", type=click.IntRange(1, 4), help="[default: ipndm 4, dpmpp 3]")

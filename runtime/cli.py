@@ -6,14 +6,20 @@ import os
 import signal
 import sys
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 import torch
 
+from runtime import __version__
 from runtime.dist import environment
 from runtime.errors import reason
 
+#: Of every command: -h, and options whose words are joined by dashes or by underscores.
+SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+}
 HEAD_START = 3.0  #: seconds that other ranks wait before they report an error
 
 
@@ -28,7 +34,10 @@ def run(command: click.Command) -> NoReturn:
     try:
         if environment()[1] == 1:  # a process of several may be waiting for the others
             signal.signal(signal.SIGTERM, _terminated)
-        code = command.main(standalone_mode=False)
+        if sys.argv[1:] == ["--version"]:
+            click.echo(f"{command.name}, version {__version__}")
+            sys.exit(0)
+        code = command.main(standalone_mode=False, **SETTINGS)
     except _Terminated:
         _leave("terminated", 128 + signal.SIGTERM)
     except (click.Abort, KeyboardInterrupt):

@@ -12,6 +12,7 @@ from samplers.builders.restart import restart_sampler
 from samplers.builders.stochastic import ddpm_sampler, edm_sampler
 from samplers.options import ACCEPTS, SamplerOptions, check_accepted, check_grid
 from samplers.sampler import Sampler
+from solvers.names import unknown
 from solvers.registry import CLASSIC, SOLVERS
 
 BUILDERS: dict[str, Callable[[SamplerOptions, Card], Sampler]] = {
@@ -35,7 +36,7 @@ def build(options: SamplerOptions, card: Card) -> Sampler:
             "--predictor_path instead of --sampler"
         )
     if name not in BUILDERS:
-        raise UserError(f"unknown sampler {name!r}; choose one of {', '.join(BUILDERS)}")
+        raise UserError(unknown("sampler", name, BUILDERS))
     check_accepted(options, ACCEPTS[name], f"sampler {name!r}")
     check_grid(options)
     return BUILDERS[name](options, card)

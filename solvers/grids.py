@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from solvers.names import unknown
+
 #: The schedules and their default exponents rho (``logsnr`` has none).
 DEFAULT_RHO: dict[str, float | None] = {
     "polynomial": 7.0,
@@ -227,9 +229,7 @@ def _check(
     schedule_type: str, num_steps: int, sigma_min: float, sigma_max: float, rho: float | None
 ) -> None:
     if schedule_type not in SCHEDULES:
-        raise ValueError(
-            f"unknown schedule {schedule_type!r}; choose one of {', '.join(SCHEDULES)}"
-        )
+        raise ValueError(unknown("schedule", schedule_type, SCHEDULES))
     _check_length(num_steps)
     if num_steps < 2:
         raise ValueError(f"a grid of {num_steps} node(s) has no interval; give num_steps >= 2")

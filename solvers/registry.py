@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from solvers.dpmpp import DPMpp
 from solvers.multistep import DEIS, VariableAdamsBashforth
+from solvers.names import unknown
 from solvers.rules import AdamsBashforth, FixedRatio, ThreeStage, TwoStage
 from solvers.types import Solver
 from solvers.unipc import UniPC
@@ -73,5 +74,5 @@ def make_solver(name: str, **options: int | float | bool | str | None) -> Solver
 
 def _kind(name: str) -> SolverKind:
     if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}; choose one of {', '.join(SOLVERS)}")
+        raise ValueError(unknown("solver", name, SOLVERS))
     return SOLVERS[name]

@@ -73,6 +73,13 @@ def test_help_is_quick_and_lists_every_command() -> None:
     assert python("-c", code).code == 0
 
 
+@pytest.mark.parametrize("command", [["sample.py"], ["-m", "tools.gits"]])
+def test_a_python_without_the_packages_is_told_what_to_do(command: list[str]) -> None:
+    done = python("-S", *command, "--help")
+    assert done.code == 1 and done.err.startswith(f"error: {sys.executable} lacks torch, numpy, ")
+    assert done.err.endswith("and source .venv/bin/activate\n") and done.err.count("\n") == 1
+
+
 def test_names_take_dashes_and_underscores() -> None:
     for name in ("draw-prompts", "draw_prompts"):
         done = CliRunner().invoke(app.amed, [name, "--help"], prog_name="amed")

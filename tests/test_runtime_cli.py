@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from commands.options import batch_option, device_option, dry_run_option, seeds_option
-from runtime import cli
+from runtime import __version__, cli
 from runtime.errors import UserError
 
 
@@ -116,6 +116,18 @@ def test_wrong_usage_is_2_and_help_is_0(
     assert "0-63" in capsys.readouterr().out
     assert start(monkeypatch, "--device=cpu", "--seeds=3", "--batch=2", "-n") == 0
     assert capsys.readouterr().out == "cpu 3 2 True\n"
+
+
+def test_short_help_version_and_both_spellings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(monkeypatch, "-h") == 0
+    assert "Usage: script.py" in capsys.readouterr().out
+    assert start(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"command, version {__version__}\n"
+    for spelling in ("--dry-run", "--dry_run"):
+        assert start(monkeypatch, spelling, "--seeds=1") == 0
+        assert capsys.readouterr().out == "None 1 64 True\n"
 
 
 def test_defects_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

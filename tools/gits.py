@@ -14,6 +14,7 @@ from torch import Tensor
 from commands.numbers import POSITIVE, nodes
 from commands.options import (
     PATH,
+    Name,
     batch_option,
     condition_options,
     dataset_option,
@@ -164,7 +165,7 @@ def prepare(options: GitsOptions) -> GitsJob:
 @click.option("--fine", type=nodes(3), default=61, help="nodes of the fine grid")
 @click.option(
     "--schedule_type",
-    type=click.Choice(SCHEDULES),
+    type=Name("schedule", SCHEDULES),
     default="polynomial",
     help="of the fine grid",
 )

@@ -24,7 +24,7 @@ from toy.report import claims, table, write_report
 DEFAULTS = Settings()
 EXAMPLES = """\b
 Examples:
-  python -m tools.restart_toy                       (table, figure and all points in exps/toy)
+  python -m tools.restart_toy                       # table, figure and all points in exps/toy
   python -m tools.restart_toy --budgets 23,31 --dry-run
 """
 
