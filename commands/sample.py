@@ -140,6 +140,9 @@ Examples:
 @click.option("--snr", type=POSITIVE, help="of the corrector  [default: the model's, else 0.16]")
 @click.option("--n_steps", type=nodes(0), help="of the corrector  [default: 1]")
 @click.option(
+    "--pds_predictor", type=bool, help="False: the corrector's steps alone  [default: True]"
+)
+@click.option(
     "--batch_coupled", type=bool, help="step sizes of a batch, as published  [default: False]"
 )
 # Guidance

@@ -16,9 +16,8 @@ from PIL import Image, ImageFile, ImageOps
 
 from runtime.bounds import MOST_SIDE
 from runtime.errors import UserError, reason
+from runtime.files import EXTENSIONS
 
-#: Files that are images of a data set.
-EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 #: Files that tools.dataset_tool converts.
 CONVERTIBLE = EXTENSIONS | {".bmp", ".gif", ".tif", ".tiff"}
 #: The decoders that Pillow may try, whatever the name of a file: some others start programs.

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from image_data.containers import FileContainer
-from image_data.formats import DAMAGE, EXTENSIONS, is_deep, open_image
+from image_data.formats import DAMAGE, is_deep, open_image
 from image_data.labels import TABLE, parse_labels
 from metrics.draws import choose
 from runtime.errors import reason
+from runtime.files import EXTENSIONS
 
 #: Threads for decoding: Pillow and zlib release the interpreter while they work.
 WORKERS = min(16, os.cpu_count() or 1)

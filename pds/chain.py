@@ -26,6 +26,9 @@ EPS = 1e-5  #: the SDE time of the published code goes from 1 to this
 class Chain:
     """A segment of a plan (see ``plans.plan.Segment``): N iterations from the highest level to 0.
 
+    Without the predictor (``predictor = none`` of the published code) only Langevin steps lead from
+    level to level, and the last state keeps the noise of the lowest level.
+
     Random numbers are the named draws ``("corrector", i, k)`` and ``("predictor", i)`` of
     iteration i, from 0.
     """
@@ -35,6 +38,7 @@ class Chain:
     operators: Preconditioner = field(default_factory=Preconditioner)
     snr: float = 0.16  #: signal-to-noise ratio of a corrector step
     n_steps: int = 1  #: corrector steps at each level
+    predictor: bool = True  #: whether a step of the reverse diffusion follows them
     batch_coupled: bool = False  #: as published: one corrector step size for the whole batch
 
     @property
@@ -43,16 +47,18 @@ class Chain:
 
     @property
     def times(self) -> list[float]:
-        return [*self.levels[1:].tolist(), 0.0]
+        levels: list[float] = self.levels.tolist()
+        return [*levels[1:], 0.0] if self.predictor else levels
 
     def __str__(self) -> str:
+        end, step = (" -> 0", " and a predictor step") if self.predictor else ("", "")
         return (
-            f"{len(self.levels)} iterations {self.levels[0]:g} -> {self.levels[-1]:g} -> 0, each "
-            f"of {self.n_steps} corrector step(s) and a predictor step"
+            f"{len(self.levels)} iterations {self.levels[0]:g} -> {self.levels[-1]:g}{end}, each "
+            f"of {self.n_steps} corrector step(s){step}"
         )
 
     def nfe(self, cost: int = 1) -> int:
-        return len(self.levels) * (self.n_steps + 1) * cost
+        return len(self.levels) * (self.n_steps + self.predictor) * cost
 
     def visit(self, meter: Meter, x: Tensor, process: ForwardProcess) -> Iterator[Tensor]:
         """Yield the state (B, C, H, W) after each iteration, from ``x = sigma_max z``.
@@ -75,11 +81,12 @@ class Chain:
             for k in range(self.n_steps):
                 g, z = drift(x, network_sigma), noise("corrector", i, k)
                 x = langevin(x, g, z, langevin_step(g, z, self.snr, self.batch_coupled))
-            below = self.levels[i + 1] if i < last else torch.zeros_like(level)
-            variance = level**2 - below**2
-            x = x + variance * drift(x, network_sigma)
-            if i < last:
-                x = x + variance.sqrt() * noise("predictor", i)
+            if self.predictor:
+                below = self.levels[i + 1] if i < last else torch.zeros_like(level)
+                variance = level**2 - below**2
+                x = x + variance * drift(x, network_sigma)
+                if i < last:
+                    x = x + variance.sqrt() * noise("predictor", i)
             yield x
 
 

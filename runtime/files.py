@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from runtime.errors import UserError
 
+EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})  #: of images
 CACHE = "AMED_CACHE"  #: environment variable with the folder for downloads
 CHUNK = 1 << 20  #: bytes read at a time
 TIMEOUT = 60.0  #: seconds without data before a download fails

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runtime.dist import World
 from runtime.errors import UserError, reason
+from runtime.files import EXTENSIONS
 from runtime.log import note
 from runtime.record import RECORD, RunRecord
 
@@ -24,7 +25,7 @@ def claimed(folder: str | Path, here: World, *commands: str) -> Iterator[None]:
 
     ``commands`` are those whose record the folder may have.  Only rank 0 looks at the folder.
     Raises UserError if it cannot be written, if another run is using it, and if it has the record
-    of a command that is not among ``commands``, where any are given.  A new folder in which the
+    of a command that is not among ``commands``, or images of unknown origin, where any are given.  A new folder in which the
     block leaves nothing is removed.
     """
     if not here.is_main:
@@ -112,6 +113,8 @@ def _lock(path: Path, what: str | Path) -> int:
 def _check_record(folder: Path, commands: Sequence[str]) -> None:
     file = folder / RECORD
     if not file.exists():
+        if any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir()):
+            raise UserError(f"{folder} holds images but no {RECORD}: give another folder")
         return
     other = RunRecord.read(file).command
     if other not in commands:

@@ -54,6 +54,7 @@ class SamplerOptions:
     alpha: float | None = None
     snr: float | None = None
     n_steps: int | None = None
+    pds_predictor: bool | None = None
     batch_coupled: bool | None = None
     guidance_rate: float | None = None
 
@@ -101,7 +102,8 @@ _ANY = frozenset(_GRID | {"guidance_rate"})
 _NOISE = {"S_churn", "S_min", "S_max", "S_noise"}
 _RESTART = {"restart_info", "restart_config", "main_solver", "restart_solver", "restart_gamma"}
 _RESTART |= {"schedule_type", "afs", "final_zero"}
-_PDS = {"speed_up", "freq_mask_path", "space_mask_path", "alpha", "snr", "n_steps", "batch_coupled"}
+_PDS = {"speed_up", "freq_mask_path", "space_mask_path", "alpha", "snr", "n_steps"}
+_PDS |= {"pds_predictor", "batch_coupled"}
 
 ACCEPTS: dict[str, frozenset[str]] = {
     **{name: _ANY | {"afs", "schedule_type"} | SOLVERS[name].options for name in CLASSIC},

@@ -90,6 +90,14 @@ def test_records_of_other_commands_are_left_alone(tmp_path: Path) -> None:
         raise AssertionError
 
 
+def test_images_of_unknown_origin_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "0.JPG").touch()
+    with claimed(tmp_path, HERE):
+        pass
+    with pytest.raises(UserError, match=r"holds images but no run.json"), taken(tmp_path):
+        raise AssertionError
+
+
 def test_what_cannot_be_written_is_found_out_before(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     for path in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "b"):

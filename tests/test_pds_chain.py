@@ -152,9 +152,30 @@ def test_the_corrector_does_not_see_the_scale_of_the_preconditioner() -> None:
     assert gap(once, x) > 0.01
 
 
-@pytest.mark.parametrize("n_steps", [0, 1, 3])
-def test_planned_evaluations_are_metered_and_draws_have_their_own_names(n_steps: int) -> None:
-    chain = Chain(*ve_levels(7, 0.01, 50.0), n_steps=n_steps)
+def test_without_the_predictor_langevin_steps_alone_go_from_level_to_level() -> None:
+    """The step that brings the state of one level to the next one is left out, to the last."""
+    levels, network = ve_levels(5, 0.01, 50.0)
+    operators, model, normal = preconditioners(1.5)["both"], mixture(), named()
+    chain = Chain(levels, network, operators, snr=0.2, n_steps=2, predictor=False)
+    assert chain.times == levels.tolist() and "predictor" not in str(chain)
+    start = 50 * draw(3, *SHAPE)
+    states = list(chain.visit(Meter(model), start, ForwardProcess(normal)))
+    x = operators.noise(start)
+    for i, level in enumerate(network):
+        for k in range(2):
+            g = operators.drift((model(x, level).x0 - x) / level**2)
+            z = operators.noise(normal(("corrector", i, k)))
+            step = 2 * 0.2**2 * (z**2).sum((1, 2, 3)) / (g**2).sum((1, 2, 3))
+            step = step[:, None, None, None]
+            x = x + step * g + (2 * step).sqrt() * z
+        assert gap(states[i], x) < 1e-12 * float(x.abs().max())
+
+
+@pytest.mark.parametrize(("n_steps", "predictor"), [(0, True), (1, True), (3, True), (2, False)])
+def test_planned_evaluations_are_metered_and_draws_have_their_own_names(
+    n_steps: int, predictor: bool
+) -> None:
+    chain = Chain(*ve_levels(7, 0.01, 50.0), n_steps=n_steps, predictor=predictor)
     for cost in (1, 2):
         meter = Meter(GaussianDenoiser(0.0, 1.0, cost=cost))
         names: list[tuple] = []
@@ -164,6 +185,6 @@ def test_planned_evaluations_are_metered_and_draws_have_their_own_names(n_steps:
             return draw(3, *SHAPE)
 
         states = list(chain.visit(meter, draw(3, *SHAPE), ForwardProcess(normal)))
-        assert meter.nfe == chain.nfe(cost) == 7 * (n_steps + 1) * cost
+        assert meter.nfe == chain.nfe(cost) == 7 * (n_steps + predictor) * cost
         assert len(states) == len(chain.times)
-        assert len(set(names)) == len(names) == 7 * n_steps + 6
+        assert len(set(names)) == len(names) == 7 * n_steps + 6 * predictor

@@ -59,6 +59,7 @@ def sampler(name: str, **options: object) -> Sampler:
         ("pds", {"num_steps": 20}, 40),
         ("pds", {"num_steps": 20, "n_steps": 0, "freq_mask_path": "none"}, 20),
         ("pds", {"num_steps": 20, "n_steps": 2, "guidance_rate": 2.0}, 120),
+        ("pds", {"num_steps": 20, "n_steps": 2, "pds_predictor": False}, 40),
         ("restart", {"num_steps": 18, "restart_info": INFO, "main_solver": "dpm3"}, 60),
         ("restart", {"num_steps": 18, "restart_info": INFO, "restart_solver": "dpm3"}, 47),
     ],
@@ -211,6 +212,7 @@ USERS: dict[str, tuple[object, set[str]]] = {
     "alpha": (3.0, {"pds"}),
     "snr": (0.1, {"pds"}),
     "n_steps": (2, {"pds"}),
+    "pds_predictor": (False, {"pds"}),
     "batch_coupled": (True, {"pds"}),
 }
 
@@ -253,6 +255,7 @@ def test_an_option_is_used_or_refused_but_never_ignored(option: str) -> None:
         ({"sampler": "restart", "restart_info": '{"0": [3, 1, 2, 1]}'}, "below t_max = 1"),
         ({"sampler": "restart", "num_steps": 9, "restart_info": f"18 {INFO}"}, "--num_steps 9"),
         ({"sampler": "restart", "restart_config": "magic-1"}, "'magic-1'"),
+        ({"sampler": "pds", "pds_predictor": False, "n_steps": 0}, "leave no step: give --n_steps 1"),
         ({"sampler": "restart", "restart_config": "cifar10-vp-43", "nfe": 43},
          "--nfe 43 is not an option of restart configuration 'cifar10-vp-43'"),
         ({"sampler": "restart", "nfe": 5, "restart_info": '{"0": [2, 1, 90, 95]}'},

@@ -31,8 +31,11 @@ def pds_sampler(options: SamplerOptions, card: Card) -> Sampler:
     defaults = {**PUBLISHED, **card.langevin}
     snr = defaults["snr"] if options.snr is None else options.snr
     n_steps = int(defaults["n_steps"] if options.n_steps is None else options.n_steps)
+    predictor = options.pds_predictor is not False
+    if not predictor and n_steps == 0:
+        raise UserError("--pds_predictor False and --n_steps 0 leave no step: give --n_steps 1")
     cost = card.cost(options.guidance_rate)
-    num_steps, speed_up = _length(options, int(defaults["N"]), cost * (n_steps + 1))
+    num_steps, speed_up = _length(options, int(defaults["N"]), cost * (n_steps + predictor))
     iterations = num_steps // speed_up
     sigma_min, sigma_max = options.grid.resolve(card).ends
     levels = ve_levels(iterations, sigma_min, sigma_max)
@@ -41,7 +44,7 @@ def pds_sampler(options: SamplerOptions, card: Card) -> Sampler:
     alpha = ALPHA if options.alpha is None else options.alpha
     freq, space = (None if mask is None else mask.values for mask in masks.values())
     operators, coupled = Preconditioner.of(freq, space, alpha), bool(options.batch_coupled)
-    chain = Chain(*levels, operators, snr, n_steps, coupled)
+    chain = Chain(*levels, operators, snr, n_steps, predictor, coupled)
     options = replace(
         options,
         num_steps=num_steps,
@@ -52,11 +55,13 @@ def pds_sampler(options: SamplerOptions, card: Card) -> Sampler:
         alpha=alpha if kinds else None,
         snr=snr,
         n_steps=n_steps,
+        pds_predictor=None if predictor else False,
         batch_coupled=coupled,
     )
     extra: dict[str, Json] = {"iterations": iterations}
     extra |= {f"{kind}_mask": mask.describe() if mask else None for kind, mask in masks.items()}
-    label = "-".join(["pds", *(kinds or ["plain"])]) + ("-coupled" if coupled else "")
+    label = "-".join(["pds", *(kinds or ["plain"])])
+    label += ("" if predictor else "-corrector") + ("-coupled" if coupled else "")
     return Sampler(label, (chain,), options, cost, extra=extra)
 
 
