@@ -24,9 +24,9 @@ def claimed(folder: str | Path, here: World, *commands: str) -> Iterator[None]:
     """``with claimed(outdir, here):`` the folder, made where needed, for this run alone.
 
     ``commands`` are those whose record the folder may have.  Only rank 0 looks at the folder.
-    Raises UserError if it cannot be written, if another run is using it, and if it has the record
-    of a command that is not among ``commands``, or images of unknown origin, where any are given.  A new folder in which the
-    block leaves nothing is removed.
+    Raises UserError if it cannot be written, if another run is using it, and, where ``commands``
+    are given, if it has the record of another command or images without a record.  A new folder in
+    which the block leaves nothing is removed.
     """
     if not here.is_main:
         yield
