@@ -126,12 +126,16 @@ def create_run(root: str | Path, name: str) -> Path:
         if list(root.glob(f"{number:05d}-*")):  # created and already renamed by another process
             claim.rmdir()
             continue
-        return claim.rename(root / f"{number:05d}-{name}")
+        try:
+            return claim.rename(root / f"{number:05d}-{name}")
+        except OSError:
+            claim.rmdir()
+            raise
 
 
 def find_run(spec: str, root: str | Path) -> Path:
     """The run folder ``spec``: a number below ``root`` or a path."""
-    if spec.isdigit():
+    if spec.isdecimal():
         runs = list_runs(root)
         if int(spec) not in runs:
             numbers = ", ".join(map(str, runs)) or "none"

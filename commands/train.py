@@ -38,6 +38,7 @@ from ns.options import EXPONENT, SEARCH, NsOptions
 from runtime.errors import UserError
 from runtime.job import execute
 from runtime.options import flag_names, parse_options
+from runtime.outputs import check_name
 from solvers.grids import SCHEDULES
 from teachers.build import TARGETS, TEACHERS
 
@@ -47,11 +48,17 @@ Examples:
       --num_steps=4 --M=1 --afs=True --scale_dir=0.01 --schedule_type=time_uniform --schedule_rho=1
   torchrun --standalone --nproc_per_node=2 train.py --dataset_name=cifar10-small \\
       --sampler_stu=ipndm --sampler_tea=restart --num_steps=4 --M=2 --afs=True \\
-      --scale_dir=0.01 --scale_time=0.2
+      --scale_dir=0.01 --scale_time=0.2 --restart_target=trajectory
   python train.py --dataset_name=cifar10-small --sampler_stu=ns --nfe=5
 """
 NS = "ns"  #: the student that is a table
 Options = TypeVar("Options")
+
+
+def _named(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    if text is not None:
+        check_name("--desc", text)
+    return text
 
 
 @click.command(epilog=EXAMPLES, context_settings={"show_default": True})
@@ -67,7 +74,7 @@ Options = TypeVar("Options")
 @click.option("--seed", type=SEED, default=0)
 @click.option("--tick", type=NOT_NEGATIVE, default=0.5, help="kimg between reports")
 @click.option("--snap", type=updates(0), default=0, help="ticks between kept predictors")
-@click.option("--desc", help="text to add to the folder's name")
+@click.option("--desc", callback=_named, help="text to add to the folder's name")
 @click.option("--bench", type=bool, default=True, help="let cuDNN search for fast kernels")
 @click.option(
     "--resume", metavar="auto|RUN", help="go on with a run; auto finds one with equal options"

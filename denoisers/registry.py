@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder, download
 from runtime.job import NotFetched
+from runtime.outputs import check_name
 
 Loader = Callable[[Card, Files, torch.device, torch.dtype], Model]
 FAMILIES: dict[str, Loader] = {
@@ -94,7 +94,7 @@ class ModelSource:
                 f"unknown dataset '{self.dataset_name}'; known: {', '.join(known)}; a model of "
                 "your own takes any other name together with --model_path"
             )
-        _check_name(str(self.dataset_name))
+        check_name("--dataset_name", str(self.dataset_name))
         return self._described
 
     @cached_property
@@ -182,15 +182,6 @@ def load_model(
         dtype=dtype,
     )
     return source.load(World(0, 1, torch.device(device)))
-
-
-def _check_name(name: str) -> None:
-    """Raise UserError for a name of a model that is no name of a folder, which results get."""
-    if not re.fullmatch(r"[\w][\w .+-]{0,99}", name):
-        raise UserError(
-            f"--dataset_name {name[:99]!r} cannot name folders of results: give up to 100 letters, "
-            "digits, spaces and . + - _, of which the first is a letter or a digit"
-        )
 
 
 def _existing(path: str | None, flag: str) -> Path | None:

@@ -136,7 +136,7 @@ def _distribute(
             )
         return prompts
     seeds = [Path(name).stem for name in names]
-    strange = [n for n, s in zip(names, seeds, strict=True) if not s.isdigit()]
+    strange = [n for n, s in zip(names, seeds, strict=True) if not s.isdecimal()]
     if strange:
         raise UserError(
             f"{strange[0]} in {path} is not an image of sample.py, whose names are seeds: remove it"

@@ -40,7 +40,8 @@ def to_uint8_tensor(x: Tensor) -> Tensor:
         bad = [b for b, image in enumerate(x) if not bool(isfinite(image).all())]
         raise ValueError(
             f"image {bad[0]} of the batch is not finite ({len(bad)} of {len(x)} are not): "
-            "the sampler diverged, use more steps or a dtype of higher precision"
+            "if one step of Euler gives a finite image, the sampler diverges, so use more steps, a "
+            "smaller guidance rate or a dtype of higher precision; else check the weights"
         )
     scaled = (x.detach() if x.dtype.itemsize >= 4 else x.detach().float()) * 127.5 + 128
     return scaled.clip(0, 255).to(uint8).cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -57,6 +58,15 @@ def locked(path: Path, what: str | Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is locked: nobody else has this file
         os.close(descriptor)
+
+
+def check_name(flag: str, name: str) -> None:
+    """Raise UserError unless ``name`` may be a part of the name of a folder of results."""
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", name):
+        raise UserError(
+            f"{flag} {name[:99]!r} cannot name folders of results: give up to 100 letters, digits, "
+            "spaces and . + - _, of which the first is a letter or a digit"
+        )
 
 
 def check_writable(path: str | Path, flag: str) -> None:

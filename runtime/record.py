@@ -18,7 +18,7 @@ from runtime import __version__
 from runtime.errors import UserError
 from runtime.files import write_text
 from runtime.options import Json
-from runtime.typed import SCHEMA, from_plain, parse_json
+from runtime.typed import REMEDY, SCHEMA, from_plain, parse_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,7 +90,7 @@ class RunRecord:
                 f"{path} cannot be read ({error.strerror}): give the folder of a run"
             ) from None
         except UnicodeDecodeError:
-            raise UserError(f"{path} is not a text file: delete it and run again") from None
+            raise UserError(f"{path} is not a text file: {REMEDY}") from None
         return cls.from_json(text, source=str(path))
 
     def differences(self, other: RunRecord, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -23,7 +23,8 @@ T = TypeVar("T")
 MakeObject = Callable[[Sequence[tuple[str, Any]]], dict[str, Any]]
 SCHEMA = 1  #: of the files this version writes; raise it when a key changes its meaning
 OPTIONAL = {"optional": True}  #: metadata of a field whose key is left out where it is None
-REMEDY = "delete it and run again"
+#: Deleting a record alone would leave results of unknown origin.
+REMEDY = "restore it, or delete it with the results beside it and run again"
 MOST_DEPTH = 64  #: of nested JSON; our own files have 8
 _TOO_DEEP: list[Any] = []
 _TOO_DEEP.append(_TOO_DEEP)

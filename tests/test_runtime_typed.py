@@ -13,6 +13,7 @@ import pytest
 from runtime.errors import UserError
 from runtime.typed import (
     OPTIONAL,
+    REMEDY,
     SCHEMA,
     from_plain,
     read_earlier,
@@ -88,7 +89,7 @@ def test_a_wrong_field_is_named(content: Any, sentence: str, tmp_path: Path) -> 
     with pytest.raises(UserError) as caught:
         read_result(Points, file)
     text = str(caught.value)
-    assert text.startswith(f"{file}: {sentence}") and text.endswith(": delete it and run again")
+    assert text.startswith(f"{file}: {sentence}") and text.endswith(": " + REMEDY)
     assert "\n" not in text
 
 
@@ -100,7 +101,7 @@ def test_what_is_no_json_and_what_is_newer_is_refused(tmp_path: Path) -> None:
         (b"\xff\xfe", "is not a text file"),
     ):
         file.write_bytes(damage)
-        with pytest.raises(UserError, match=f"points.json {sentence}.*: delete it and run"):
+        with pytest.raises(UserError, match=f"points.json {sentence}.*: {REMEDY}"):
             read_result(Points, file)
         assert read_earlier(Points, file) is None
     with pytest.raises(UserError, match="here has schema 2, but .* up to 1: update the toolkit"):

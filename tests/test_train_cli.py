@@ -133,6 +133,8 @@ OUTSIDE = '--restart_info={"0": [3, 2, 0.06, 100]}'
 REFUSED = [
     (["--dataset_name=cifar11"], 1, "'cifar11'"),
     (["--M=0"], 1, "M = 0 "),
+    (["--desc=a/b"], 1, "--desc 'a/b' cannot name folders"),
+    (["--desc=" + 300 * "x"], 1, "cannot name folders of results: give up to 100"),
     (["--schedule_type=discrete", "--schedule_rho=1"], 1, "'discrete'"),
     (["--sampler_stu=dpmpp", "--max_order=4"], 1, "max_order = 4"),
     (["--sampler_tea=dpmpp", "--max_order=4"], 1, "max_order = 4"),
@@ -215,6 +217,12 @@ def test_runs_that_start_together_take_different_numbers(tmp_path):
     numbers = sorted(int(name[:5]) for name in names)
     assert numbers == list(range(1, together * each + 1))
     assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_named_leaves_no_number_behind(tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        create_run(tmp_path, "a/b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _claim(root: Path, who: int) -> None:

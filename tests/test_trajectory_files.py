@@ -74,7 +74,7 @@ def test_damaged_and_missing_shards_are_one_sentence() -> None:
     job.run(HERE)
     assert path.read_bytes() == good
     (found.folder / "run.json").write_text("{")
-    with pytest.raises(UserError, match="run.json is not valid JSON .*delete it"):
+    with pytest.raises(UserError, match="run.json is not valid JSON .*delete it with"):
         job.run(HERE)
 
 
