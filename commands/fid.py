@@ -41,6 +41,7 @@ Examples:
   python fid.py gen --predictor_path=1 --seeds 0-49999 --json fid.json
   python fid.py calc --images samples/00001 --num 2000 --json fid.json
   python fid.py calc --images samples/00001 --metrics fid,kid,pr,dc --ref stats.npz
+  python fid.py calc --images samples/00001 --ref samples/00002
   python fid.py ref --data cifar10-32x32-train.zip --features 10000 --dest stats.npz
   torchrun --standalone --nproc_per_node=2 fid.py calc --images images.zip --num_images 5000
 """

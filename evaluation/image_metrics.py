@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.detectors import open_detectors
@@ -16,7 +16,7 @@ from evaluation.metric_report import (
     save_statistics,
 )
 from metrics.detectors import Detector
-from metrics.measures import require
+from metrics.measures import reference_needs, require
 from metrics.statistics import Statistics
 from metrics.summary import FeatureSummary
 from runtime.dist import World
@@ -36,8 +36,14 @@ class ImageMetricsOptions:
     images: Path  #: folder, zip, or .npz of statistics
     metric: MetricOptions
     reading: ImagePassOptions
-    ref: tuple[str, ...] = ("cifar10-small",)  #: for each detector
+    ref: tuple[str, ...] = ("cifar10-small",)  #: for each detector, or images for all of them
     result_path: Path | None = None
+
+    @property
+    def other(self) -> Path | None:
+        """The folder or zip of images that is the reference, if it is one."""
+        path = Path(self.ref[0])
+        return path if len(self.ref) == 1 and (path.is_dir() or path.suffix == ".zip") else None
 
 
 @dataclass(frozen=True)
@@ -59,13 +65,22 @@ class ImageMetricsJob:
         options = self.options
         check_file(options.result_path, "--json", here)
         detectors = open_detectors(options.metric.detector, here)
-        references = options.metric.open_references(options.ref, detectors)
-        with self._summaries(detectors, here) as summaries:
+        with (
+            self._references(detectors, here) as references,
+            self._summaries(detectors, here) as summaries,
+        ):
             if not here.is_main:
                 return ""
             sets = map(MeasuredSet, detectors, summaries, references)
             record = self.record(here)
             return report_metrics(options.metric, list(sets), record, options.result_path)
+
+    def _references(self, detectors: Sequence[Detector], here: World) -> Summaries:
+        options = self.options
+        if options.other is None:
+            return nullcontext(options.metric.open_references(options.ref, detectors))
+        needs, reading = reference_needs(options.metric.names), replace(options.reading, num=None)
+        return image_pass(options.other, detectors, needs, reading, here)
 
     def _summaries(self, detectors: Sequence[Detector], here: World) -> Summaries:
         path, needs = self.options.images, self.options.metric.needs()
@@ -80,7 +95,8 @@ def prepare_metrics(options: ImageMetricsOptions) -> ImageMetricsJob:
     Raises UserError or ValueError, one sentence with the remedy.
     """
     options.metric.needs()
-    options.metric.check_each("--ref", options.ref)
+    if options.other is None:
+        options.metric.check_each("--ref", options.ref)
     num = options.reading.num
     if options.images.suffix == STATISTICS and num is not None:
         raise UserError(

@@ -84,6 +84,21 @@ def test_folder_zip_and_statistics_agree(run: Script, tmp_path: Path) -> None:
         assert figure(run("calc", "--images", path, *options)[1]) == 0.0
 
 
+def test_images_may_be_the_reference(run: Script, tmp_path: Path) -> None:
+    """Of one folder to another in one call, in the metrics that need features as well."""
+    one, other = write(tmp_path / "a", pixels(9)), write(tmp_path / "b", pixels(14, seed=1))
+    stats = tmp_path / "b.npz"
+    assert run("ref", "--data", other, "--features", 14, "--dest", stats)[0] == 0
+    for metrics in ("fid", "fid,kid"):
+        said = [run("calc", "--images", one, "--ref", ref, "--metrics", metrics)[1]
+                for ref in (stats, other)]  # fmt: skip
+        assert said[0] == said[1] and figure(said[0]) > 0.1
+    assert figure(run("calc", "--images", one, "--ref", one)[1]) == 0.0
+    both = ["calc", "--images", one, "--ref", other, "--num", 5, "--device", "cpu"]
+    done = together(lambda: run_command(fid.main, *both), tmp_path)
+    assert done[0].out == run(*both)[1] and "N = 5" in done[0].out and done[1].out == ""
+
+
 def test_result_does_not_depend_on_batch_or_processes(run: Script, tmp_path: Path) -> None:
     folder = write(tmp_path / "a", pixels(13))
     options = ["--data", folder, "--num_images", 11, "--seed", 5]
