@@ -33,7 +33,10 @@ Examples:
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma, or 'none'")
 @image_options
 @click.option(
-    "--select", default="64,256", metavar="LIST", help="images per candidate, Restart's choice"
+    "--select",
+    default="64,256",
+    metavar="LIST",
+    help="images per candidate in the choice of Restart's plan, or 'none': no Restart",
 )
 @click.option("--ceilings", type=bool, default=True, help="also Heun-35 and Restart-43")
 @click.option(

@@ -60,7 +60,7 @@ class CompareOptions:
     budgets: str = "3,5,7,9"
     num: int = 2000  #: images per row
     blocks: int = 4
-    select: str = "64,256"  #: images per candidate in each round of Restart's selection
+    select: str = "64,256"  #: images per candidate in each round of Restart's selection, or none
     ceilings: bool = True
     extra: tuple[str, ...] = ()  #: keys of `EXTRA`
     restart_info: str | None = None
@@ -87,7 +87,7 @@ class ComparisonJob:
     rows: Mapping[int, Sequence[Row]]  #: by budget, all but Restart's row, which is chosen first
     extra: Sequence[Row]  #: at budgets of their own
     ceilings: Sequence[Row]
-    rounds: Sequence[int]  #: images per candidate in Restart's selection
+    rounds: Sequence[int]  #: images per candidate in Restart's selection; none without Restart
     selection_images: int  #: that the selections make in all
     facts: Mapping[str, Json]  #: more for the record
 
@@ -107,7 +107,7 @@ class ComparisonJob:
         """The record and the rows, for a dry run."""
         lines = [self.record().to_json()]
         for budget, rows in self.rows.items():
-            names = [*(row.method for row in rows), "Restart (chosen)"]
+            names = [row.method for row in rows] + ["Restart (chosen)"] * bool(self.rounds)
             lines.append(f"{budget} NFE: {', '.join(names)}")
         lines += map(str, self.extra)
         lines.append(f"ceilings: {', '.join(row.method for row in self.ceilings) or 'none'}")
@@ -128,7 +128,8 @@ class ComparisonJob:
         if here.is_main:
             record.write(self.folder / RECORD)
         others = len(self.extra) + len(self.ceilings)
-        images = len(self.seeds) * (others + sum(len(rows) + 1 for rows in self.rows.values()))
+        chosen = bool(self.rounds)
+        images = len(self.seeds) * (others + sum(len(rows) + chosen for rows in self.rows.values()))
         images += self.selection_images
         measured = []
         with progress(images, "compare", "img", enabled=here.is_main) as bar:
@@ -149,9 +150,11 @@ class ComparisonJob:
         """All rows in the order of work, Restart's plans chosen."""
         rows: list[Row] = []
         for budget, fixed in self.rows.items():
-            say(f"choosing Restart at {budget} NFE")
-            sampler = choose_restart(budget, harness, self.rounds, self.folder, tick)
-            rows += [*fixed, restart_row(budget, sampler)]
+            rows += fixed
+            if self.rounds:
+                say(f"choosing Restart at {budget} NFE")
+                sampler = choose_restart(budget, harness, self.rounds, self.folder, tick)
+                rows.append(restart_row(budget, sampler))
         return distinct([*rows, *self.extra, *self.ceilings])
 
 
@@ -162,8 +165,10 @@ def prepare(options: CompareOptions) -> ComparisonJob:
     """
     asked = options.budgets
     budgets = [] if asked == "none" else parse_whole_numbers("--budgets", asked, 1, MOST_SEARCHED)
-    rounds = parse_whole_numbers("--select", options.select, 2, MOST_IMAGES)
-    selection = selection_seeds(rounds[-1] if budgets else 0)
+    rounds: Sequence[int] = ()
+    if options.select != "none":
+        rounds = parse_whole_numbers("--select", options.select, 2, MOST_IMAGES)
+    selection = selection_seeds(rounds[-1] if budgets and rounds else 0)
     seeds = row_seeds(options.num, options.blocks)
     card = options.harness.model.card()
     students = load_students(options.predictors, card)
@@ -181,7 +186,7 @@ def prepare(options: CompareOptions) -> ComparisonJob:
         "guidance_rate": rate,
         "seeds": seeds_section(seeds, selection, students),
     }
-    images = sum(selection_cost(budget, card, rate, rounds) for budget in budgets)
+    images = sum(selection_cost(budget, card, rate, rounds) for budget in budgets if rounds)
     return ComparisonJob(
         "compare", options, harness, card, seeds, options.blocks, options.outdir,
         rows, extra, ceilings, rounds, images, facts,

@@ -62,7 +62,10 @@ class Space:
                 "--intervals or --walks, a smaller --most, or a smaller budget"
             )
         if not listed:
-            raise UserError(f"no Restart plan spends exactly {budget} NFE: leave this budget out")
+            raise UserError(
+                f"no Restart plan spends exactly {budget} NFE: leave this budget out, or give "
+                "compare.py --select none"
+            )
         return listed
 
 

@@ -250,6 +250,22 @@ def test_a_job_chooses_measures_and_reports(harness, tmp_path):
     assert (plan["budgets"], plan["device"], plan["world_size"]) == ([3], "cpu", 1)
 
 
+def test_restart_can_be_left_out(harness, tmp_path):
+    """As it has to be at one evaluation, which no plan of Restart spends."""
+    options = CompareOptions(
+        OPTIONS, budgets="1", num=12, blocks=2, ceilings=False, outdir=tmp_path, solvers="euler"
+    )
+    with pytest.raises(UserError, match="or give compare.py --select none"):
+        prepare_comparison(options)
+    job = prepare_comparison(replace(options, select="none"))
+    assert "Restart" not in job.outline() and job.selection_images == 0
+    job.run(HERE, harness)
+    results = read_result(ComparisonResults, tmp_path / "results.json")
+    assert {(r.group, r.nfe_metered) for r in results.rows} == {("classic", 1)}
+    assert results.record.plan["seeds"]["selection"] is None
+    assert not list(tmp_path.glob("selection-*.json"))
+
+
 def test_detectors_do_not_mix(harness, tmp_path):
     other = Statistics(harness.detector.id.__class__("other", "1" * 64, harness.detector.dim))
     other.update(torch.randn(8, harness.detector.dim))
