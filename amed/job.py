@@ -138,6 +138,8 @@ class TrainingJob:
         record, loop = self.record(model.sha256), _loop(options, here)
         folder = open_run(options.outdir, options.resume, self.name, record, here)
         with claimed(folder, here):
+            if here.is_main and is_longer(record, RunRecord.read(folder / RECORD)):
+                record.write(folder / RECORD)
             self._train(model, record, loop, folder, here)
         return folder
 
@@ -258,7 +260,9 @@ def _open_run(root: str, resume: str | None, name: str, record: RunRecord) -> Pa
         if not resume:
             raise UserError("--resume is empty: give auto, or the number or folder of a run")
         folder = find_run(resume, root)
-        differences = RunRecord.read(folder / RECORD).differences(record, IGNORED)
+        earlier = RunRecord.read(folder / RECORD)
+        ignored = (*IGNORED, "total_kimg") if is_longer(record, earlier) else IGNORED
+        differences = earlier.differences(record, ignored)
         if differences:
             raise UserError(
                 f"{folder} was started with other options ({'; '.join(differences)}); "
@@ -268,6 +272,15 @@ def _open_run(root: str, resume: str | None, name: str, record: RunRecord) -> Pa
         folder = create_run(root, name)
         record.write(folder / RECORD)
     return folder
+
+
+def is_longer(record: RunRecord, earlier: RunRecord) -> bool:
+    """Whether a training is longer than an earlier one, which it may then continue.
+
+    The learning rate is constant, and trajectories are known by their numbers.
+    """
+    new, old = (one.options.get("total_kimg") for one in (record, earlier))
+    return isinstance(new, float) and isinstance(old, (int, float)) and new > old
 
 
 def find_resumable(root: str | Path, record: RunRecord) -> Path | None:

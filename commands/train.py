@@ -77,7 +77,9 @@ def _named(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--desc", callback=_named, help="text to add to the folder's name")
 @click.option("--bench", type=bool, default=True, help="let cuDNN search for fast kernels")
 @click.option(
-    "--resume", metavar="auto|RUN", help="go on with a run; auto finds one with equal options"
+    "--resume",
+    metavar="auto|RUN",
+    help="go on with a run, also to a larger --total_kimg; auto finds one with equal options",
 )
 @dtype_option
 # Solver

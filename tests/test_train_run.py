@@ -261,6 +261,19 @@ def test_resume_auto_leaves_a_finished_run_alone(command):
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
+def test_a_finished_run_can_be_made_longer(command, tmp_path):
+    """Bit-equal to one that was as long from the start; a shorter one is refused."""
+    short, long = ("--tick=0.008", "--total_kimg=0.016"), ("--tick=0.008", "--total_kimg=0.032")
+    whole = command(*long, f"--outdir={tmp_path / 'whole'}").folder
+    folder = command(*short).folder
+    again = command(*long, "--resume=1")
+    assert again.code == 0 and again.folder == folder and "already trained" not in again.err
+    assert_bit_equal(folder, whole)
+    assert RunRecord.read(folder / "run.json").options["total_kimg"] == 0.032
+    refused = command(*short, "--resume=1")
+    assert refused.code == 1 and "options.total_kimg: 0.032 != 0.016" in refused.err
+
+
 def test_resume_auto_starts_anew_where_options_differ(command):
     first = command().folder
     assert command("--resume=auto", "--lr=0.001").folder != first
