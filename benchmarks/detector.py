@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
+from commands.help import SETTINGS
 from image_data.sources import image_batches
 from metrics.detectors import load_detector, load_reference
 from metrics.fid import gather
@@ -34,7 +35,7 @@ def blurred(images: np.ndarray, level: float) -> np.ndarray:
     return gaussian_filter(images, (0, 0, level, level), mode="reflect")
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="folder or zip of images"
 )

@@ -18,6 +18,7 @@ import click
 import numpy as np
 from scipy import linalg
 
+from commands.help import SETTINGS
 from metrics.frechet import frechet_distance
 from runtime import cli
 
@@ -45,7 +46,7 @@ def timed(function: Callable[[], float]) -> tuple[float, float]:
     return time.perf_counter() - start, value
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings=SETTINGS)
 @click.option("--dim", type=click.IntRange(min=2), default=2048, help="number of features")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, help="calls of each")
 def main(dim: int, repeats: int) -> None:

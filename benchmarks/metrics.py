@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks.sampling import clock_options, stopwatch
+from commands.help import SETTINGS
 from commands.options import PATH, device_option
 from evaluation.images import ImagePassOptions, image_pass
 from image_data.sources import image_batches
@@ -33,7 +34,7 @@ RATIO, GROWTH = 1.1, 32.0  #: limits
 MIB = 2**20
 
 
-@click.group(context_settings={"show_default": True})
+@click.group(context_settings=SETTINGS)
 def main() -> None:
     """Measure throughput and memory of the statistics of images."""
 

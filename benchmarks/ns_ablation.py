@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import click
 import torch
 
+from commands.help import SETTINGS
 from commands.options import device_option, dtype_option
 from comparison.job import row_seeds
 from comparison.measure import measure
@@ -137,7 +138,7 @@ def table(tried: list[Tried]) -> str:
     return "\n".join(lines)
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--nfe", type=click.IntRange(1), default=5, help="network evaluations")
 @click.option("--updates", type=click.IntRange(1), default=40, help="of each refinement")
 @click.option("--num_images", "num", type=click.IntRange(4, KEPT), default=1500, help="per row")

@@ -17,6 +17,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from commands.help import SETTINGS
 from commands.options import device_option, dtype_option
 from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
@@ -196,7 +197,7 @@ def training_pairs(
         yield experiment.walk(batch.x[0], batch.x0[-1], denoiser)
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--predictor_path", required=True, metavar="RUN", help="a trained table")
 @click.option("--updates", type=click.IntRange(1), default=300, help="of the predictor")
 @click.option("--num_images", "num", type=click.IntRange(0), default=1500, help="for FID; 0: none")

@@ -18,6 +18,7 @@ import click
 import torch
 from torch import Tensor
 
+from commands.help import SETTINGS
 from commands.options import threads_option
 from denoisers.families.edm import EDMModel
 from denoisers.precision import DTYPES
@@ -128,7 +129,7 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
         yield name, nfe, median(forwards), median(samples), median(ratios)
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option(
     "--batch",
     "batches",

@@ -34,6 +34,7 @@ from benchmarks.sampling import (
     open_bundled,
     raw_forward,
 )
+from commands.help import SETTINGS
 from denoisers.families.edm import EDMModel
 from ns.coordinates import WhitenedTable
 from ns.losses import spectral
@@ -180,7 +181,7 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
         yield row[0], row[1], f, b, one, both, median(updates), median(ratios)
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--batch", type=click.IntRange(1), default=64, help="trajectories per update")
 @click.option("--rounds", type=click.IntRange(1), default=7, help="measurements")
 @clock_options

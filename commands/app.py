@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import click
 
+from commands.help import SETTINGS
 from runtime import __version__
 
 
@@ -148,7 +149,7 @@ def spell(text: str) -> str:
     return text
 
 
-@click.group(cls=Toolkit)
+@click.group(cls=Toolkit, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="amed")
 def amed() -> None:
     """Train, sample and compare diffusion samplers of about five network evaluations.
@@ -164,4 +165,4 @@ def main() -> NoReturn:
         from runtime import cli  # imports torch
 
         cli.run(amed)
-    sys.exit(amed(help_option_names=["-h", "--help"]))
+    sys.exit(amed())

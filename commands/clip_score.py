@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.numbers import SEED
 from commands.options import (
     PATH,
@@ -30,12 +31,12 @@ Examples:
 """
 
 
-@click.group(epilog=EXAMPLES)
+@click.group(epilog=EXAMPLES, context_settings=SETTINGS)
 def main() -> None:
     """Scores of text-to-image models, with the network's name beside every number."""
 
 
-@main.command(context_settings={"show_default": True})
+@main.command(context_settings=SETTINGS)
 @click.option("--images", type=PATH, required=True, help="folder or zip")
 @prompt_options
 @click.option("--metrics", default="clip", metavar="LIST", help=f"of {', '.join(NAMES)}, by comma")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.options import (
     classic_options,
     harness_options,
@@ -28,7 +29,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @predictors_option
 @click.option("--budgets", default="3,5,7,9", metavar="LIST", help="NFE, by comma, or 'none'")
 @image_options

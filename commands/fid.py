@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from commands import sample
+from commands.help import SETTINGS
 from commands.options import (
     PATH,
     batch_option,
@@ -47,7 +48,7 @@ Examples:
 """
 
 
-@click.group(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.group(epilog=EXAMPLES, context_settings=SETTINGS)
 def main() -> None:
     """Quality of images, with the detector's name beside every number."""
 
@@ -78,9 +79,7 @@ def ref(dry_run: bool, device: str | None, **flags: Any) -> None:
     execute(prepare_statistics, parse_options(StatisticsOptions, flags), dry_run, device)
 
 
-@main.command(
-    params=SAMPLING, context_settings={"show_default": True, "default_map": {"seeds": "0-1999"}}
-)
+@main.command(params=SAMPLING, context_settings={**SETTINGS, "default_map": {"seeds": "0-1999"}})
 @click.option("--outdir", metavar="DIR", help="keep the images there too, as sample.py does")
 @references_option
 @statistics_option(required=False)

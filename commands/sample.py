@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.numbers import LIMIT, NOT_NEGATIVE, POSITIVE, SHARE, Number, nodes
 from commands.options import (
     Name,
@@ -43,7 +44,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 # General
 @click.option(
     "--predictor_path", metavar="RUN", help="number of a run in exps/, its folder, or a file"

@@ -11,6 +11,7 @@ import amed.job
 import ns.job
 from amed.job import TrainOptions
 from amed.settings import STUDENTS
+from commands.help import SETTINGS
 from commands.numbers import (
     BATCH,
     FRACTION,
@@ -61,7 +62,7 @@ def _named(context: click.Context, option: click.Parameter, text: str | None) ->
     return text
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 # General
 @click.option("--dataset_name", required=True, metavar="NAME", help=f"model: {', '.join(cards())}")
 @model_options

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from commands import sample
+from commands.help import SETTINGS
 from commands.numbers import blocks
 from commands.options import PATH
 from runtime.errors import UserError
@@ -69,7 +70,7 @@ def read_row(text: str, guidance_rate: float | None) -> SampledRow:
 @click.command(
     epilog=EXAMPLES,
     params=SHARED,
-    context_settings={"show_default": True, "default_map": {"seeds": "0-7"}},
+    context_settings={**SETTINGS, "default_map": {"seeds": "0-7"}},
 )
 @click.option(
     "--row",

@@ -9,10 +9,11 @@ import click
 import torch
 
 import amed
+from commands.help import SETTINGS
 from runtime import cli
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings=SETTINGS)
 @click.argument("pipeline")
 @click.option("--predictor", required=True, help="number of a run in exps/, its folder, or a file")
 @click.option("--prompt", required=True, help="text of the image")

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 import torch
@@ -15,11 +15,6 @@ from runtime import __version__
 from runtime.dist import environment
 from runtime.errors import reason
 
-#: Of every command: -h, and options whose words are joined by dashes or by underscores.
-SETTINGS: dict[str, Any] = {
-    "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda token: token.replace("-", "_"),
-}
 HEAD_START = 3.0  #: seconds that other ranks wait before they report an error
 
 
@@ -37,7 +32,7 @@ def run(command: click.Command) -> NoReturn:
         if sys.argv[1:] == ["--version"]:
             click.echo(f"{command.name}, version {__version__}")
             sys.exit(0)
-        code = command.main(standalone_mode=False, **SETTINGS)
+        code = command.main(standalone_mode=False)
     except _Terminated:
         _leave("terminated", 128 + signal.SIGTERM)
     except (click.Abort, KeyboardInterrupt):

@@ -10,12 +10,13 @@ import click
 import pytest
 import torch
 
+from commands.help import SETTINGS
 from commands.options import batch_option, device_option, dry_run_option, seeds_option
 from runtime import __version__, cli
 from runtime.errors import UserError
 
 
-@click.command()
+@click.command(context_settings=SETTINGS)
 @device_option
 @seeds_option("0-63")
 @batch_option(64)
@@ -122,7 +123,7 @@ def test_short_help_version_and_both_spellings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(monkeypatch, "-h") == 0
-    assert "Usage: script.py" in capsys.readouterr().out
+    assert "Usage: " in capsys.readouterr().out
     assert start(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"command, version {__version__}\n"
     for spelling in ("--dry-run", "--dry_run"):

@@ -1,5 +1,3 @@
 """Commands that are run as ``python -m tools.NAME``."""
 
-from runtime.installed import require_installed
-
-require_installed()
+import commands  # noqa: F401 (shows a page of --help without importing the tool)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.numbers import TOLERANCE
 from commands.options import (
     PATH,
@@ -39,7 +40,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @dataset_option
 @model_options
 @condition_options

@@ -12,6 +12,7 @@ import click
 from amed.experiments import load_predictor, save_predictor
 from checkpoints.pickles.files import read
 from checkpoints.snapshots import is_predictor
+from commands.help import SETTINGS
 from denoisers.cards import card_file
 from denoisers.convert import check_target, convert
 from denoisers.settings import parse_settings
@@ -29,7 +30,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--name", help="a published model, or a name of your own  [default: TARGET's stem]")

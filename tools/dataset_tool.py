@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from commands.help import SETTINGS
 from image_data.formats import CONVERTIBLE
 from image_data.raw.dataset import RawDataset
 from image_data.raw.opening import open_raw
@@ -56,7 +57,7 @@ def parse_resolution(_context: object, _option: object, text: str | None) -> int
     return int(match[1])
 
 
-@click.command(context_settings={"show_default": True}, epilog=EXAMPLES)
+@click.command(context_settings=SETTINGS, epilog=EXAMPLES)
 @click.option(
     "--source", type=PATH, required=True, help="folder, zip, CIFAR-10 tarball, or idx file"
 )

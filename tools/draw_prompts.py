@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from commands.help import SETTINGS
 from commands.numbers import SEED, images
 from image_data.prompts import COLUMN, read_prompts
 from runtime import cli
@@ -30,7 +31,7 @@ def draw(count: int, number: int, seed: int) -> list[int]:
     return sorted(range(count), key=lambda row: sha256(f"{seed} {row}".encode()).digest())[:number]
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--number", type=images(1), default=5000, help="prompts to draw")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from commands.help import SETTINGS
 from commands.numbers import SEED, images
 from commands.options import PATH, batch_option, dry_run_option
 from image_data.sources import count_images, image_batches
@@ -30,7 +31,7 @@ Example:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--data", type=PATH, required=True, help="folder or zip of images")
 @click.option("--num", type=images(2), help="draw this many images  [default: use all]")
 @click.option("--seed", type=SEED, default=0, help="seed of that draw")

@@ -11,6 +11,7 @@ import click
 import torch
 from torch import Tensor
 
+from commands.help import SETTINGS
 from commands.numbers import POSITIVE, nodes
 from commands.options import (
     PATH,
@@ -160,7 +161,7 @@ def prepare(options: GitsOptions) -> GitsJob:
     return GitsJob(options, card, conditions, lengths, ts)
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--num_steps", default="6", metavar="LIST", help="grid nodes, by comma")
 @click.option("--fine", type=nodes(3), default=61, help="nodes of the fine grid")
 @click.option(

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.options import harness_options, image_options
 from comparison.series import CHURN, NfeSweepOptions, prepare
 from restart.tables import configurations
@@ -23,7 +24,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option(
     "--restart",
     multiple=True,

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.options import harness_options
 from plan_search.job import OBJECTIVES, ROUNDS, PlanSearchOptions, prepare
 from runtime import cli
@@ -23,7 +24,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--nfe", required=True, metavar="LIST", help="budgets, each searched separately")
 @click.option(
     "--objective",

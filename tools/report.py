@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from commands.help import SETTINGS
 from comparison.report.html import write_page
 from runtime import cli
 
@@ -15,7 +16,7 @@ Example:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
     """Write report.html again from the results in FOLDER.

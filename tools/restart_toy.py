@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.numbers import BATCH, POSITIVE, SEED, WIDTH, blocks, images
 from commands.options import PATH, dry_run_option
 from runtime import cli
@@ -29,7 +30,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option(
     "--budgets",
     metavar="LIST",

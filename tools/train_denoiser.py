@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints.weights import constructing, fill, read_metadata
+from commands.help import SETTINGS
 from commands.numbers import BATCH, SEED, updates
 from commands.options import PATH, device_option, threads_option
 from denoisers.cards import cards
@@ -156,7 +157,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--data", type=PATH, required=True, help="zip or folder in EDM's layout")
 @click.option("--valid", type=PATH, help="held-out images for the loss")
 @click.option("--outdir", type=PATH, required=True, help="folder of the run")

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoints.states import read_state, restore
+from commands.help import SETTINGS
 from commands.numbers import FRACTION, NOT_NEGATIVE, PART, POSITIVE, SEED, WIDTH, updates
 from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
@@ -261,7 +262,7 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
     return score
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--data", type=PATH, required=True, help="training images")
 @click.option("--test", type=PATH, required=True, help="test images")
 @click.option("--dest", type=PATH, required=True, help="write the detector here")

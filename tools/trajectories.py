@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from commands.help import SETTINGS
 from commands.numbers import POSITIVE, SEED, TOLERANCE, images, nodes
 from commands.options import (
     batch_option,
@@ -31,7 +32,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES, context_settings={"show_default": True})
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @dataset_option
 @model_options
 @condition_options

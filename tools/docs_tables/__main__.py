@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import click
 
+from commands.help import SETTINGS
 from runtime import cli
 from runtime.errors import UserError
-from tools.docs_tables import api, models, options, orders, pages
+from tools.docs_tables import api, help, models, options, orders, pages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = """\b
 Examples:
-  python -m tools.docs_tables                 (write all tables)
+  python -m tools.docs_tables                 # all tables
   python -m tools.docs_tables options --check
 """
 
@@ -30,13 +31,14 @@ class PageTable(NamedTuple):
 #: By the name in the markers of the page.
 TABLES: dict[str, PageTable] = {
     "api": PageTable("docs/api.md", api.table),
+    "help": PageTable("commands/help.txt", help.table),
     "models": PageTable("docs/models.md", models.table),
     "options": PageTable("docs/options.md", options.table),
     "orders": PageTable("docs/solvers.md", orders.table),
 }
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.argument("names", nargs=-1, type=click.Choice(list(TABLES)))
 @click.option("--check", is_flag=True, help="write nothing; fail if a table is out of date")
 def main(names: tuple[str, ...], check: bool) -> None:
