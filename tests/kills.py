@@ -32,7 +32,7 @@ from tests.processes import finish, run_command, start
 from tests.tiny_model import TinySource
 from tools import converged, train_denoiser, trajectories
 
-#: What differs from run to run: when and where it ran, how fast, and the hash of a file that says so.
+#: What differs from run to run: when, where and how fast; and the hash of a file that says so.
 VOLATILE = {
     "created", "seconds", "images_per_second", "outdir", "result_path", "dest", "cache_dir",
     "data", "valid", "config", "path", "sha256",
