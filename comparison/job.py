@@ -88,7 +88,7 @@ class ComparisonJob:
     extra: Sequence[Row]  #: at budgets of their own
     ceilings: Sequence[Row]
     rounds: Sequence[int]  #: images per candidate in Restart's selection; none without Restart
-    selection_images: int  #: that the selections make in all
+    selection_nfe: int  #: evaluations of all selections
     facts: Mapping[str, Json]  #: more for the record
 
     def record(self, harness: Harness | None = None) -> RunRecord:
@@ -127,15 +127,12 @@ class ComparisonJob:
         record = self.record(harness)
         if here.is_main:
             record.write(self.folder / RECORD)
-        others = len(self.extra) + len(self.ceilings)
-        chosen = bool(self.rounds)
-        images = len(self.seeds) * (others + sum(len(rows) + chosen for rows in self.rows.values()))
-        images += self.selection_images
         measured = []
-        with progress(images, "compare", "img", enabled=here.is_main) as bar:
+        with progress(self._nfe(), "compare", " NFE", enabled=here.is_main, scale=True) as bar:
             for row in self._rows(harness, bar.update, bar.set_description):
                 bar.set_description(f"{row.method} at {row.sampler.nfe} NFE")
-                measured.append(measure(row, harness, self.folder, bar.update))
+                tick = _times(row.sampler.nfe, bar.update)
+                measured.append(measure(row, harness, self.folder, tick))
         here.barrier()
         if not here.is_main:
             return ""
@@ -143,6 +140,13 @@ class ComparisonJob:
         files = write_report(self.folder, results)
         last = closing_line(write_page(self.folder))
         return "\n".join([markdown(results.rows), *map(str, files), last])
+
+    def _nfe(self) -> int:
+        """Evaluations in all, of which the rest of the time is estimated."""
+        each = [row.sampler.nfe for row in (*self.extra, *self.ceilings)]
+        for budget, rows in self.rows.items():
+            each += [budget] * (len(rows) + bool(self.rounds))
+        return len(self.seeds) * sum(each) + self.selection_nfe
 
     def _rows(
         self, harness: Harness, tick: Callable[[int], object], say: Callable[[str], object]
@@ -153,9 +157,15 @@ class ComparisonJob:
             rows += fixed
             if self.rounds:
                 say(f"choosing Restart at {budget} NFE")
-                sampler = choose_restart(budget, harness, self.rounds, self.folder, tick)
+                counted = _times(budget, tick)
+                sampler = choose_restart(budget, harness, self.rounds, self.folder, counted)
                 rows.append(restart_row(budget, sampler))
         return distinct([*rows, *self.extra, *self.ceilings])
+
+
+def _times(nfe: int, tick: Callable[[int], object]) -> Callable[[int], object]:
+    """A callback that is told of images, and tells ``tick`` of their evaluations."""
+    return lambda images: tick(images * nfe)
 
 
 def prepare(options: CompareOptions) -> ComparisonJob:
@@ -186,10 +196,11 @@ def prepare(options: CompareOptions) -> ComparisonJob:
         "guidance_rate": rate,
         "seeds": seeds_section(seeds, selection, students),
     }
-    images = sum(selection_cost(budget, card, rate, rounds) for budget in budgets if rounds)
+    costs = {budget: selection_cost(budget, card, rate, rounds) for budget in budgets if rounds}
+    selection_nfe = sum(budget * images for budget, images in costs.items())
     return ComparisonJob(
         "compare", options, harness, card, seeds, options.blocks, options.outdir,
-        rows, extra, ceilings, rounds, images, facts,
+        rows, extra, ceilings, rounds, selection_nfe, facts,
     )  # fmt: skip
 
 

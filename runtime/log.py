@@ -107,15 +107,25 @@ def note_once(text: str | None) -> None:
 
 
 def progress(
-    total: int, description: str, unit: str = "it", initial: int = 0, enabled: bool = True
+    total: int,
+    description: str,
+    unit: str = "it",
+    initial: int = 0,
+    enabled: bool = True,
+    scale: bool = False,
 ) -> tqdm[Any]:
-    """A progress bar on stderr; ``with progress(...) as bar: bar.update(n)``."""
+    """A progress bar on stderr; ``with progress(...) as bar: bar.update(n)``.
+
+    It shows how long the rest takes if ``total`` counts equal pieces of work; ``scale`` writes
+    thousands as k.
+    """
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
         disable=not enabled,
+        unit_scale=scale,
         dynamic_ncols=True,
     )
 

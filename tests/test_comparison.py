@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+import comparison.job
 from commands import compare
 from comparison.baselines import completed, ordered, own_solver_row
 from comparison.job import CompareOptions
@@ -34,6 +35,7 @@ from plan_search.objectives import (
 )
 from runtime.errors import UserError
 from runtime.images import to_uint8
+from runtime.log import progress
 from runtime.record import RunRecord
 from runtime.typed import read_result
 from samplers.generate import generate
@@ -232,7 +234,11 @@ def test_the_picture_has_the_same_seeds_down_its_columns(harness, tmp_path):
         assert np.array_equal(body[64 * i : 64 * (i + 1) : 2, ::2], strip)
 
 
-def test_a_job_chooses_measures_and_reports(harness, tmp_path):
+def test_a_job_chooses_measures_and_reports(harness, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(
+        comparison.job, "progress", lambda *a, **k: bars.append(progress(*a, **k)) or bars[-1]
+    )
     options = CompareOptions(
         OPTIONS, budgets="3", num=12, blocks=2, select="4,8", ceilings=False, outdir=tmp_path
     )
@@ -243,6 +249,7 @@ def test_a_job_chooses_measures_and_reports(harness, tmp_path):
     assert [r.group for r in results.rows].count("restart") == 1
     assert {r.nfe_metered for r in results.rows} == {3}
     assert len(results.rows) == len(job.rows[3]) + 1
+    assert bars[0].n == bars[0].total > 12 * 3 * len(results.rows)  # evaluations, equal in time
     record, plan = results.record, results.record.plan
     assert record == RunRecord.read(tmp_path / "run.json")
     assert record.options["num"] == 12 and record.options["detector"] == "cifar10-small"
@@ -258,7 +265,7 @@ def test_restart_can_be_left_out(harness, tmp_path):
     with pytest.raises(UserError, match="or give compare.py --select none"):
         prepare_comparison(options)
     job = prepare_comparison(replace(options, select="none"))
-    assert "Restart" not in job.outline() and job.selection_images == 0
+    assert "Restart" not in job.outline() and job.selection_nfe == 0
     job.run(HERE, harness)
     results = read_result(ComparisonResults, tmp_path / "results.json")
     assert {(r.group, r.nfe_metered) for r in results.rows} == {("classic", 1)}
