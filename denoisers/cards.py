@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from denoisers.noise_schedules import DiscreteVP, LinearVP, NoiseSchedule
+from denoisers.noise_schedules import DiscreteVP, Flow, LinearVP, NoiseSchedule
 from runtime.errors import UserError
 from runtime.files import sha256_file
 from runtime.typed import read_result
@@ -82,6 +82,7 @@ class Card:
 SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "linear_vp": LinearVP,
     "discrete_vp": DiscreteVP.from_betas,
+    "flow": Flow,
 }
 
 

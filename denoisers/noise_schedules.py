@@ -1,13 +1,18 @@
-"""Noise levels of models with their own time ``t`` in (0, 1]: ``sigma(t)`` and its inverse.
+"""Processes of models with their own time ``t`` in (0, 1] and their own scale of the state.
 
-A variance-preserving process ``y = alpha(t) (x0 + sigma(t) n)`` with ``alpha^2 (1 + sigma^2) = 1``,
-divided by ``alpha``, is the variance-exploding process of this toolkit, so a time grid only needs
-``sigma(t) = sqrt(1/alpha^2 - 1) = sqrt(expm1(-2 ln alpha(t)))`` and its inverse.  Everything here
-is float64 on the CPU and works on tensors of any shape.
+The state of such a model is ``y = alpha (x0 + sigma n)``.  Divided by ``alpha`` it is that of the
+variance-exploding process in which this toolkit samples, so all that a process has to tell is
+``sigma(t)``, its inverse, and ``y`` from ``x``:
+
+* variance preserving: ``alpha^2 (1 + sigma^2) = 1``, so ``sigma^2 = expm1(-2 ln alpha(t))``;
+* rectified flow: ``y = (1 - s) x0 + s n``, so ``sigma = s / (1 - s)`` and ``alpha = 1 - s``.
+
+Times and noise levels of grids are float64 on the CPU; everything works on tensors of any shape.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,15 +24,56 @@ from solvers.grids import MOST_NODES
 
 
 class NoiseSchedule(Protocol):
-    """The map between a model's own time and the noise level, for grids and adapters."""
+    """A process: the maps between its time and the noise level, and the scale of its state."""
 
     def sigma(self, t: Tensor) -> Tensor: ...
 
     def sigma_inv(self, sigma: Tensor) -> Tensor: ...
 
+    def own_state(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What the model sees for the state ``x`` at ``sigma``: ``alpha x``, in their dtype."""
+        ...
+
+
+class VariancePreserving:
+    """The scale of the state of a variance-preserving process."""
+
+    def own_state(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """``x`` with unit variance, for data of unit variance."""
+        return x / (1 + sigma**2).sqrt()
+
 
 @dataclass(frozen=True)
-class LinearVP:
+class Flow:
+    """Rectified flow (arXiv:2209.03003), ``y = (1 - s) x0 + s n``, with a static ``shift`` k.
+
+    Its time t is that of the unshifted process.  The shift (arXiv:2403.03206, section 5.3.2)
+    moves it to ``s = k t / (1 + (k - 1) t)``, which multiplies every noise level by k:
+    ``sigma = s / (1 - s) = k t / (1 - t)``.  A dynamic shift mu is one by ``exp(mu)``.
+    At t = 1 sigma is infinite; samplers start below.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"shift {self.shift:g} of a flow is no factor: give one above 0")
+
+    def sigma(self, t: Tensor) -> Tensor:
+        t = t.to(torch.float64)
+        return self.shift * t / (1 - t)
+
+    def sigma_inv(self, sigma: Tensor) -> Tensor:
+        sigma = sigma.to(torch.float64)
+        return sigma / (self.shift + sigma)
+
+    def own_state(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """``(1 - s) x``."""
+        return x / (1 + sigma)
+
+
+@dataclass(frozen=True)
+class LinearVP(VariancePreserving):
     """Linear ``beta(t) = beta_min + beta_d t`` (arXiv:2011.13456, eq. 33): ADM's models.
 
     ``-2 ln alpha = beta_d t^2 / 2 + beta_min t`` for ``t`` in [eps, 1].  ADM's network time is
@@ -77,7 +123,7 @@ BETAS: dict[str, Callable[[float, float, int], Tensor]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class DiscreteVP:
+class DiscreteVP(VariancePreserving):
     """The continuous schedule of a model trained at N steps: ``ln alpha`` is piecewise linear.
 
     Step ``i`` is at ``t = (i + 1) / N`` (arXiv:2206.00927, appendix D.3); beyond either end the

@@ -236,9 +236,12 @@ def test_the_picture_has_the_same_seeds_down_its_columns(harness, tmp_path):
 
 def test_a_job_chooses_measures_and_reports(harness, tmp_path, monkeypatch):
     bars = []
-    monkeypatch.setattr(
-        comparison.job, "progress", lambda *a, **k: bars.append(progress(*a, **k)) or bars[-1]
-    )
+
+    def watched(*arguments, **more):
+        bars.append(progress(*arguments, **more))
+        return bars[-1]
+
+    monkeypatch.setattr(comparison.job, "progress", watched)
     options = CompareOptions(
         OPTIONS, budgets="3", num=12, blocks=2, select="4,8", ceilings=False, outdir=tmp_path
     )

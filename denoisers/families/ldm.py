@@ -52,7 +52,7 @@ class LDMDenoiser:
         """
         times = self.schedule.network_time(sigma).expand(len(x))
         state, sigma = widened(x, sigma)
-        eps, feat = self.net(state / (1 + sigma**2).sqrt(), times)
+        eps, feat = self.net(self.schedule.own_state(state, sigma), times)
         x0 = state - sigma * eps.to(x.device).to(state.dtype)
         return Denoised(x0.to(x.dtype), feat.to(x.device).to(state.dtype))
 

@@ -51,8 +51,8 @@ class Prediction:
         return self.schedule.network_time(sigma)
 
     def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The network's input: ``x`` with unit variance."""
-        return x / (1 + sigma**2).sqrt()
+        """The network's input: the state of its own process."""
+        return self.schedule.own_state(x, sigma)
 
     def x0(self, x: Tensor, sigma: Tensor, raw: Tensor) -> Tensor:
         """The clean image from the network's output ``raw``."""
