@@ -65,6 +65,9 @@ COMMANDS: dict[str, Subcommand] = {
         "tools.gits",
         "Find the noise levels of a model's grid by geometry-inspired time scheduling (GITS).",
     ),
+    "export": Subcommand(
+        "tools.export", "Hand a sampler to other programs, which need nothing of this toolkit."
+    ),
     "report": Subcommand("tools.report", "Write report.html again from the results in FOLDER."),
     "converged": Subcommand(
         "tools.converged",

@@ -1,0 +1,186 @@
+"""A sampler as files of other programs: what is written, and from what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from denoisers.cards import Card
+from denoisers.conditions import ConditionOptions
+from denoisers.families.diffusers.files import component_folder, read_json, settings_folder
+from denoisers.families.diffusers.model import Prediction
+from denoisers.registry import ModelSource
+from ns.experiments import TableFile
+from plans.table import tabulate
+from runtime.errors import UserError
+from runtime.files import write_json, write_text
+from runtime.options import Json, flat_options
+from runtime.outputs import check_writable
+from runtime.record import RunRecord
+from runtime.typed import to_plain
+from samplers.job import SampleOptions, SamplingJob
+from samplers.job import prepare as prepare_sampling
+from samplers.options import SamplerOptions
+from solvers.table import Table
+
+HERE = Path(__file__).resolve().parent
+#: Solvers of other programs that take one step from level to level as ours do, by our names.
+ELSEWHERE = {"euler": "euler", "ipndm": "ipndm", "dpmpp": "dpmpp_2m", "deis": "deis"}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which sampler, of which model, under the names of the flags of ``sample.py``."""
+
+    model: ModelSource = field(default_factory=ModelSource)
+    conditions: ConditionOptions = field(default_factory=ConditionOptions)
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    predictor_path: str | None = None
+    dest: Path | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """A sampler as a table, and the model that it is for."""
+
+    options: ExportOptions
+    job: SamplingJob
+    table: Table
+
+    @classmethod
+    def of(cls, options: ExportOptions) -> Export:
+        """Raises UserError for a sampler that is no table: stochastic, or with a predictor."""
+        job = prepare_sampling(
+            SampleOptions(
+                options.model,
+                options.conditions,
+                options.sampler,
+                options.predictor_path,
+                seeds="0",
+            )
+        )
+        return cls(options, job, tabulate(job.sampler.plan))
+
+    @property
+    def card(self) -> Card:
+        return self.job.card
+
+    @property
+    def name(self) -> str:
+        return f"{self.job.sampler.label}, {self.table.calls} calls, {self.card.name}"
+
+    def file(self) -> TableFile:
+        """The table with the record of how it was made."""
+        model: dict[str, Json] = {
+            "name": self.card.name,
+            "sha256": self.job.source.known_sha256,
+        }
+        plan = self.job.sampler.describe()
+        record = RunRecord.make("export", flat_options(self.options), model, plan)
+        table = self.table
+        rows = tuple(tuple(row) for row in table.ragged)
+        return TableFile(
+            table.start, table.end, tuple(table.times.tolist()), rows, to_plain(record)
+        )
+
+
+def write_scheduler(export: Export) -> str:
+    """A folder with ``scheduler_config.json`` and the one file that reads it; says where.
+
+    Raises UserError for a model that is no pipeline of ``diffusers``.
+    """
+    folder = destination(export)
+    settings = _scheduler_settings(export)
+    prediction, table = Prediction.of(settings, export.card.name), export.table
+    record = export.file().record["model"]
+    write_json(
+        folder / "scheduler_config.json",
+        {
+            "_class_name": "TableScheduler",
+            "start": table.start,
+            "times": table.times.tolist(),
+            "rows": table.ragged,
+            "network_times": prediction.network_time(table.times).tolist(),
+            "prediction_type": prediction.kind,
+            "clip_sample": prediction.clip,
+            "num_train_timesteps": settings.get("num_train_timesteps", 1000),
+            "guidance_scale": export.job.sampler.guidance_rate,
+            "made_for": json.dumps(record),
+        },
+    )
+    script = folder / "table_scheduler.py"
+    write_text(script, (HERE / script.name).read_text(encoding="utf-8"))
+    return (
+        f"wrote {folder} ({table.calls} calls); in your program, with {script.name} beside it:\n"
+        "    from table_scheduler import TableScheduler\n"
+        f"    pipe.scheduler = TableScheduler.from_pretrained({str(folder)!r})\n"
+        f"    pipe(..., num_inference_steps={table.calls}{_scale(export)})"
+    )
+
+
+def write_node(export: Export) -> str:
+    """A file for the folder ``custom_nodes`` of ComfyUI; says how to connect its nodes."""
+    _require_pipeline(export)
+    file = destination(export)
+    numbers = {key: value for key, value in to_plain(export.file()).items() if key != "record"}
+    text = (HERE / "comfyui_table.py").read_text(encoding="utf-8")
+    text = text.replace("@TABLE@", json.dumps({"made_for": export.name, **numbers}))
+    write_text(file, text.replace("@NAME@", export.name.replace('"', "")))
+    rate = export.job.sampler.guidance_rate
+    cfg = "" if rate is None else f", with cfg {rate:g}"
+    return f'wrote {file}: connect "Table sampler" and "Table sigmas" to SamplerCustom{cfg}'
+
+
+def sigma_string(export: Export) -> str:
+    """The noise levels of the calls and of the image, for programs that take no weights."""
+    levels = ", ".join(f"{t:.6g}" for t in [*export.table.times.tolist(), export.table.end])
+    name = ELSEWHERE.get(str(export.options.sampler.sampler))
+    say = (
+        f"choose the solver {name!r} beside them"
+        if name
+        else "no solver of another program has the weights of this table; ipndm, dpmpp_2m or deis "
+        "come near"
+    )
+    return f"{levels}\n# {say}"
+
+
+def markdown(export: Export) -> str:
+    """The table for a page or a paper: a line for each call, and one for the image."""
+    table = export.table
+    head = ["call", "noise level", "x_T", *(f"D_{k}" for k in range(1, table.calls + 1))]
+    lines = [f"| {' | '.join(head)} |", f"|{'---:|' * len(head)}"]
+    names = [*map(str, range(1, table.calls + 1)), "image"]
+    levels = [*(f"{t:.5g}" for t in table.times.tolist()), f"{table.end:.5g}"]
+    for name, level, row in zip(names, levels, table.ragged, strict=True):
+        weights = [f"{weight:.6g}" for weight in row]
+        weights += [""] * (len(head) - 2 - len(weights))
+        lines.append(f"| {' | '.join([name, level, *weights])} |")
+    return "\n".join(lines)
+
+
+def destination(export: Export) -> Path:
+    """``--dest``; UserError where it cannot be written."""
+    assert export.options.dest is not None
+    check_writable(export.options.dest, "--dest")
+    return export.options.dest
+
+
+def _require_pipeline(export: Export) -> None:
+    if export.card.family != "diffusers":
+        raise UserError(
+            f"{export.card.name!r} is no pipeline of diffusers: export its table or its noise "
+            "levels instead (python -m tools.export table)"
+        )
+
+
+def _scheduler_settings(export: Export) -> dict[str, object]:
+    """The settings of the pipeline's own scheduler."""
+    _require_pipeline(export)
+    folder = settings_folder(export.job.source.files(export.card).main)
+    return read_json(component_folder(folder, "scheduler") / "scheduler_config.json")
+
+
+def _scale(export: Export) -> str:
+    rate = export.job.sampler.guidance_rate
+    return "" if rate is None else f", guidance_scale={rate:g}"
