@@ -148,6 +148,9 @@ guidance_options: Callable[[F], F] = combine(
         type=NOT_NEGATIVE,
         help="1 is none  [default: the predictor's, or none]",
     ),
+    click.option(
+        "--negative_prompt", metavar="TEXT", help="what guidance leads away from  [default: empty]"
+    ),
 )
 condition_options: Callable[[F], F] = combine(class_option, prompt_options, guidance_options)
 

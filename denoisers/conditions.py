@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.protocol import Model
+from denoisers.protocol import Model, TextModel
 from image_data.prompts import read_prompts
 from runtime.errors import UserError
 from runtime.noise import SeedNoise
@@ -27,6 +28,7 @@ class ConditionOptions:
     label: int | None = None  #: ``--class`` of every image
     prompt: str | None = None
     prompt_path: str | None = None
+    negative_prompt: str | None = None
     guidance_type: str | None = None
     guidance_rate: float | None = None
 
@@ -44,7 +46,9 @@ class ConditionOptions:
                 f"--prompt {prompt!r} and --prompt_path {path} are both prompts: give one"
             )
         prompts = read_prompts(path) if path else (prompt,) if prompt else ()
-        conditions = Conditions(self.label, prompts, self.guidance_rate, self.guidance_type)
+        conditions = Conditions(
+            self.label, prompts, self.guidance_rate, self.guidance_type, self.negative_prompt
+        )
         conditions.check(card)
         return conditions
 
@@ -63,12 +67,19 @@ class Conditions:
     prompts: tuple[str, ...] = ()
     guidance_rate: float | None = None
     guidance_type: str | None = None  #: only checked against the card
+    negative: str | None = None  #: prompt in the place of the empty one under guidance
 
     def check(self, card: Card, seeds: Sequence[int] = ()) -> None:
         """Raise UserError for a condition that the model of ``card`` does not take."""
         check_class(card, self.label)
         if self.prompts and not card.text:
             raise UserError(f"{card.name!r} takes no text: leave --prompt and --prompt_path out")
+        if self.negative is not None and (not card.text or card.cost(self.guidance_rate) == 1):
+            raise UserError(
+                f"--negative_prompt {self.negative!r} takes the place of the empty prompt in "
+                "classifier-free guidance: give a text model a --guidance_rate other than 0 and 1, "
+                "or leave it out"
+            )
         last = max(seeds, key=row_of, default=0)
         if len(self.prompts) > 1 and row_of(last) >= len(self.prompts):
             shifted = "" if row_of(last) == last else f", here row {row_of(last)}"
@@ -88,11 +99,12 @@ class Conditions:
             )
 
     def describe(self) -> dict[str, int | str] | None:
-        """The number of prompts and their hash, for a record; None without prompts."""
-        if not self.prompts:
+        """The number of prompts, their hash and the negative one; None without prompts."""
+        if not self.prompts and self.negative is None:
             return None
         digest = hashlib.sha256("\0".join(self.prompts).encode()).hexdigest()
-        return {"count": len(self.prompts), "sha256": digest}
+        known: dict[str, int | str] = {"count": len(self.prompts), "sha256": digest}
+        return known if self.negative is None else {**known, "negative": self.negative}
 
     def bind(
         self, model: Model, noise: SeedNoise, device: torch.device, stream: StreamName = ()
@@ -101,11 +113,14 @@ class Conditions:
 
         ``stream`` is set in training: it prefixes the names of the draws, and prompts are drawn.
         """
-        return model.bind(
+        given = (
             self._labels(model.card, noise, device, stream),
             self.guidance_rate,
             self._prompts(model.card, noise, stream),
         )
+        if self.negative is None:
+            return model.bind(*given)
+        return cast(TextModel, model).bind(*given, negative=self.negative)
 
     def _labels(
         self, card: Card, noise: SeedNoise, device: torch.device, stream: StreamName

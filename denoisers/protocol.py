@@ -44,3 +44,18 @@ class Model(Protocol):
     def decode(self, x: Tensor) -> Tensor:
         """Final states (B, *card.shape) -> images (B, 3, H, W) in [-1, 1]."""
         ...
+
+
+class TextModel(Model, Protocol):
+    """A model with prompts and classifier-free guidance."""
+
+    def bind(
+        self,
+        labels: Tensor | None = None,
+        guidance_rate: float | None = None,
+        prompts: Sequence[str] | None = None,
+        *,
+        negative: str | None = None,
+    ) -> Denoiser:
+        """As `Model.bind`, with a prompt in the place of the empty one under guidance."""
+        ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from denoisers.conditions import Conditions
@@ -13,7 +13,7 @@ from image_data.sources import ImageSource
 from metrics.draws import choose
 from runtime.errors import UserError
 from runtime.record import RECORD, RunRecord
-from runtime.typed import pick
+from runtime.typed import OPTIONAL, pick
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,15 @@ class PromptsIdentity:
 
     count: int
     sha256: str
+    negative: str | None = field(default=None, metadata=OPTIONAL)
 
     @classmethod
     def of(cls, conditions: Conditions) -> PromptsIdentity | None:
         """The prompts of ``conditions``; None where there are none."""
         known = conditions.describe()
-        return None if known is None else cls(int(known["count"]), str(known["sha256"]))
+        if known is None:
+            return None
+        return cls(int(known["count"]), str(known["sha256"]), conditions.negative)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def _read(source: PromptSource, record: RunRecord | None, path: Path) -> tuple[s
             f"nothing says what the images in {path} show: give --prompt_path, a prompt for each"
         )
     known = recorded.prompts
-    if known is not None and known != PromptsIdentity.of(Conditions(prompts=prompts)):
+    asked = PromptsIdentity.of(Conditions(prompts=prompts))
+    if known is not None and replace(known, negative=None) != asked:
         raise UserError(
             f"the images in {path} were made from other prompts than {file or repr(prompt)}: give "
             f"those ({known.count}, SHA-256 {known.sha256[:12]}...)"

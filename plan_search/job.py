@@ -128,6 +128,7 @@ class PlanSearchJob:
             "class": conditions.label,
             "prompt": conditions.prompt,
             "prompt_path": conditions.prompt_path,
+            "negative_prompt": conditions.negative_prompt,
         }
         given = (f"--{key}={value}" for key, value in flags.items() if value is not None)
         return shlex.join(["python", "sample.py", *given])

@@ -241,6 +241,8 @@ def test_images_of_sample_have_the_prompts_of_their_seeds(tmp_path: Path) -> Non
     expected = {f"000000/00000{i}.png": f"prompt {i}" for i in (2, 5, 7)}
     assert paired(path) == expected == paired(path, prompt_path=file)
     assert paired(path, num=2, seed=3).items() < expected.items()
+    led = Conditions(prompts=MANY, negative="a dog").describe()  # which no image shows
+    assert paired(folder_of(tmp_path / "n", names, prompt_path=str(file), prompts=led)) == expected
     file.rename(tmp_path / "moved.txt")
     with pytest.raises(UserError, match="all.txt, which the prompts of .* does not"):
         paired(path)

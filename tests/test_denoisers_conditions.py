@@ -145,3 +145,25 @@ def test_files_that_hold_no_prompts(
     with pytest.raises(UserError, match=sentence) as caught:
         read_prompts(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one() -> None:
+    """It reaches the model, is part of every record, and needs guidance to lead away from it."""
+    bound: list[dict[str, object]] = []
+
+    class Text(Asked):
+        def bind(self, *given: Any, **more: Any) -> Any:
+            bound.append(more)
+
+    options = ConditionOptions(prompt="a cat", negative_prompt="a dog", guidance_rate=3.0)
+    conditions = options.resolve(TEXT)
+    for each in (conditions, replace(conditions, negative=None)):
+        each.bind(Text(TEXT), SeedNoise((0, 1)), CPU)  # type: ignore[arg-type]
+    assert bound == [{"negative": "a dog"}, {}]
+    known, plain = conditions.describe(), replace(conditions, negative=None).describe()
+    assert known == {**(plain or {}), "negative": "a dog"}
+    alone = replace(conditions, prompts=()).describe()
+    assert alone is not None and (alone["count"], alone["negative"]) == (0, "a dog")
+    for card, rate in ((TEXT, None), (TEXT, 1.0), (PLAIN, 3.0)):
+        with pytest.raises(UserError, match="--negative_prompt 'a dog' takes the place of"):
+            ConditionOptions(negative_prompt="a dog", guidance_rate=rate).resolve(card)

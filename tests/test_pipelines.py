@@ -83,8 +83,10 @@ def test_x0_is_what_the_library_makes_of_the_same_network(model, kind: str, step
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("rate", [None, 3.0])
-def test_a_walk_gives_the_images_of_the_librarys_pipeline(model, rate: float | None) -> None:
+@pytest.mark.parametrize(("rate", "negative"), [(None, None), (3.0, None), (3.0, "an ugly dog")])
+def test_a_walk_gives_the_images_of_the_librarys_pipeline(
+    model, rate: float | None, negative: str | None
+) -> None:
     """Euler's method from prompts to pixels, by `StableDiffusionPipeline` and by us."""
     from diffusers import EulerDiscreteScheduler
 
@@ -95,13 +97,15 @@ def test_a_walk_gives_the_images_of_the_librarys_pipeline(model, rate: float | N
         pipe.scheduler = EulerDiscreteScheduler.from_config(own.config, timestep_spacing="trailing")
         pipe.set_progress_bar_config(disable=True)
         theirs = pipe(
-            PROMPTS, timesteps=steps, guidance_scale=rate or 1.0, latents=noise, output_type="pt"
-        ).images
+            PROMPTS, timesteps=steps, guidance_scale=rate or 1.0, latents=noise, output_type="pt",
+            negative_prompt=None if negative is None else [negative] * len(PROMPTS),
+        ).images  # fmt: skip
     finally:
         pipe.scheduler = own
     ts = model.card.schedule.sigma((torch.tensor(steps) + 1) / 1000)
     ts = torch.cat([ts, torch.zeros(1, dtype=torch.float64)])
-    walk = integrate(make_solver("euler"), model.bind(None, rate, PROMPTS), noise * ts[0], ts)
+    denoiser = model.bind(None, rate, PROMPTS, negative=negative)
+    walk = integrate(make_solver("euler"), denoiser, noise * ts[0], ts)
     assert walk.nfe == 4 * model.card.cost(rate)
     images = model.decode(walk.x[-1])
     assert images.shape == (2, 3, 16, 16) and float(images.std()) > 0.1

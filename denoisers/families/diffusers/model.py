@@ -8,7 +8,7 @@ is converted to ``x0`` (arXiv:2206.00927, section 2; v: arXiv:2202.00512, append
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from denoisers.families.diffusers.files import (
 from denoisers.nets.layers import channel_mean
 from denoisers.noise_schedules import DiscreteVP
 from denoisers.precision import widened
-from solvers.types import Denoised
+from solvers.types import Denoised, Denoiser
 
 DECODE_BATCH = 8  #: latents decoded at a time: images are 48 times as large
 
@@ -137,6 +137,20 @@ class DiffusersModel(LoadedModel):
     pipe: Any  #: a ``DiffusionPipeline``; of its scheduler only the settings are used
     prediction: Prediction
     bottleneck: Bottleneck
+    negative: str | None = None  #: prompt in the place of the empty one
+
+    def bind(
+        self,
+        labels: Tensor | None = None,
+        guidance_rate: float | None = None,
+        prompts: Sequence[str] | None = None,
+        *,
+        negative: str | None = None,
+    ) -> Denoiser:
+        """As `LoadedModel.bind`; ``negative`` is what guidance leads away from."""
+        if negative is None:
+            return super().bind(labels, guidance_rate, prompts)
+        return replace(self, negative=negative).bind(labels, guidance_rate, prompts)
 
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None
@@ -156,6 +170,7 @@ class DiffusersModel(LoadedModel):
         unet = self.pipe.unet
         encoded = self.pipe.encode_prompt(
             prompt=prompts,
+            negative_prompt=None if self.negative is None else [self.negative] * len(prompts),
             device=unet.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=rate not in (None, 1.0),
