@@ -123,7 +123,8 @@ def _lock(path: Path, what: str | Path) -> int:
 def _check_record(folder: Path, commands: Sequence[str]) -> None:
     file = folder / RECORD
     if not file.exists():
-        if any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir()):
+        endings = {path.suffix.lower() for path in folder.iterdir()}
+        if endings & EXTENSIONS and ".json" not in endings:  # results have JSON beside their plots
             raise UserError(f"{folder} holds images but no {RECORD}: give another folder")
         return
     other = RunRecord.read(file).command

@@ -96,6 +96,9 @@ def test_images_of_unknown_origin_are_left_alone(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match=r"holds images but no run.json"), taken(tmp_path):
         raise AssertionError
+    (tmp_path / "errors.json").touch()  # of a command that leaves no run.json
+    with taken(tmp_path):
+        pass
 
 
 def test_what_cannot_be_written_is_found_out_before(tmp_path: Path) -> None:
