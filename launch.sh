@@ -365,7 +365,7 @@ set -m # the recipe gets a process group of its own, which ends with this script
 stop() { # SIGNAL CODE
     trap "" INT TERM HUP
     kill "-$1" -- -$! 2>/dev/null || true
-    wait $! 2>/dev/null || true # says what ended it
+    wait $! 2>/dev/null || true # bash would name the signal
     exit "$2"
 }
 trap 'stop INT 130' INT

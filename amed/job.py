@@ -275,9 +275,10 @@ def _open_run(root: str, resume: str | None, name: str, record: RunRecord) -> Pa
 
 
 def is_longer(record: RunRecord, earlier: RunRecord) -> bool:
-    """Whether a training is longer than an earlier one, which it may then continue.
+    """Whether a training is longer than an earlier one.
 
-    The learning rate is constant, and trajectories are known by their numbers.
+    Then it may continue that one: the learning rate is constant, and the number of a trajectory
+    decides what it is.
     """
     new, old = (one.options.get("total_kimg") for one in (record, earlier))
     return isinstance(new, float) and isinstance(old, (int, float)) and new > old

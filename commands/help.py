@@ -33,7 +33,7 @@ def page(words: Sequence[str]) -> str | None:
 
 
 def show_if_asked() -> None:
-    """Print the page and exit, if this program was started for nothing else."""
+    """Print the page and exit, if help is all that this program was asked for."""
     text = page(sys.orig_argv[1:])
     if text is not None and shutil.get_terminal_size().columns >= WIDTH:
         print(text)

@@ -131,7 +131,7 @@ class ComparisonJob:
         with progress(self._nfe(), "compare", " NFE", enabled=here.is_main, scale=True) as bar:
             for row in self._rows(harness, bar.update, bar.set_description):
                 bar.set_description(f"{row.method} at {row.sampler.nfe} NFE")
-                tick = _times(row.sampler.nfe, bar.update)
+                tick = _in_nfe(row.sampler.nfe, bar.update)
                 measured.append(measure(row, harness, self.folder, tick))
         here.barrier()
         if not here.is_main:
@@ -157,13 +157,13 @@ class ComparisonJob:
             rows += fixed
             if self.rounds:
                 say(f"choosing Restart at {budget} NFE")
-                counted = _times(budget, tick)
+                counted = _in_nfe(budget, tick)
                 sampler = choose_restart(budget, harness, self.rounds, self.folder, counted)
                 rows.append(restart_row(budget, sampler))
         return distinct([*rows, *self.extra, *self.ceilings])
 
 
-def _times(nfe: int, tick: Callable[[int], object]) -> Callable[[int], object]:
+def _in_nfe(nfe: int, tick: Callable[[int], object]) -> Callable[[int], object]:
     """A callback that is told of images, and tells ``tick`` of their evaluations."""
     return lambda images: tick(images * nfe)
 

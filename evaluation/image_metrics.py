@@ -42,8 +42,10 @@ class ImageMetricsOptions:
     @property
     def other(self) -> Path | None:
         """The folder or zip of images that is the reference, if it is one."""
+        if len(self.ref) != 1:
+            return None
         path = Path(self.ref[0])
-        return path if len(self.ref) == 1 and (path.is_dir() or path.suffix == ".zip") else None
+        return path if path.is_dir() or path.suffix == ".zip" else None
 
 
 @dataclass(frozen=True)

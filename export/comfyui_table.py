@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from comfy.samplers import KSAMPLER
 
-TABLE: dict[str, Any] = json.loads("""@TABLE@""")
+TABLE: dict[str, Any] = json.loads(r"""@TABLE@""")
 #: Below the first level by this factor, as ComfyUI scales noise at a model's highest level
 #: differently.
 BELOW = 1 - 1e-4

@@ -11,22 +11,25 @@ from denoisers.conditions import ConditionOptions
 from denoisers.families.diffusers.files import component_folder, read_json, settings_folder
 from denoisers.families.diffusers.model import Prediction
 from denoisers.registry import ModelSource
-from ns.experiments import TableFile
 from plans.table import tabulate
 from runtime.errors import UserError
 from runtime.files import write_json, write_text
 from runtime.options import Json, flat_options
 from runtime.outputs import check_writable
 from runtime.record import RunRecord
-from runtime.typed import to_plain
 from samplers.job import SampleOptions, SamplingJob
 from samplers.job import prepare as prepare_sampling
 from samplers.options import SamplerOptions
 from solvers.table import Table
 
 HERE = Path(__file__).resolve().parent
-#: Solvers of other programs that take one step from level to level as ours do, by our names.
-ELSEWHERE = {"euler": "euler", "ipndm": "ipndm", "dpmpp": "dpmpp_2m", "deis": "deis"}
+#: What ComfyUI calls our solvers with one evaluation for each level, by name and order.
+IN_COMFYUI = {
+    ("euler", None): "euler",
+    ("ipndm", 4): "ipndm",
+    ("dpmpp", 2): "dpmpp_2m",
+    ("deis", 3): "deis",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,10 @@ class Export:
 
     @classmethod
     def of(cls, options: ExportOptions) -> Export:
-        """Raises UserError for a sampler that is no table: stochastic, or with a predictor."""
+        """The sampler that the options name.
+
+        Raises UserError for one that is no table: stochastic, or with a predictor.
+        """
         job = prepare_sampling(
             SampleOptions(
                 options.model,
@@ -70,19 +76,14 @@ class Export:
     def name(self) -> str:
         return f"{self.job.sampler.label}, {self.table.calls} calls, {self.card.name}"
 
-    def file(self) -> TableFile:
-        """The table with the record of how it was made."""
+    def record(self) -> RunRecord:
+        """How the table was made, and for which weights."""
         model: dict[str, Json] = {
             "name": self.card.name,
             "sha256": self.job.source.known_sha256,
         }
         plan = self.job.sampler.describe()
-        record = RunRecord.make("export", flat_options(self.options), model, plan)
-        table = self.table
-        rows = tuple(tuple(row) for row in table.ragged)
-        return TableFile(
-            table.start, table.end, tuple(table.times.tolist()), rows, to_plain(record)
-        )
+        return RunRecord.make("export", flat_options(self.options), model, plan)
 
 
 def write_scheduler(export: Export) -> str:
@@ -93,7 +94,6 @@ def write_scheduler(export: Export) -> str:
     folder = destination(export)
     settings = _scheduler_settings(export)
     prediction, table = Prediction.of(settings, export.card.name), export.table
-    record = export.file().record["model"]
     write_json(
         folder / "scheduler_config.json",
         {
@@ -106,7 +106,7 @@ def write_scheduler(export: Export) -> str:
             "clip_sample": prediction.clip,
             "num_train_timesteps": settings.get("num_train_timesteps", 1000),
             "guidance_scale": export.job.sampler.guidance_rate,
-            "made_for": json.dumps(record),
+            "made_for": json.dumps(export.record().model),
         },
     )
     script = folder / "table_scheduler.py"
@@ -123,11 +123,16 @@ def write_node(export: Export) -> str:
     """A file for the folder ``custom_nodes`` of ComfyUI; says how to connect its nodes."""
     _require_pipeline(export)
     file = destination(export)
-    numbers = {key: value for key, value in to_plain(export.file()).items() if key != "record"}
+    table, rate = export.table, export.job.sampler.guidance_rate
+    content = {
+        "made_for": export.name,
+        "cfg": rate,
+        "start": table.start,
+        "times": table.times.tolist(),
+        "rows": table.ragged,
+    }
     text = (HERE / "comfyui_table.py").read_text(encoding="utf-8")
-    text = text.replace("@TABLE@", json.dumps({"made_for": export.name, **numbers}))
-    write_text(file, text.replace("@NAME@", export.name.replace('"', "")))
-    rate = export.job.sampler.guidance_rate
+    write_text(file, text.replace("@TABLE@", json.dumps(content)).replace("@NAME@", export.name))
     cfg = "" if rate is None else f", with cfg {rate:g}"
     return f'wrote {file}: connect "Table sampler" and "Table sigmas" to SamplerCustom{cfg}'
 
@@ -135,7 +140,8 @@ def write_node(export: Export) -> str:
 def sigma_string(export: Export) -> str:
     """The noise levels of the calls and of the image, for programs that take no weights."""
     levels = ", ".join(f"{t:.6g}" for t in [*export.table.times.tolist(), export.table.end])
-    name = ELSEWHERE.get(str(export.options.sampler.sampler))
+    chosen = export.job.sampler.options
+    name = IN_COMFYUI.get((str(chosen.sampler), chosen.max_order))
     say = (
         f"choose the solver {name!r} beside them"
         if name

@@ -1,4 +1,4 @@
-"""Names that are not ours: what to say of them, and which of ours other tools mean by them."""
+"""What to answer to an unknown name: other tools have their own for the same things."""
 
 from __future__ import annotations
 

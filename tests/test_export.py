@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from denoisers.conditions import ConditionOptions
 from denoisers.families.diffusers.model import from_pipeline
 from denoisers.registry import ModelSource
 from export.files import Export, ExportOptions
-from ns.experiments import TABLE, TableFile
+from ns.experiments import TABLE, TableFile, save_table
 from runtime.typed import read_result
 from samplers.options import SamplerOptions
 from solvers.table import Table, run_table
@@ -126,17 +127,10 @@ def trained(home: Path, folder: Path, rate: float | None) -> Path:
     card = source.card()
     table = learned(6, card.sigma_max)
     run = create_run(home / "exps", "table")
-    record = Export.of(
-        ExportOptions(source, ConditionOptions(), SamplerOptions("euler", nfe=6))
-    ).file().record  # fmt: skip
-    options = {"dataset_name": "mine", "guidance_rate": rate}
-    before: Any = record["options"]
-    record = {**record, "options": {**before, **options}, "plan": {"latents": 1}}
-    rows = tuple(map(tuple, table.ragged))
-    file = TableFile(table.start, table.end, tuple(table.times.tolist()), rows, record)
-    from runtime.typed import write_result
-
-    write_result(run / TABLE, file)
+    chosen = SamplerOptions("euler", nfe=6)
+    record = Export.of(ExportOptions(source, ConditionOptions(), chosen)).record()
+    options = {**record.options, "dataset_name": "mine", "guidance_rate": rate}
+    save_table(run / TABLE, table, replace(record, options=options, plan={"latents": 1}))
     return run
 
 
@@ -218,6 +212,7 @@ def test_the_node_of_comfyui_is_our_walk(
     done = script(export.main, "comfyui", *flags, "--afs=True", f"--dest={file}")
     assert done.code == 0 and "SamplerCustom" in done.out, done.err
     node = module(file)
+    assert (node.TABLE["made_for"], node.TABLE["cfg"]) == ("ipndm4-afs, 5 calls, mine", None)
     assert set(node.NODE_CLASS_MAPPINGS) == set(node.NODE_DISPLAY_NAME_MAPPINGS)
     (sampler,) = node.NODE_CLASS_MAPPINGS["TableSampler"]().get()
     (sigmas,) = node.NODE_CLASS_MAPPINGS["TableSigmas"]().get()
@@ -249,6 +244,9 @@ def test_levels_markdown_and_json(tmp_path: Path, script: Script) -> None:
     values = [float(level) for level in levels.split(",")]
     assert len(values) == 6 and values == sorted(values, reverse=True)
     assert say == "# choose the solver 'ipndm' beside them"
+    for order, word in ((2, "'dpmpp_2m'"), (3, "no solver of another program")):
+        given = ["--sampler=dpmpp", "--nfe=5", f"--max_order={order}"]
+        assert word in script(export.main, "sigmas", *given).out
     file = tmp_path / "table.json"
     lines = script(export.main, "table", *flags, f"--dest={file}").out.splitlines()
     kept = read_result(TableFile, file)

@@ -94,6 +94,8 @@ def test_images_may_be_the_reference(run: Script, tmp_path: Path) -> None:
                 for ref in (stats, other)]  # fmt: skip
         assert said[0] == said[1] and figure(said[0]) > 0.1
     assert figure(run("calc", "--images", one, "--ref", one)[1]) == 0.0
+    refused = run("calc", "--images", one, "--ref=")
+    assert refused[0] == 1 and "names 0 for 1 detectors" in refused[2]
     both = ["calc", "--images", one, "--ref", other, "--num", 5, "--device", "cpu"]
     done = together(lambda: run_command(fid.main, *both), tmp_path)
     assert done[0].out == run(*both)[1] and "N = 5" in done[0].out and done[1].out == ""

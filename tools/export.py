@@ -19,9 +19,9 @@ from export.files import (
     write_node,
     write_scheduler,
 )
+from ns.experiments import save_table
 from runtime import cli
 from runtime.options import parse_options
-from runtime.typed import write_result
 from solvers.grids import SCHEDULES
 from solvers.registry import CLASSIC
 
@@ -90,7 +90,7 @@ def table(**flags: Any) -> None:
     """The numbers themselves, as Markdown."""
     export = _export(flags)
     if export.options.dest is not None:
-        write_result(destination(export), export.file())
+        save_table(destination(export), export.table, export.record())
     click.echo(markdown(export))
 
 

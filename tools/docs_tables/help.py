@@ -20,12 +20,10 @@ def _pages(name: str) -> Iterator[str]:
     command, title = load(name), program(name)
     context = click.Context(
         command,
-        info_name=title.removeprefix("python ") if "-m" in title else title.split()[-1],
+        info_name=title if "-m " in title else title.removeprefix("python "),
         terminal_width=WIDTH - 2,
         **command.context_settings,
     )
-    if "-m " in title:
-        context.info_name = f"python {context.info_name}"
     yield f"## {title}\n{command.get_help(context)}"
     if isinstance(command, click.Group):
         for sub, child in command.commands.items():
