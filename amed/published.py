@@ -102,7 +102,7 @@ def student_settings(published: PublishedPredictor, path: Path) -> StudentSettin
             f"{path} was trained for '{dataset}', which is unknown; known: {', '.join(cards())}"
         )
     card = cards()[dataset]
-    if card.guidance not in ("cg", "cfg"):  # the published default is a rate that is not used
+    if not card.guided:  # the published default is a rate that is not used
         settings.pop("guidance_rate", None)
     thresholding = settings["sampler_stu"] == "dpmpp" and settings.get("predict_x0", True)
     try:

@@ -85,6 +85,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     for one, own in zip(saved["param_groups"], groups, strict=True):
         _check_settings(one, own, ("lr",))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if set(saved["state"]) != set(range(len(parameters))):
+        raise ValueError("some of its parameters have no moments")
     if len({tuple(entries) for entries in saved["state"].values()}) > 1:
         raise ValueError("its parameters have different moments")
     for number, entries in saved["state"].items():

@@ -44,6 +44,7 @@ NOT_NEGATIVE = Number(0)
 FRACTION = Number(0, 1, max_open=True)  #: of a whole that is never all of it
 SHARE = Number(0, 1, min_open=True)  #: of a whole, never nothing
 PART = Number(0, 1, min_open=True, max_open=True)  #: of a whole, neither nothing nor all
+RATE = Number(0, 10, min_open=True)  #: of learning; larger ones only ever diverge
 LIMIT = Limit(0)
 TOLERANCE = Number(1e-14, 1)  #: of dopri5, relative and absolute; float64 resolves no smaller one
 

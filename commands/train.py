@@ -17,6 +17,7 @@ from commands.numbers import (
     FRACTION,
     NOT_NEGATIVE,
     POSITIVE,
+    RATE,
     SEED,
     Number,
     images,
@@ -71,7 +72,7 @@ def _named(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--total_kimg", type=POSITIVE, default=10.0)
 @click.option("--batch", type=BATCH, default=128, help="trajectories per update")
 @click.option("--batch-gpu", "batch_gpu", type=BATCH, help="at once per process")
-@click.option("--lr", type=POSITIVE, default=5e-3)
+@click.option("--lr", type=RATE, default=5e-3)
 @click.option("--seed", type=SEED, default=0)
 @click.option("--tick", type=NOT_NEGATIVE, default=0.5, help="kimg between reports")
 @click.option("--snap", type=updates(0), default=0, help="ticks between kept predictors")

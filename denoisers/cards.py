@@ -23,7 +23,7 @@ class Card:
 
     name: str  #: the value of ``--dataset_name``
     family: str  #: chooses the loader
-    resolution: int  #: pixels along a side
+    resolution: int  #: height of a sample in pixels, or of latents, and width if that is None
     channels: int
     label_dim: int  #: classes; 0 for an unconditional model
     sigma_min: float  #: the range of noise levels that samplers use
@@ -38,12 +38,14 @@ class Card:
     settings: Mapping[str, Any] = field(default_factory=dict)
     #: default plan of the Restart teacher; empty if none is known
     restart_info: Mapping[str, list[float]] = field(default_factory=dict)
-    guidance: str | None = None  #: cg (classifier), cfg (classifier-free), uncond (none) or None
+    #: cg (classifier), cfg (classifier-free), embedded (told to the network), uncond (none) or None
+    guidance: str | None = None
     text: bool = False  #: conditioned on a prompt
     #: a second file, with ``file``, ``url`` and ``sha256``: classifier or first stage
     companion: Mapping[str, str | None] | None = None
     noise_schedule: Mapping[str, Any] | None = None  #: of a model with its own time
-    image_resolution: int | None = None  #: after decoding, if samples are latents
+    image_resolution: int | None = None  #: height after decoding, if samples are latents
+    width: int | None = None  #: of a sample that is no square
     pfgmpp: int | None = None  #: dimensions D that PFGM++ adds to those of the data
     #: published predictor-corrector sampler: ``N`` noise levels, ``n_steps`` of the corrector at
     #: each, and their ``snr``; empty if none is known
@@ -52,7 +54,7 @@ class Card:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a sample."""
-        return self.channels, self.resolution, self.resolution
+        return self.channels, self.resolution, self.width or self.resolution
 
     @property
     def schedule(self) -> NoiseSchedule | None:
@@ -70,7 +72,13 @@ class Card:
 
     def cost(self, guidance_rate: float | None = None) -> int:
         """Network evaluations of one call: guidance without a classifier needs two."""
-        return 2 if self.guidance == "cfg" and guidance_rate not in (None, 0.0, 1.0) else 1
+        mixed = self.guidance == "cfg" and guidance_rate not in (None, 0.0, 1.0)
+        return 2 if mixed or "true_cfg_scale" in self.settings else 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether it takes a rate of guidance."""
+        return self.guidance in ("cg", "cfg", "embedded")
 
     @property
     def bundled(self) -> Path | None:

@@ -93,7 +93,7 @@ class Conditions:
             raise UserError(
                 f"{card.name!r} has {has}, not {self.guidance_type!r}: leave --guidance_type out"
             )
-        if self.guidance_rate is not None and card.guidance not in ("cg", "cfg"):
+        if self.guidance_rate is not None and not card.guided:
             raise UserError(
                 f"{card.name!r} has no guidance: leave --guidance_rate {self.guidance_rate:g} out"
             )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,10 +50,11 @@ class Flow:
     Its time t is that of the unshifted process.  The shift (arXiv:2403.03206, section 5.3.2)
     moves it to ``s = k t / (1 + (k - 1) t)``, which multiplies every noise level by k:
     ``sigma = s / (1 - s) = k t / (1 - t)``.  A dynamic shift mu is one by ``exp(mu)``.
-    At t = 1 sigma is infinite; samplers start below.
+    At t = 1 sigma is infinite; samplers start below.  Networks are told ``1000 s``.
     """
 
     shift: float = 1.0
+    steps: ClassVar[int] = 1000
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.shift) and self.shift > 0):
@@ -70,6 +71,11 @@ class Flow:
     def own_state(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``(1 - s) x``."""
         return x / (1 + sigma)
+
+    def network_time(self, sigma: Tensor) -> Tensor:
+        """``1000 s`` of every entry of ``sigma``; flat, in float64 on the CPU."""
+        level = sigma.cpu().to(torch.float64).reshape(-1)
+        return self.steps * level / (1 + level)
 
 
 @dataclass(frozen=True)

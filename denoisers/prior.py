@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from denoisers.cards import Card
+from denoisers.noise_schedules import Flow
 from runtime.noise import Name, SeedNoise
 
 
@@ -19,8 +20,12 @@ def start(
     device: torch.device | str,
     name: Name = "latent",
 ) -> Tensor:
-    """Samples of the prior at noise level ``sigma``, (B, *card.shape)."""
-    return unit_noise(card, noise, name, dtype, device) * sigma
+    """Samples of the prior at noise level ``sigma``, (B, *card.shape).
+
+    The own state of a flow, ``x / (1 + sigma)``, is pure noise there, as in all of its pipelines.
+    """
+    scale = 1 + sigma if isinstance(card.schedule, Flow) else sigma
+    return unit_noise(card, noise, name, dtype, device) * scale
 
 
 def unit_noise(

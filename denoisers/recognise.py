@@ -128,5 +128,5 @@ DESCRIBE: dict[str, Describe] = {
     "cm": _openai("cm"),
     "ldm": _openai("ldm", NETWORK),
     "ncsnpp": _without_settings(describe_ncsnpp),
-    "diffusers": _without_settings(describe_diffusers),
+    "diffusers": describe_diffusers,
 }

@@ -49,7 +49,11 @@ def weights_sha256(path: Path, given: Mapping[str, Any]) -> str:
 
     They make another network of the same weights, whose results are not comparable.
     """
-    digest = sha256_file(path)
+    return with_settings(sha256_file(path), given)
+
+
+def with_settings(digest: str, given: Mapping[str, Any]) -> str:
+    """The hash of weights and settings; ``digest`` itself without any."""
     if not given:
         return digest
     return hashlib.sha256(f"{digest} {json.dumps(given, sort_keys=True)}".encode()).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions
 from denoisers.families.diffusers.files import component_folder, read_json, settings_folder
-from denoisers.families.diffusers.model import Prediction
+from denoisers.families.diffusers.process import Prediction
 from denoisers.registry import ModelSource
 from plans.table import tabulate
 from runtime.errors import UserError

@@ -7,7 +7,7 @@ result. ``Detector.resize`` describes how images are resized for the network.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -247,16 +247,30 @@ def detector_entry(name: str) -> DetectorEntry:
 def parse_detectors(text: str) -> list[tuple[str, Path | None]]:
     """``"inception,dinov2=FOLDER,mine.pt"`` -> the names, each with its file or folder, or None.
 
+    A comma is part of a path if there is a file or folder of that name.
+
     Raises:
         ValueError: an unknown name, or the same detector twice.
     """
-    parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    parts = [part.partition("=") for part in _parts(text.split(","))]
     chosen = [(name, Path(path) if path else None) for name, _, path in parts]
     for name, _ in chosen:
         detector_entry(name)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"--detector '{text}' is empty or repeats a detector: give each once.")
     return chosen
+
+
+def _parts(pieces: list[str]) -> Iterator[str]:
+    """Pieces between commas, rejoined where together they are the longest path that exists."""
+    while pieces:
+        name = f"{pieces[0].partition('=')[0]}=" if "=" in pieces[0] else ""
+        joined = [",".join(pieces[:n]).strip() for n in range(len(pieces), 1, -1)]
+        paths = (part for part in joined if Path(part.removeprefix(name.strip())).exists())
+        part = next(paths, pieces[0].strip())
+        if part:
+            yield part
+        pieces = pieces[part.count(",") + 1 :]
 
 
 def load_detector(

@@ -324,3 +324,14 @@ def test_lists_of_detectors() -> None:
             parse_detectors(text)
     with pytest.raises(ValueError, match="unknown detector 'vgg'"):
         parse_detectors("pixels,vgg")
+
+
+def test_a_comma_may_be_part_of_a_detectors_path(tmp_path: Path) -> None:
+    folder = tmp_path / "a, b"
+    folder.mkdir()
+    (folder / "mine,too.pt").touch()
+    assert parse_detectors(f"pixels,dinov2={folder},{folder}/mine,too.pt") == [
+        ("pixels", None),
+        ("dinov2", folder),
+        (f"{folder}/mine,too.pt", None),
+    ]

@@ -105,7 +105,11 @@ def test_old_names_of_attention_weights_are_known(folder: Path) -> None:
         ("model_index.json", {"unet": ["os", "system"]}, "'unet' comes from 'os', and code that"),
         ("model_index.json", {"vae": ["mine", "Mine"]}, "the component 'vae' comes from 'mine'"),
         ("model_index.json", {"unet": ["diffusers", "Flux"]}, "its network is 'Flux', and only"),
-        ("model_index.json", {"unet": [None, None], "transformer": ["diffusers", "DiT"]}, "'DiT'"),
+        (
+            "model_index.json",
+            {"unet": [None, None], "transformer": ["diffusers", "DiT"]},
+            "with a t",
+        ),
         ("model_index.json", {"text_encoder": ["transformers", "T5"]}, "text encoder 'T5' is not"),
         (
             "model_index.json",
@@ -151,10 +155,18 @@ def test_broken_settings_are_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_without_betas_is_refused(folder: Path) -> None:
-    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(flow))
-    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no betas"):
+    other = {"_class_name": "KarrasVeScheduler", "sigma_max": 100.0}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="KarrasVeScheduler has neither betas nor the shift of a"):
         describe_diffusers("mine", folder)
+
+
+@pytest.mark.parametrize("length", [None, 10**6])
+def test_no_tokenizer_makes_more_tokens_than_its_encoder_takes(folder: Path, length) -> None:
+    """One without a length has 10^30, which the library cannot pad to: it is no int32."""
+    expected = denoised(load(folder))
+    change(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
+    assert torch.equal(denoised(load(folder)), expected)
 
 
 def test_weights_must_all_be_there_and_fit(folder: Path) -> None:

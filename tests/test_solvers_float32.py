@@ -92,7 +92,7 @@ class VelocityDenoiser:
     cost: int = 1
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        from denoisers.families.diffusers.model import Prediction
+        from denoisers.families.diffusers.process import Prediction
         from denoisers.noise_schedules import DiscreteVP
 
         prediction = Prediction(DiscreteVP(self.network.alphas_cumprod), "v_prediction", None)

@@ -115,3 +115,14 @@ def test_moments_of_another_shape_are_found_before_the_next_step(tmp_path: Path)
     path = saved(tmp_path / "s.pt", optimizer=optimizer)
     with pytest.raises(UserError, match="'optimizer': exp_avg of parameter 0 is of another shape"):
         restore(Parts().all, read_state(path, KINDS), path)
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["none", "one"])
+def test_an_optimizer_without_all_its_moments_does_not_start_afresh(
+    kept: int, tmp_path: Path
+) -> None:
+    optimizer = Parts(2).optimizer.state_dict()
+    optimizer["state"] = {n: optimizer["state"][n] for n in range(kept)}
+    path = saved(tmp_path / "s.pt", optimizer=optimizer)
+    with pytest.raises(UserError, match="'optimizer': some of its parameters have no moments"):
+        restore(Parts().all, read_state(path, KINDS), path)

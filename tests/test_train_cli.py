@@ -164,6 +164,7 @@ REFUSED = [
     (["--sampler_tea=dopri5", "--M=2"], 1, "--M 2 is not an option of the teacher dopri5"),
     (["--lr=inf"], 2, "'--lr'"),
     (["--lr=nan"], 2, "'--lr'"),
+    (["--lr=1e30"], 2, "'--lr'"),
     (["--total_kimg=inf"], 2, "'--total_kimg'"),
     (["--total_kimg=nan"], 2, "'--total_kimg'"),
     (["--tick=inf"], 2, "'--tick'"),

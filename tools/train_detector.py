@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoints.states import read_state, restore
 from commands.help import SETTINGS
-from commands.numbers import FRACTION, NOT_NEGATIVE, PART, POSITIVE, SEED, WIDTH, updates
+from commands.numbers import FRACTION, NOT_NEGATIVE, PART, RATE, SEED, WIDTH, updates
 from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
@@ -272,7 +272,7 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @click.option(
     "--batch", type=click.IntRange(2, MOST_BATCH), default=256, help="images, over all processes"
 )
-@click.option("--lr", type=POSITIVE, default=0.2, help="peak learning rate")
+@click.option("--lr", type=RATE, default=0.2, help="peak learning rate")
 @click.option("--momentum", type=FRACTION, default=0.9, help="of SGD")
 @click.option("--weight_decay", type=NOT_NEGATIVE, default=5e-4, help="of weight matrices")
 @click.option("--smoothing", type=FRACTION, default=0.2, help="of labels")

@@ -44,8 +44,7 @@ class LoadedModel:
             raise UserError(f"'{name}' takes no text: leave the prompts out")
         if prompts is None and text:
             raise UserError(f"'{name}' is conditioned on text; give --prompt or --prompt_path")
-        guided = self.card.guidance in ("cg", "cfg")
-        if guidance_rate not in (None, 0.0, 1.0) and not guided:
+        if guidance_rate not in (None, 0.0, 1.0) and not self.card.guided:
             raise UserError(
                 f"'{name}' has no guidance, but the rate is {guidance_rate}; leave it out"
             )

@@ -7,7 +7,7 @@ levels, are known without loading it, even if ``diffusers`` is not installed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
+from denoisers.families.diffusers.kinds import ENCODERS, check_kind, transformer_card
+from denoisers.families.diffusers.process import noise_schedule
 from denoisers.families.diffusers.sizes import check_sizes, upsampling
-from denoisers.noise_schedules import BETAS, DiscreteVP
 from runtime.bounds import MOST_LAYERS, MOST_SIDE
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError
 from runtime.files import require_readable, sha256_file
 from runtime.typed import parse_json
 
@@ -38,8 +39,8 @@ TEXT_ENCODER_NAMES = (
 )
 FIRST_STAGES = ("vae", "vqvae")
 #: Components with weights, in the order in which they are loaded.
-WEIGHTED = ("unet", *FIRST_STAGES, "text_encoder", "text_encoder_2")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+NETWORKS = ("unet", "transformer")
+WEIGHTED = (*NETWORKS, *FIRST_STAGES, "text_encoder", "text_encoder_2", "text_encoder_3")
 SINGLE = (".safetensors", ".ckpt")
 
 
@@ -121,21 +122,31 @@ def component_folder(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def describe_diffusers(name: str, path: Path) -> Card:
+def describe_diffusers(name: str, path: Path, given: Mapping[str, Any] | None = None) -> Card:
     """The card of a pipeline in a folder, or in a single file with its settings beside it.
 
-    The weights are not loaded.  Raises UserError for anything that is no pipeline, and for one that
-    is not supported, naming the setting.
+    ``given`` are settings of the user for a pipeline with a transformer.  The weights are not
+    loaded.  Raises UserError for anything that is no pipeline, and for one that is not supported,
+    naming the setting.
     """
     folder = settings_folder(path)
-    parts = component_classes(read_json(folder / INDEX), str(path))
-
+    index = read_json(folder / INDEX)
+    parts, kind = component_classes(index, str(path)), str(index.get("_class_name"))
+    if "transformer" in parts:
+        check_kind(kind, str(path))
+        _check_encoders(parts, ENCODERS, str(path))
     scheduler: Mapping[str, Any] = {}
     if "scheduler" in parts:
         scheduler = read_json(component_folder(folder, "scheduler") / "scheduler_config.json")
     networks = {n: read_config(component_folder(folder, n)) for n in WEIGHTED if n in parts}
     stage = networks.get(first_stage(parts) or "", {})
-    card = pipeline_card(name, parts, networks.get("unet", {}), scheduler, stage, str(path))
+    if "transformer" in parts:
+        network = networks["transformer"]
+        card = transformer_card(name, kind, network, scheduler, stage, given or {}, str(path))
+    elif given:
+        raise UserError(f"{path} holds all settings of its network: leave --model_settings out")
+    else:
+        card = pipeline_card(name, parts, networks.get("unet", {}), scheduler, stage, str(path))
     return replace(card, file=path.name)
 
 
@@ -202,19 +213,27 @@ def pipeline_card(
 
 def _check_parts(parts: Mapping[str, str], source: str) -> None:
     if parts.get("unet") not in UNETS:
-        network = parts.get("unet") or parts.get("transformer")
         raise UserError(
-            f"{source}: its network is {network!r}, and only {' and '.join(UNETS)} are supported"
+            f"{source}: its network is {parts.get('unet')!r}, and only {', '.join(UNETS)} and "
+            "transformers are supported"
         )
-    encoders = [kind for name, kind in parts.items() if name.startswith("text_encoder")]
-    for kind in encoders:
-        if kind not in TEXT_ENCODERS:
-            raise UserError(f"{source}: text encoder {kind!r} is not supported, only CLIP's are")
+    encoders = _check_encoders(parts, TEXT_ENCODERS, source)
     if ("text_encoder" in parts) != (parts["unet"] == "UNet2DConditionModel"):
         raise UserError(
             f"{source}: {parts['unet']} with the text encoders {encoders} is not supported: a "
             "UNet2DConditionModel takes a prompt, a UNet2DModel nothing"
         )
+
+
+def _check_encoders(parts: Mapping[str, str], known: Collection[str], source: str) -> list[str]:
+    """The classes of the text encoders; UserError for one that is not ``known``."""
+    encoders = [kind for name, kind in parts.items() if name.startswith("text_encoder")]
+    for kind in encoders:
+        if kind not in known:
+            raise UserError(
+                f"{source}: text encoder {kind!r} is not supported, only {', '.join(known)} are"
+            )
+    return encoders
 
 
 def _check_unet(unet: Mapping[str, Any], source: str) -> None:
@@ -238,40 +257,6 @@ def _check_unet(unet: Mapping[str, Any], source: str) -> None:
             refuse(what, "asks for a condition that is not supported")
     if unet.get("addition_embed_type") not in (None, "text_time"):
         refuse("addition_embed_type", "asks for a condition that is not supported")
-
-
-def noise_schedule(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str, Any], DiscreteVP]:
-    """The ``noise_schedule`` of a card from a scheduler's settings, and the schedule itself.
-
-    Raises UserError for a process without discrete variance-preserving steps.
-    """
-
-    def known(what: str, value: Any, values: Iterable[str]) -> None:
-        if value not in list(values):  # it may be of any type
-            raise UserError(f"{source}: {what} {value!r} is not one of {', '.join(values)}")
-
-    if not {"beta_start", "beta_end", "beta_schedule"} <= set(scheduler):
-        kind = scheduler.get("_class_name")
-        raise UserError(f"{source}: {kind} has no betas, so its process is not a discrete VP one")
-    if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
-        raise UserError(
-            f"{source}: betas that are listed or rescaled to zero terminal SNR are not supported"
-        )
-    known("beta_schedule", scheduler["beta_schedule"], BETAS)
-    known("prediction_type", scheduler.get("prediction_type", "epsilon"), PREDICTIONS)
-    noise = {
-        "first": scheduler["beta_start"],
-        "last": scheduler["beta_end"],
-        "num_steps": scheduler.get("num_train_timesteps", 1000),
-        "rule": scheduler["beta_schedule"],
-    }
-    try:
-        schedule = DiscreteVP.from_betas(**noise)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{source}: its betas {noise} make no noise schedule ({first_line(error)})"
-        ) from error
-    return {"kind": "discrete_vp", **noise}, schedule
 
 
 def weight_files(main: Path) -> list[Path]:

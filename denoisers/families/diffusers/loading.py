@@ -28,26 +28,30 @@ from denoisers.families.diffusers.files import (
     settings_folder,
     sha256_pipeline,
 )
+from denoisers.families.diffusers.kinds import ENCODERS
 from denoisers.families.diffusers.model import DiffusersModel, from_pipeline
+from denoisers.families.diffusers.one_step import TransformerModel, from_transformer_pipeline
 from denoisers.precision import wide_dtype
 from denoisers.protocol import Files
+from denoisers.settings import with_settings
 from runtime.errors import UserError, first_line
 from runtime.files import write_text
 
+MOST_TOKENS = 4096  #: of a prompt, where the encoder has no limit of its own
 NOTE = "weights.sha256"  #: in a folder from the hub: it is whole, and its weights had this hash
 
 
 def load_diffusers(
     card: Card, files: Files, device: torch.device, dtype: torch.dtype
-) -> DiffusersModel:
+) -> DiffusersModel | TransformerModel:
     """Load a folder, or a single file with its settings beside it; see :func:`registry.load_model`.
 
-    U-Net and text encoders run in ``dtype``; the first stage in float32 at least, as that of SDXL
+    Network and text encoders run in ``dtype``; the first stage in float32 at least, as that of SDXL
     overflows in half precision.  Raises UserError for weights that are missing or of another
     network, and for a pipeline with other samples or noise levels than the card's.
     """
     source = str(files.main)
-    _check_card(card, describe_diffusers(card.name, files.main), source)
+    _check_card(card, describe_diffusers(card.name, files.main, card.settings), source)
     digest = sha256_pipeline(files.main)
     note = files.main / NOTE
     if note.is_file() and note.read_text().strip() != digest:
@@ -67,6 +71,9 @@ def load_diffusers(
                 f"{source} does not load as a pipeline ({first_line(error)}); copy it anew, or "
                 "give one that diffusers itself loads"
             ) from error
+    if "transformer" in pipe.components:
+        digest = with_settings(digest, card.settings)
+        return from_transformer_pipeline(pipe, card, digest)
     return from_pipeline(pipe, card, digest)
 
 
@@ -170,19 +177,20 @@ def _limit_tokenizers(pipe: Any) -> None:
 
     A tokenizer without a length has 10^30, which the library cannot pad to.
     """
-    for suffix in ("", "_2"):
+    for suffix in ("", "_2", "_3"):
         tokenizer = pipe.components.get(f"tokenizer{suffix}")
         encoder = pipe.components.get(f"text_encoder{suffix}")
         if tokenizer is not None and encoder is not None:
-            positions = encoder.config.max_position_embeddings
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+            positions = encoder.config.get_text_config().to_dict().get("max_position_embeddings")
+            most = positions or MOST_TOKENS  # T5 has relative positions
+            tokenizer.model_max_length = min(tokenizer.model_max_length, most)
 
 
 def _component(diffusers: Any, kind: str, folder: Path) -> Any:
     """One network; UserError if names in its file are missing or unknown."""
     import transformers
 
-    library = transformers if kind.startswith("CLIP") else diffusers
+    library = transformers if kind in ENCODERS else diffusers
     files = component_files(folder)
     with tempfile.TemporaryDirectory() as temporary:
         source = folder

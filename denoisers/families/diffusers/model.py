@@ -19,50 +19,14 @@ from denoisers.families.common import LoadedModel, check_batch
 from denoisers.families.diffusers.files import (
     WEIGHTED,
     first_stage,
-    noise_schedule,
     pipeline_card,
 )
+from denoisers.families.diffusers.process import Prediction
 from denoisers.nets.layers import channel_mean
-from denoisers.noise_schedules import DiscreteVP
 from denoisers.precision import widened
 from solvers.types import Denoised, Denoiser
 
 DECODE_BATCH = 8  #: latents decoded at a time: images are 48 times as large
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The time and the scale of a network's input, and the meaning of its output."""
-
-    schedule: DiscreteVP
-    kind: str  #: epsilon, v_prediction or sample
-    clip: float | None  #: bound at which the pipeline's own sampler clips ``x0``
-
-    @classmethod
-    def of(cls, scheduler: Mapping[str, Any], source: str) -> Prediction:
-        """From a scheduler's settings; UserError for a process of another kind."""
-        _, schedule = noise_schedule(scheduler, source)
-        clip = scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample") else None
-        kind = scheduler.get("prediction_type", "epsilon")
-        return cls(schedule, kind, clip)
-
-    def network_time(self, sigma: Tensor) -> Tensor:
-        """The step as a real number, in float64 on the CPU, flat."""
-        return self.schedule.network_time(sigma)
-
-    def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The network's input: the state of its own process."""
-        return self.schedule.own_state(x, sigma)
-
-    def x0(self, x: Tensor, sigma: Tensor, raw: Tensor) -> Tensor:
-        """The clean image from the network's output ``raw``."""
-        if self.kind == "epsilon":
-            x0 = x - sigma * raw
-        elif self.kind == "v_prediction":
-            x0 = (x - sigma * (1 + sigma**2).sqrt() * raw) / (1 + sigma**2)
-        else:
-            x0 = raw
-        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
 
 class Bottleneck:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtime.bounds import MOST_LAYERS
@@ -11,6 +11,12 @@ from runtime.errors import UserError
 MOST_SIZE = 1_000_000  #: of any setting; a vocabulary has 50,000 words
 MOST_ENTRIES = 1000  #: of a list or an object among the settings
 MOST_LEVELS = 8  #: of a first stage, each of half the resolution
+#: Settings that list the levels of a first stage, and how often it halves for so many.
+LEVELS: dict[str, Callable[[int], int]] = {
+    "temperal_downsample": lambda count: count,  # so spelled by diffusers: Qwen-Image's
+    "encoder_block_out_channels": lambda count: count - 1,  # AutoencoderDC, Sana's
+    "block_out_channels": lambda count: count - 1,
+}
 #: How the names end of settings by which blocks are repeated, or parts of a block.
 DEPTHS = ("layers_per_block'", "layers'")
 
@@ -28,11 +34,11 @@ def check_sizes(value: Any, what: str) -> None:
 
 
 def upsampling(stage: Mapping[str, Any], source: str) -> int:
-    """The resolution of images over that of latents."""
-    widths = stage.get("block_out_channels")
-    if not isinstance(widths, list) or not 1 <= len(widths) <= MOST_LEVELS:
-        raise UserError(
-            f"{source}: the first stage's block_out_channels = {widths!r} is no list of 1 to "
-            f"{MOST_LEVELS} widths"
-        )
-    return 2 ** (len(widths) - 1)
+    """The resolution of images over that of latents, of any kind of first stage."""
+    for name, count in LEVELS.items():
+        blocks = stage.get(name)
+        if isinstance(blocks, list | tuple) and 1 <= len(blocks) <= MOST_LEVELS:
+            return int(2 ** count(len(blocks)))
+    raise UserError(
+        f"{source}: the first stage has none of {', '.join(LEVELS)} as a list of 1 to {MOST_LEVELS}"
+    )
