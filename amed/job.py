@@ -300,7 +300,7 @@ def find_resumable(root: str | Path, record: RunRecord) -> Path | None:
 
 
 def _settings(options: TrainOptions, card: Card) -> StudentSettings:
-    schedule = options.schedule_type or "polynomial"
+    schedule = options.schedule_type or card.default_schedule
     grid = Grid(schedule, options.num_steps, options.schedule_rho).resolve(card)
     sigma_min, sigma_max = grid.ends
     given = {name: value for name, value in flat_options(options).items() if value is not None}

@@ -216,7 +216,7 @@ def main(predictor_path: str, updates: int, num: int, dtype: str, device: str | 
         joined = train(experiment, data, updates)
         held_out = [
             experiment.walk(curves.x[0], curves.images, meter.denoiser)
-            for curves, meter in zip(*judge, strict=True)
+            for curves, meter in judge.batches()
         ]
         errors = torch.zeros(3, dtype=torch.float64)
         for walked in held_out:

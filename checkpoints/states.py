@@ -49,15 +49,18 @@ def read_state(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     return {name: content[name] for name in kinds}
 
 
-def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any], path: Path) -> None:
+def restore(
+    parts: Mapping[str, Stateful], state: Mapping[str, Any], path: Path, begun: bool = True
+) -> None:
     """Load every part from the entry of its name in ``state``, as `read_state` returned it.
 
+    ``begun`` is False for a state from before the first step, when optimizers have no moments.
     Raises UserError for an entry that does not fit its part: other names, shapes or types.
     """
     for name, part in parts.items():
         try:
             if isinstance(part, torch.optim.Optimizer):
-                _check_optimizer(part, state[name])
+                _check_optimizer(part, state[name], begun)
             elif not isinstance(part, torch.nn.Module):  # which checks names and shapes itself
                 _check_settings(state[name], part.state_dict(), COUNTED)
             part.load_state_dict(state[name])
@@ -76,8 +79,8 @@ def _plausible(value: Any) -> bool:
     )
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Raise ValueError unless moments have the shapes of their parameters.
+def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], begun: bool) -> None:
+    """Raise ValueError unless all parameters have moments of their shapes, once it has ``begun``.
 
     PyTorch itself finds that out in the next step, in an error without a name.
     """
@@ -85,7 +88,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
     for one, own in zip(saved["param_groups"], groups, strict=True):
         _check_settings(one, own, ("lr",))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if set(saved["state"]) != set(range(len(parameters))):
+    if set(saved["state"]) != set(range(len(parameters)) if begun else ()):
         raise ValueError("some of its parameters have no moments")
     if len({tuple(entries) for entries in saved["state"].values()}) > 1:
         raise ValueError("its parameters have different moments")

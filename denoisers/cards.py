@@ -70,6 +70,16 @@ class Card:
         own = self.schedule
         return None if own is None else TimeMaps(own.sigma, own.sigma_inv)
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether its process is a rectified flow."""
+        return isinstance(self.schedule, Flow)
+
+    @property
+    def default_schedule(self) -> str:
+        """Of the time grid: that of EDM, and for a flow its own time, in which pipelines step."""
+        return "discrete" if self.is_flow else "polynomial"
+
     def cost(self, guidance_rate: float | None = None) -> int:
         """Network evaluations of one call: guidance without a classifier needs two."""
         mixed = self.guidance == "cfg" and guidance_rate not in (None, 0.0, 1.0)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.noise_schedules import Flow
 from runtime.noise import Name, SeedNoise
 
 
@@ -24,7 +23,7 @@ def start(
 
     The own state of a flow, ``x / (1 + sigma)``, is pure noise there, as in all of its pipelines.
     """
-    scale = 1 + sigma if isinstance(card.schedule, Flow) else sigma
+    scale = 1 + sigma if card.is_flow else sigma
     return unit_noise(card, noise, name, dtype, device) * scale
 
 

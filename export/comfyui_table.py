@@ -8,8 +8,9 @@ input.  `TABLE` says for which model and which guidance (cfg) the numbers were m
 
 gives the states and, by the last row, the image (Shaul et al. 2024, arXiv:2403.01329).  With fewer
 sigmas (SplitSigmas, for an image as the latent) that image takes the place of the calls before
-them.  The models are those whose state is the image plus sigma times noise: Stable Diffusion 1,
-2 and XL, not flows.
+them.  Models have states ``image + sigma noise`` (Stable Diffusion 1, 2 and XL), or are flows with
+``(1 - s) image + s noise`` at ``s = sigma / (1 + sigma)``, which ComfyUI calls their sigma (SD3,
+FLUX, Qwen-Image); `TABLE` says which.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ TABLE: dict[str, Any] = json.loads(r"""@TABLE@""")
 BELOW = 1 - 1e-4
 
 
+def told(sigma: float) -> float:
+    """What ComfyUI calls the level ``sigma`` of the image in a state."""
+    return sigma / (1 + sigma) if TABLE["flow"] else sigma
+
+
 def sigmas() -> torch.Tensor:
     """The levels that the network is told, and 0."""
-    first, *others = TABLE["times"]
+    first, *others = map(told, TABLE["times"])
     return torch.tensor([first * BELOW, *others, 0.0])
 
 
@@ -41,28 +47,32 @@ def walk(
     disable: bool | None = None,
 ) -> torch.Tensor:
     """The image, from the state ``x`` (B, C, H, W) at ``sigmas[0]``."""
-    times, rows = TABLE["times"], TABLE["rows"]
+    times, rows, flow = TABLE["times"], TABLE["rows"], TABLE["flow"]
     left_out = len(times) + 1 - len(sigmas)
     if not 0 <= left_out < len(times):
         raise ValueError(f"this table has {len(times)} calls: connect its own sigmas")
     image = model.latent_image if left_out else None
-    noise = (x if image is None else x - image) / float(sigmas[0])
+    first = float(sigmas[0])
+    noise = (x if image is None else x - (1 - first if flow else 1) * image) / first
+    start = TABLE["start"] + (1 if flow else 0)  # the scale of noise at the start
     made: list[torch.Tensor] = []  # denoised images
 
-    def state(row: list[float]) -> torch.Tensor:
+    def state(row: list[float], sigma: float) -> torch.Tensor:
         weights = row[1 + left_out :]
-        total = row[0] * TABLE["start"] * noise
+        total = row[0] * start * noise
         for weight, denoised in zip(weights, made):  # noqa: B905
             total = total + weight * denoised
-        return total if image is None else total + (1 - sum(weights)) * image
+        if image is not None:
+            total = total + (1 - sum(weights)) * image
+        return total / (1 + sigma) if flow else total
 
     for call in range(left_out, len(times)):
-        x = state(rows[call])
-        made.append(model(x, x.new_full((len(x),), times[call]), **(extra_args or {})))
+        x, level = state(rows[call], times[call]), told(times[call])
+        made.append(model(x, x.new_full((len(x),), level), **(extra_args or {})))
         if callback is not None:
-            at = {"sigma": times[call], "sigma_hat": times[call]}
+            at = {"sigma": level, "sigma_hat": level}
             callback({"x": x, "i": call - left_out, "denoised": made[-1], **at})
-    return state(rows[-1])
+    return state(rows[-1], 0.0)
 
 
 class TableSampler:

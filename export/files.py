@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions
-from denoisers.families.diffusers.files import component_folder, read_json, settings_folder
-from denoisers.families.diffusers.process import Prediction
+from denoisers.families.diffusers.files import (
+    INDEX,
+    component_folder,
+    read_json,
+    settings_folder,
+)
+from denoisers.families.diffusers.kinds import KINDS
+from denoisers.families.diffusers.process import FLOW, Prediction
+from denoisers.noise_schedules import Flow
 from denoisers.registry import ModelSource
 from plans.table import tabulate
 from runtime.errors import UserError
@@ -23,6 +33,11 @@ from samplers.options import SamplerOptions
 from solvers.table import Table
 
 HERE = Path(__file__).resolve().parent
+#: Settings from which a pipeline computes the shift of its images.
+SHIFTING = (
+    "use_dynamic_shifting", "time_shift_type", "base_image_seq_len", "max_image_seq_len",
+    "base_shift", "max_shift",
+)  # fmt: skip
 #: What ComfyUI calls our solvers with one evaluation for each level, by name and order.
 IN_COMFYUI = {
     ("euler", None): "euler",
@@ -91,9 +106,10 @@ def write_scheduler(export: Export) -> str:
 
     Raises UserError for a model that is no pipeline of ``diffusers``.
     """
+    _require_first_noise(export)
     folder = destination(export)
     settings = _scheduler_settings(export)
-    prediction, table = Prediction.of(settings, export.card.name), export.table
+    prediction, table = _prediction(export, settings), export.table
     write_json(
         folder / "scheduler_config.json",
         {
@@ -105,6 +121,7 @@ def write_scheduler(export: Export) -> str:
             "prediction_type": prediction.kind,
             "clip_sample": prediction.clip,
             "num_train_timesteps": settings.get("num_train_timesteps", 1000),
+            **_shifting(export.card, settings),
             "guidance_scale": export.job.sampler.guidance_rate,
             "made_for": json.dumps(export.record().model),
         },
@@ -119,6 +136,17 @@ def write_scheduler(export: Export) -> str:
     )
 
 
+def _require_first_noise(export: Export) -> None:
+    """Raise UserError for a table of a flow that does not begin as its pipelines do."""
+    table = export.table
+    first = float(table.rows[0, 0]) * (1 + table.start) / (1 + float(table.times[0]))
+    if export.card.is_flow and abs(first - 1) > 1e-6:
+        raise UserError(
+            f"{export.job.sampler.label} does not begin with a network call on pure noise, as "
+            "pipelines of flows do: leave --afs out, or train a table (train.py --sampler_stu=ns)"
+        )
+
+
 def write_node(export: Export) -> str:
     """A file for the folder ``custom_nodes`` of ComfyUI; says how to connect its nodes."""
     _require_pipeline(export)
@@ -127,6 +155,7 @@ def write_node(export: Export) -> str:
     content = {
         "made_for": export.name,
         "cfg": rate,
+        "flow": export.card.is_flow,
         "start": table.start,
         "times": table.times.tolist(),
         "rows": table.ragged,
@@ -180,7 +209,24 @@ def _require_pipeline(export: Export) -> None:
         )
 
 
-def _scheduler_settings(export: Export) -> dict[str, object]:
+def _prediction(export: Export, settings: Mapping[str, Any]) -> Prediction:
+    schedule = export.card.schedule
+    if isinstance(schedule, Flow):  # with the shift of these images
+        return Prediction(schedule, FLOW, None)
+    return Prediction.of(settings, export.card.name)
+
+
+def _shifting(card: Card, settings: Mapping[str, Any]) -> dict[str, object]:
+    """What pipelines compute a shift from, and that of the images of the table."""
+    if not isinstance(card.schedule, Flow) or not settings.get("use_dynamic_shifting"):
+        return {}
+    shift = card.schedule.shift
+    mu = shift if settings.get("time_shift_type") == "linear" else math.log(shift)
+    known = {name: settings[name] for name in SHIFTING if settings.get(name) is not None}
+    return {"mu": mu, **known}
+
+
+def _scheduler_settings(export: Export) -> dict[str, Any]:
     """The settings of the pipeline's own scheduler."""
     _require_pipeline(export)
     folder = settings_folder(export.job.source.files(export.card).main)
@@ -188,5 +234,10 @@ def _scheduler_settings(export: Export) -> dict[str, object]:
 
 
 def _scale(export: Export) -> str:
-    rate = export.job.sampler.guidance_rate
-    return "" if rate is None else f", guidance_scale={rate:g}"
+    """The arguments of a pipeline for the guidance of the table."""
+    folder = settings_folder(export.job.source.files(export.card).main)
+    kind = KINDS.get(str(read_json(folder / INDEX).get("_class_name")))
+    rate, name = export.job.sampler.guidance_rate, "guidance_scale"
+    if kind is not None and not kind.embedded:
+        name, rate = kind.rate, (1.0 if rate is None else rate) - kind.offset
+    return "" if rate is None else f", {name}={rate:g}"

@@ -8,7 +8,7 @@ no iteration: each latent is evaluated once per call of the student.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +62,24 @@ class Latents(NamedTuple):
 
     curves: Sequence[Curves]
     meters: Sequence[Meter]
+    flow: bool = False  #: of a flow, whose first state is pure noise: see `first_weight`
+
+    def batches(self) -> Iterator[tuple[Curves, Meter]]:
+        """The trajectories of each batch, and the denoiser of its samples."""
+        return zip(self.curves, self.meters, strict=True)
+
+    def part(self, first: int, last: int) -> Latents:
+        """Some of the batches."""
+        return Latents(self.curves[first:last], self.meters[first:last], self.flow)
+
+
+def first_weight(time: Tensor, start: float) -> Tensor:
+    """The weight of ``x_T`` in the first state of a flow.
+
+    Pipelines of flows hand noise n to their network at the first time, whatever that is, and a
+    table can only be used in them if it does so too: ``x_1 / (1 + s_1) = x_T / (1 + start) = n``.
+    """
+    return (1 + time) / (1 + start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +97,8 @@ def calibrate(
     """Fit the rows at the times of ``prior``, which must lie within those of the teacher.
 
     The last row is fitted in ``norm``, the others in the mean squared error; all of them lean
-    towards the rows of ``prior`` where the latents do not determine them.
+    towards the rows of ``prior`` where the latents do not determine them.  The first row of a flow
+    is not free.
     """
     rows, errors, grams = torch.zeros_like(prior.rows), [], []
     columns = [[curves.x[0]] for curves in latents.curves]
@@ -90,7 +109,9 @@ def calibrate(
         else:
             targets = [curves.images for curves in latents.curves]
             sums = _normal_equations(columns, targets, norm, reduce)
-        row, error = _solve(sums, prior.rows[k, : k + 1])
+        fixed = first_weight(prior.times[:1], prior.start) if latents.flow and k == 0 else None
+        row = _solve(sums, prior.rows[k, : k + 1]) if fixed is None else fixed
+        error = _error(sums, row)
         rows[k, : k + 1] = row
         errors.append(error)
         grams.append(sums.gram)
@@ -130,12 +151,17 @@ def _normal_equations(
     return _Sums(mean[:n, :n], mean[:n, n], mean[n, n])
 
 
-def _solve(sums: _Sums, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """The row and the root of its mean squared error."""
-    gram, product, square = sums
+def _solve(sums: _Sums, prior: Tensor) -> Tensor:
+    """The row of the least mean squared error."""
+    gram, product, _ = sums
     scale = gram.diagonal().sqrt()  # columns of equal size: x_T is 100 times as large as an image
     ridge = RIDGE * torch.eye(len(gram), dtype=gram.dtype)
     scaled = gram / scale[:, None] / scale + ridge
-    row = torch.linalg.solve(scaled, product / scale + RIDGE * prior * scale) / scale
-    error = (square - 2 * row @ product + row @ gram @ row).clamp(min=0).sqrt()
-    return row, error
+    row: Tensor = torch.linalg.solve(scaled, product / scale + RIDGE * prior * scale) / scale
+    return row
+
+
+def _error(sums: _Sums, row: Tensor) -> Tensor:
+    """The root of the mean squared error of ``row``."""
+    gram, product, square = sums
+    return (square - 2 * row @ product + row @ gram @ row).clamp(min=0).sqrt()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ns.calibrate import Calibration
+from ns.calibrate import Calibration, first_weight
 from solvers.table import Table
 
 #: Smallest eigenvalue of G for unit columns: below it, weights would amplify rounding errors.
@@ -27,9 +27,13 @@ class WhitenedTable(nn.Module):
     times: Tensor
     directions: Tensor
 
-    def __init__(self, table: Table, directions: Tensor) -> None:
-        """``directions`` (K + 1, K + 1, K + 1): the columns of ``e L^-T``, row by row."""
+    def __init__(self, table: Table, directions: Tensor, flow: bool = False) -> None:
+        """``directions`` (K + 1, K + 1, K + 1): the columns of ``e L^-T``, row by row.
+
+        The first row of a ``flow`` follows from the first time (`ns.calibrate.first_weight`).
+        """
         super().__init__()
+        self.flow = flow
         self.start, self.end = table.start, table.end
         self.delta = nn.Parameter(torch.zeros_like(table.rows))
         self.shifts = nn.Parameter(torch.zeros_like(table.times))
@@ -38,18 +42,23 @@ class WhitenedTable(nn.Module):
         self.register_buffer("directions", directions.clone())
 
     @classmethod
-    def around(cls, calibration: Calibration) -> WhitenedTable:
+    def around(cls, calibration: Calibration, flow: bool = False) -> WhitenedTable:
         """The coordinates whose origin is a calibrated table."""
         size = len(calibration.table.rows)
         directions = torch.zeros(size, size, size, dtype=torch.float64)
         for k, (gram, error) in enumerate(zip(calibration.grams, calibration.errors, strict=True)):
             directions[k, : k + 1, : k + 1] = error * _inverse_root(gram)
-        return cls(calibration.table, directions)
+        return cls(calibration.table, directions, flow)
 
     def table(self) -> Table:
         """The table of the present parameters, with gradients."""
         rows = self.rows + torch.einsum("kij,kj->ki", self.directions, self.delta)
-        return Table(self.start, self.end, self.times * torch.exp(TIME_SCALE * self.shifts), rows)
+        times = self.times * torch.exp(TIME_SCALE * self.shifts)
+        if self.flow:
+            first = torch.zeros_like(rows[:1])
+            first = torch.cat([first_weight(times[:1], self.start)[None], first[:, 1:]], dim=1)
+            rows = torch.cat([first, rows[1:]])
+        return Table(self.start, self.end, times, rows)
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class NsJob:
             states, x0 = (part.to(here.device) for part in (batch.x, batch.x0))
             curves.append(Curves(stored.times, states, x0))
             meters.append(self.curves.draw(model, batch.numbers, here).meter)
-        return Latents(curves, meters)
+        return Latents(curves, meters, self.card.is_flow)
 
     def _calibrate(
         self, state: dict[str, Any], fit: Latents, norm: SpectralNorm, here: World
@@ -167,10 +167,10 @@ class NsJob:
         """The coordinates around the calibrated table; those of the run to continue, if any."""
         if not state:
             times = self._times(fit, norm, here)
-            return WhitenedTable.around(calibrated(times, fit, norm, here.sum_))
+            return WhitenedTable.around(calibrated(times, fit, norm, here.sum_), fit.flow)
         levels, saved = fit.curves[0].times, state["current"]
         table = Table(float(levels[0]), 0.0, saved["times"], saved["rows"])
-        return WhitenedTable(table, saved["directions"])
+        return WhitenedTable(table, saved["directions"], fit.flow)
 
     def _times(self, fit: Latents, norm: SpectralNorm, here: World) -> list[float]:
         levels = fit.curves[0].times
@@ -181,8 +181,8 @@ class NsJob:
             return polynomial_times(self.calls, float(levels[-1]), float(levels[0]))
         batches = [-(-count // (_share(here) * here.size)) for count in SEARCHED]
         ends = batches[0], sum(batches)
-        some = Latents(fit.curves[: ends[0]], fit.meters[: ends[0]])
-        other = Latents(fit.curves[ends[0] : ends[1]], fit.meters[ends[0] : ends[1]])
+        some = fit.part(0, ends[0])
+        other = fit.part(ends[0], ends[1])
         with progress(total, "searching", "tables", enabled=here.is_main) as bar:
 
             def watch(error: float) -> None:

@@ -180,7 +180,8 @@ class _Run:
             return
         for name in NUMBERS:
             setattr(self, name, state[name])
-        restore({name: getattr(self, name) for name in PARTS}, state, path)
+        parts = {name: getattr(self, name) for name in PARTS}
+        restore(parts, state, path, begun=self.done > 0)
 
 
 class _Board:

@@ -42,7 +42,7 @@ def final_error(
 ) -> float:
     """Root of the mean loss of the table's images; negative where an unpaired term makes it so."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for curves, meter in zip(*latents, strict=True):
+    for curves, meter in latents.batches():
         *_, images = table.states(meter, curves.x[0])
         error = loss(images, curves.images, meter.denoiser)
         sums += torch.tensor([float(error.double().sum()), len(error)], dtype=torch.float64)

@@ -18,7 +18,9 @@ def classic_sampler(options: SamplerOptions, card: Card) -> Sampler:
     name = str(options.sampler)
     solver = options.solver_options.make(name)
     afs = bool(options.afs)
-    grid = options.grid.resolve(card)
+    schedule = options.schedule_type or card.default_schedule
+    given = options if options.times else replace(options, schedule_type=schedule)
+    grid = given.grid.resolve(card)
 
     def make(num_steps: int) -> Plan:
         if afs and num_steps < 3:
