@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from denoisers.cards import Card
 from plans.process import ForwardProcess
 from runtime.errors import UserError
 from runtime.options import Json
+from samplers.flow_schedulers import FlowScheduled, flow_schedulers
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 from solvers.driver import Meter
@@ -71,15 +72,14 @@ def _raw_output(scheduler: Any, x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
 def diffusers_samplers(
     budget: int, card: Card, guidance_rate: float | None = None
 ) -> dict[str, Sampler]:
-    """The schedulers of the EDM family by title, with ``budget`` evaluations; {} where none fits.
+    """Schedulers of ``diffusers`` by title, with ``budget`` evaluations; {} where none fits.
 
-    They have the model's noise levels and otherwise their defaults: polynomial levels of exponent
-    7, and a last step to 0.  Raises UserError where ``diffusers`` is not installed.
+    Those of the EDM family have the model's noise levels and otherwise their defaults: polynomial
+    levels of exponent 7, and a last step to 0.  A flow model has that of its own pipeline
+    (`samplers.flow_schedulers`).  Raises UserError where ``diffusers`` is not installed.
     """
     try:
         import diffusers
-        from diffusers import EDMDPMSolverMultistepScheduler as MultistepDPM
-        from diffusers import EDMEulerScheduler as Euler
     except ImportError as error:
         raise UserError(
             f"--with diffusers needs {error.name}: pip install 'amed-toolkit[diffusion]', or leave "
@@ -88,17 +88,26 @@ def diffusers_samplers(
     cost = card.cost(guidance_rate)
     if budget % cost:
         return {}
+    steps = budget // cost
+    segments: Mapping[str, Scheduled | FlowScheduled]
+    segments = flow_schedulers(diffusers, card, steps) if card.is_flow else _edm(card, steps)
+    options = SamplerOptions(guidance_rate=guidance_rate)
+    samplers = {}
+    for title, segment in segments.items():
+        config = {k: v for k, v in segment.scheduler.config.items() if k[0] != "_"}
+        extra: dict[str, Json] = {"scheduler": config, "diffusers": diffusers.__version__}
+        samplers[title] = Sampler(f"diffusers {title}", (segment,), options, cost, extra=extra)
+    return samplers
+
+
+def _edm(card: Card, steps: int) -> dict[str, Scheduled]:
+    from diffusers import EDMDPMSolverMultistepScheduler as MultistepDPM
+    from diffusers import EDMEulerScheduler as Euler
+
     ends = {"sigma_min": card.sigma_min, "sigma_max": card.sigma_max}
     schedulers: dict[str, Any] = {
         "EDM-Euler": Euler(**ends),
         "EDM-DPM++ 2M": MultistepDPM(**ends, solver_order=2),
         "EDM-DPM++ 3M": MultistepDPM(**ends, solver_order=3),
     }
-    options = SamplerOptions(guidance_rate=guidance_rate)
-    samplers = {}
-    for title, scheduler in schedulers.items():
-        config = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
-        extra: dict[str, Json] = {"scheduler": config, "diffusers": diffusers.__version__}
-        plan = (Scheduled(scheduler, budget // cost),)
-        samplers[title] = Sampler(f"diffusers {title}", plan, options, cost, extra=extra)
-    return samplers
+    return {title: Scheduled(scheduler, steps) for title, scheduler in schedulers.items()}

@@ -31,6 +31,7 @@ class PipelineKind:
     offset: float = 0.0  #: the usual rate minus its own
     embedded: bool = False  #: its network may be told a scale, beside true guidance
     packed: bool = False  #: latents are sequences of 2x2 patches
+    asks: bool = True  #: it asks its scheduler for equal steps from 1 to 1 / N
     side: int | None = None  #: of its latents by default; None if that of its network
     fixed: Mapping[str, Any] = field(default_factory=dict)  #: its other arguments
 
@@ -62,14 +63,14 @@ class PipelineKind:
 
 _EXACT = {"use_resolution_binning": False}  # otherwise sizes are replaced by the nearest listed one
 KINDS = {
-    "StableDiffusion3Pipeline": PipelineKind(),
+    "StableDiffusion3Pipeline": PipelineKind(asks=False),
     "FluxPipeline": PipelineKind(embedded=True, packed=True, side=128),
     "ChromaPipeline": PipelineKind(packed=True, side=128),
     "QwenImagePipeline": PipelineKind("true_cfg_scale", packed=True, side=128),
     "ZImagePipeline": PipelineKind(offset=1.0, side=128),
-    "SanaPipeline": PipelineKind(fixed=_EXACT),
-    "PixArtAlphaPipeline": PipelineKind(fixed=_EXACT),
-    "PixArtSigmaPipeline": PipelineKind(fixed=_EXACT),
+    "SanaPipeline": PipelineKind(asks=False, fixed=_EXACT),
+    "PixArtAlphaPipeline": PipelineKind(asks=False, fixed=_EXACT),
+    "PixArtSigmaPipeline": PipelineKind(asks=False, fixed=_EXACT),
     "Lumina2Pipeline": PipelineKind(),
 }
 #: Text encoders of these pipelines.
@@ -127,6 +128,7 @@ def transformer_card(
         text=True,
         noise_schedule=noise,
         image_resolution=height * factor,
+        config={"pipeline": kind, "scheduler": dict(scheduler)},
         settings=settings,
     )
 
