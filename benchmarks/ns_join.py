@@ -215,7 +215,7 @@ def main(predictor_path: str, updates: int, num: int, dtype: str, device: str | 
         bands = Bands(experiment, data)
         joined = train(experiment, data, updates)
         held_out = [
-            experiment.walk(curves.x[0], curves.images, meter.denoiser)
+            experiment.walk(curves.begin, curves.images, meter.denoiser)
             for curves, meter in judge.batches()
         ]
         errors = torch.zeros(3, dtype=torch.float64)

@@ -35,6 +35,7 @@ class Curves:
     times: Tensor  #: (T,) float64, decreasing
     x: Tensor  #: (T, B, C, H, W), the states
     x0: Tensor  #: (T, B, C, H, W), the denoised states; the last one is the image at sigma = 0
+    device: torch.device = torch.device("cpu")  #: of what is returned
 
     def at(self, sigma: float) -> Tensor:
         """The states at ``sigma``, (B, C, H, W), from the first to the last time."""
@@ -47,14 +48,20 @@ class Curves:
         i = min(max(int((times > sigma).sum()) - 1, 0), len(times) - 2)
         width = torch.log(times[i + 1] / times[i])
         u = float(torch.log(sigma / times[i]) / width)
-        slopes = [float(width) * (self.x[j] - self.x0[j]) for j in (i, i + 1)]
-        ends = (1 + 2 * u) * (1 - u) ** 2 * self.x[i] + u**2 * (3 - 2 * u) * self.x[i + 1]
+        first, last = (part[i : i + 2].to(self.device) for part in (self.x, self.x0))
+        slopes = float(width) * (first - last)
+        ends = (1 + 2 * u) * (1 - u) ** 2 * first[0] + u**2 * (3 - 2 * u) * first[1]
         return ends + u * (1 - u) ** 2 * slopes[0] - u**2 * (1 - u) * slopes[1]
 
     @property
     def images(self) -> Tensor:
         """The teacher's images, (B, C, H, W)."""
-        return self.x0[-1]
+        return self.x0[-1].to(self.device)
+
+    @property
+    def begin(self) -> Tensor:
+        """The initial states, (B, C, H, W)."""
+        return self.x[0].to(self.device)
 
 
 class Latents(NamedTuple):
@@ -101,7 +108,7 @@ def calibrate(
     is not free.
     """
     rows, errors, grams = torch.zeros_like(prior.rows), [], []
-    columns = [[curves.x[0]] for curves in latents.curves]
+    columns = [[curves.begin] for curves in latents.curves]
     for k in range(prior.calls + 1):
         if k < prior.calls:
             targets = [curves.at(float(prior.times[k])) for curves in latents.curves]

@@ -156,8 +156,7 @@ class NsJob:
     ) -> Latents:
         curves, meters = [], []
         for batch in stored.batches(_share(here), here.shard(numbers)):
-            states, x0 = (part.to(here.device) for part in (batch.x, batch.x0))
-            curves.append(Curves(stored.times, states, x0))
+            curves.append(Curves(stored.times, batch.x, batch.x0, here.device))
             meters.append(self.curves.draw(model, batch.numbers, here).meter)
         return Latents(curves, meters, self.card.is_flow)
 

@@ -43,7 +43,7 @@ def final_error(
     """Root of the mean loss of the table's images; negative where an unpaired term makes it so."""
     sums = torch.zeros(2, dtype=torch.float64)
     for curves, meter in latents.batches():
-        *_, images = table.states(meter, curves.x[0])
+        *_, images = table.states(meter, curves.begin)
         error = loss(images, curves.images, meter.denoiser)
         sums += torch.tensor([float(error.double().sum()), len(error)], dtype=torch.float64)
     reduce(sums)

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from denoisers.families.diffusers.files import describe_diffusers
 from denoisers.families.diffusers.one_step import TransformerModel
+from denoisers.families.diffusers.prompts import RememberedPrompts
 from denoisers.registry import ModelSource
 from runtime.dist import World
 from runtime.errors import UserError
@@ -185,6 +186,24 @@ def test_a_negative_prompt_is_the_pipelines(model: TransformerModel, kind: str) 
     with torch.no_grad():
         walk = integrate(make_solver("euler"), denoiser, noise * scale.float(), ts)
     assert float((model.decode(walk.x[-1]) - expected).abs().max()) < 1e-4
+
+
+def test_memory_for_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def encode(prompt: list[str], device: torch.device) -> tuple[Any, None]:
+        made.append(prompt[0])
+        prompt[0] = "rewritten"  # as Z-Image does
+        return [torch.full((100,), float(len(made)))], None
+
+    remembered = RememberedPrompts(encode)
+    monkeypatch.setattr("denoisers.families.diffusers.prompts.KEPT_BYTES", 1000)  # two of them
+    cpu = torch.device("cpu")
+    for word in ("a", "b", "a", "c", "a", "b"):
+        remembered(prompt=[word], device=cpu)
+    assert made == ["a", "b", "c", "b"]  # b was the one used longest ago
+    [found], nothing = remembered(prompt=["a"], device=cpu, in_dtype=torch.float64)
+    assert found.dtype == torch.float64 and float(found[0]) == 1 and nothing is None
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,9 @@ from denoisers.cards import Card
 from denoisers.families.common import LoadedModel
 from denoisers.families.diffusers.kinds import KINDS, PipelineKind, tokens
 from denoisers.families.diffusers.process import Prediction
+from denoisers.families.diffusers.prompts import RememberedPrompts
 from denoisers.precision import wide_dtype, widened
 from solvers.types import Denoised, Denoiser
-
-ENCODED = 8  #: batches of prompts whose embeddings are kept
 
 
 class OneStep:
@@ -106,7 +105,7 @@ class TransformerModel(LoadedModel):
     pipe: Any  #: a ``DiffusionPipeline``; of its scheduler only the settings are used
     kind: PipelineKind
     prediction: Prediction
-    encode: Callable[..., Any]  #: the pipeline's ``encode_prompt``, which remembers
+    encode: RememberedPrompts  #: the pipeline's ``encode_prompt``
     negative: str | None = None  #: prompt in the place of the empty one
 
     def bind(
@@ -145,7 +144,7 @@ class TransformerModel(LoadedModel):
     def decode(self, x: Tensor) -> Tensor:
         """Final states (B, *card.shape) -> images (B, C, H, W) in [-1, 1], one at a time."""
         stage = self.pipe.vae
-        encode = functools.partial(_cast_result, self.encode, stage.dtype)
+        encode = functools.partial(self.encode, in_dtype=stage.dtype)
         images = []
         for latent in x.to(stage.device, stage.dtype).split(1):
             scheduler = OneStep(self.pipe.scheduler.config, torch.zeros(0))
@@ -215,32 +214,5 @@ def from_transformer_pipeline(pipe: Any, card: Card, sha256: str = "") -> Transf
     count = tokens(card, source, pipe.transformer.config)
     prediction = Prediction.of(pipe.scheduler.config, source, count)
     return TransformerModel(
-        card, sha256, pipe, KINDS[source], prediction, _remembering(pipe.encode_prompt)
+        card, sha256, pipe, KINDS[source], prediction, RememberedPrompts(pipe.encode_prompt)
     )
-
-
-def _remembering(encode: Callable[..., Any]) -> Callable[..., Any]:
-    """``encode_prompt`` that embeds equal prompts once; the oldest of many are forgotten."""
-    kept: dict[str, Any] = {}
-
-    def encoded(*args: Any, **kwargs: Any) -> Any:
-        key = repr((args, kwargs))  # before the call, since Z-Image rewrites the list it is given
-        if key not in kept:
-            while len(kept) >= ENCODED:
-                del kept[next(iter(kept))]
-            with torch.inference_mode(False), torch.no_grad():
-                kept[key] = encode(*args, **kwargs)
-        return kept[key]
-
-    return encoded
-
-
-def _cast_result(encode: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    """What ``encode`` returns with its tensors in ``dtype``: that of latents follows from it."""
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.is_floating_point() else value
-        return type(value)(map(cast, value)) if isinstance(value, list | tuple) else value
-
-    return cast(encode(*args, **kwargs))
