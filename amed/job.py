@@ -10,16 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed.experiments import create_run, find_run, list_runs
 from amed.predictor import AMEDPredictor
+from amed.resume import is_longer, open_run
 from amed.settings import StudentSettings
 from amed.step import Student
-from amed.trainer import Data, Loop, Preview, is_finished, train
+from amed.trainer import (
+    VARIANCE_DRAWS,
+    VARIANCE_SAMPLES,
+    Data,
+    Loop,
+    Preview,
+    is_finished,
+    train,
+    updates_done,
+)
 from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
+from denoisers.speed import Work, told
 from restart.intervals import interval_json, resolve_intervals
 from runtime.dist import World
 from runtime.errors import UserError
@@ -32,11 +42,10 @@ from solvers.driver import Meter, integrate
 from solvers.grids import Grid, check_exponent
 from solvers.registry import SOLVERS
 from teachers.build import RestartSupervision, build_teacher
-from teachers.supervision import RestartTeacher, Teacher, teacher_nfe
+from teachers.supervision import RestartTeacher, Teacher, teacher_nfe, visit_nfe
 
 PREVIEW_SEEDS = range(16)
-#: Options that may differ between the start of a run and its continuation.
-IGNORED = ("outdir", "batch_gpu", "bench", "desc", "cache_dir", "checkpoint", "report")
+VARIANCE = VARIANCE_SAMPLES * VARIANCE_DRAWS  #: trajectories whose spread a report tells
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,26 @@ class TrainingJob:
         """The record, for a dry run."""
         return self.record(self.options.model.known_sha256).to_json()
 
+    @property
+    def source(self) -> ModelSource:
+        return self.options.model
+
+    def work(self, weights_sha256: str | None, done: int = 0) -> Work:
+        """What is left after ``done`` updates."""
+        loop = _loop(self.options, World(0, 1, torch.device("cpu")))
+        left = (loop.iterations - done) * loop.batch
+        nfe, teacher = self.settings.nfe(self._cost), teacher_nfe(self.teacher, self._cost) or 0
+        inserted = (self.settings.num_steps - 1) * self._cost  # at the predictor's times
+        report = len(PREVIEW_SEEDS) * nfe
+        if self.teacher.stochastic:
+            report += VARIANCE * visit_nfe(self.teacher, self._cost)
+        reports = -(-loop.iterations // loop.iterations_per_tick) - done // loop.iterations_per_tick
+        return Work(left * (teacher + nfe - inserted) + reports * report, left * inserted)
+
+    def portion(self, model: Model, here: World) -> SeededBatch:
+        """As many samples as a process takes through the network at once, for timing."""
+        return self._data(model, here).draw(range(_loop(self.options, here).micro))
+
     def run(self, here: World) -> Path:
         """Train, or continue an earlier run; returns the run's folder."""
         options = self.options
@@ -146,20 +175,26 @@ class TrainingJob:
     def _train(
         self, model: Model, record: RunRecord, loop: Loop, folder: Path, here: World
     ) -> None:
-        options = self.options
         if is_finished(folder, loop):
             note(f"already trained: {folder}")
             return
-        data = Data(
-            bind=lambda noise, stream: self.conditions.bind(model, noise, here.device, stream),
-            card=model.card,
-            seed=options.seed,
-            dtype=options.model.state_dtype,
-            device=here.device,
-        )
+        work = self.work(model.sha256, updates_done(folder))
+        if work.is_long:
+            spoken = told(work, self.portion(model, here), here)
+            note(spoken if here.is_main else None)
+        data = self._data(model, here)
         predictor = self.predictor().to(here.device, data.dtype)
         preview = self._preview(model, here)
         train(predictor, self.student, self.teacher, data, loop, here, folder, record, preview)
+
+    def _data(self, model: Model, here: World) -> Data:
+        return Data(
+            bind=lambda noise, stream: self.conditions.bind(model, noise, here.device, stream),
+            card=model.card,
+            seed=self.options.seed,
+            dtype=self.options.model.state_dtype,
+            device=here.device,
+        )
 
     def _preview(self, model: Model, here: World) -> Preview:
         """A function that samples a few fixed seeds with the student, for TensorBoard."""
@@ -244,59 +279,6 @@ def _warn_if_equal_to_heun(teacher: Teacher, student: Student) -> None:
             f"--restart_info a t_max above {float(student.ts[-2]):.3g}, or use "
             "--restart_target=trajectory"
         )
-
-
-def open_run(root: str, resume: str | None, name: str, record: RunRecord, here: World) -> Path:
-    """The folder of a run, on every process: a new one, or that of the run to continue."""
-    found = str(_open_run(root, resume, name, record)) if here.is_main else ""
-    return Path(here.broadcast_object(found))
-
-
-def _open_run(root: str, resume: str | None, name: str, record: RunRecord) -> Path:
-    folder: Path | None = None
-    if resume == "auto":
-        folder = find_resumable(root, record)
-    elif resume is not None:
-        if not resume:
-            raise UserError("--resume is empty: give auto, or the number or folder of a run")
-        folder = find_run(resume, root)
-        earlier = RunRecord.read(folder / RECORD)
-        ignored = (*IGNORED, "total_kimg") if is_longer(record, earlier) else IGNORED
-        differences = earlier.differences(record, ignored)
-        if differences:
-            raise UserError(
-                f"{folder} was started with other options ({'; '.join(differences)}); "
-                "give the same ones, or leave --resume out to start a new run"
-            )
-    if folder is None:
-        folder = create_run(root, name)
-        record.write(folder / RECORD)
-    return folder
-
-
-def is_longer(record: RunRecord, earlier: RunRecord) -> bool:
-    """Whether a training is longer than an earlier one.
-
-    Then it may continue that one: the learning rate is constant, and the number of a trajectory
-    decides what it is.
-    """
-    new, old = (one.options.get("total_kimg") for one in (record, earlier))
-    return isinstance(new, float) and isinstance(old, (int, float)) and new > old
-
-
-def find_resumable(root: str | Path, record: RunRecord) -> Path | None:
-    """The newest run below ``root`` that was started with the same options, model and plan."""
-    for _, folder in sorted(list_runs(root).items(), reverse=True):
-        path = folder / RECORD
-        if not path.is_file():
-            continue
-        try:
-            earlier = RunRecord.read(path)
-        except UserError:
-            continue  # a record of another program or version: not this run
-        if not earlier.differences(record, IGNORED):
-            return folder
-    return None
 
 
 def _settings(options: TrainOptions, card: Card) -> StudentSettings:

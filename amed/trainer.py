@@ -209,4 +209,9 @@ def _load_state(path: Path, predictor: AMEDPredictor, optimizer: torch.optim.Opt
 
 def is_finished(folder: Path, loop: Loop) -> bool:
     """Whether the run in ``folder`` is complete."""
-    return int(read_state(folder / STATE, SAVED).get("done", 0)) >= loop.iterations
+    return updates_done(folder) >= loop.iterations
+
+
+def updates_done(folder: Path) -> int:
+    """The updates of the run in ``folder`` so far."""
+    return int(read_state(folder / STATE, SAVED).get("done", 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -34,11 +34,16 @@ from commands.options import (
     prompt_options,
     times_option,
 )
+from denoisers.batch import SeededBatch
 from denoisers.cards import cards
+from denoisers.protocol import Model
+from denoisers.registry import ModelSource
+from denoisers.speed import Work, told
 from ns.losses import LOSSES
 from ns.options import EXPONENT, SEARCH, NsOptions
+from runtime.dist import World
 from runtime.errors import UserError
-from runtime.job import execute
+from runtime.job import Job, execute
 from runtime.options import flag_names, parse_options
 from runtime.outputs import check_name
 from solvers.grids import SCHEDULES
@@ -94,7 +99,9 @@ def _named(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--scale_time", type=FRACTION, default=0.0, help="range of the network-time scale")
 # Schedule
 @click.option(
-    "--schedule_type", type=Name("schedule", SCHEDULES), help="[default: polynomial, rho 7]"
+    "--schedule_type",
+    type=Name("schedule", SCHEDULES),
+    help="[default: polynomial, rho 7; of flows discrete]",
 )
 @click.option("--schedule_rho", type=POSITIVE)
 # Additional, for multistep solvers
@@ -136,9 +143,34 @@ def main(context: click.Context, dry_run: bool, device: str | None, **flags: Any
     end; losses go there and to TensorBoard.
     """
     if flags["sampler_stu"] == NS:
-        execute(ns.job.prepare, _options(NsOptions, context, flags), dry_run, device)
+        of_table = _options(NsOptions, context, flags)
+        execute(ns.job.prepare, of_table, dry_run, device, _outlook)
     else:
-        execute(amed.job.prepare, _options(TrainOptions, context, flags), dry_run, device)
+        options = _options(TrainOptions, context, flags)
+        execute(amed.job.prepare, options, dry_run, device, _outlook)
+
+
+class Training(Job, Protocol):
+    """A training run that is planned in full."""
+
+    @property
+    def source(self) -> ModelSource: ...
+
+    def work(self, weights_sha256: str | None, done: int = 0) -> Work:
+        """What is left to spend after ``done`` updates."""
+        ...
+
+    def portion(self, model: Model, here: World) -> SeededBatch:
+        """As many samples as a process takes through the network at once."""
+        ...
+
+
+def _outlook(job: Training, here: World) -> str:
+    """The work of a training and the time that a few calls promise."""
+    if not job.source.is_here:
+        return f"{job.work(None)}; only the weights, which are not here, could tell the time"
+    model = job.source.load(here)
+    return told(job.work(model.sha256), job.portion(model, here), here)
 
 
 def _options(kind: type[Options], context: click.Context, flags: dict[str, Any]) -> Options:

@@ -22,7 +22,7 @@ from denoisers.recognise import describe
 from denoisers.settings import parse_settings, weights_sha256
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import cache_folder, download
+from runtime.files import cache_folder, download, is_cached
 from runtime.job import NotFetched
 from runtime.outputs import check_name
 
@@ -58,6 +58,16 @@ class ModelSource:
     def state_dtype(self) -> torch.dtype:
         """Of the sampler's state: float64 for a float64 network, else float32."""
         return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the weights are on this machine, so that nothing has to be downloaded."""
+        folder, path = cache_folder(self.cache_dir), self.model_path
+        if path is not None:
+            hub = path.startswith(HUB)
+            return not hub or fetched_pipeline(path.removeprefix(HUB), folder) is not None
+        card = self.card()
+        return card.bundled is not None or is_cached(card.url or "", folder)
 
     @property
     def known_sha256(self) -> str | None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from amed.job import open_run
+from amed.resume import open_run
 from checkpoints.states import read_state
+from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.conditions import Conditions
 from denoisers.protocol import Model
+from denoisers.registry import ModelSource
+from denoisers.speed import Work, told
 from ns.calibrate import Curves, Latents
 from ns.coordinates import WhitenedTable
 from ns.experiments import TABLE, save_table
@@ -93,6 +96,36 @@ class NsJob:
         """The record, for a dry run."""
         return self.record(self.options.model.known_sha256).to_json()
 
+    @property
+    def source(self) -> ModelSource:
+        return self.options.model
+
+    def work(self, weights_sha256: str | None, done: int = 0) -> Work:
+        """What is left after ``done`` updates of the refinement."""
+        options, nfe = self.options, self.options.nfe
+        sets = [self.curves]
+        sets += [self.pairs] if self.pairs.options != self.curves.options else []
+        sets += [self.unpaired] if self.unpaired else []
+        missing = [(job, job.missing(weights_sha256)) for job in sets]
+        forward = sum(count * (job.nfe or 0) for job, count in missing)
+        if not done:
+            tables = options.calibrations * sum(SEARCHED) + CALIBRATED + JUDGED
+            forward += tables * nfe
+        left = options.refine - done
+        gradients = left * options.batch * nfe
+        forward += -(-left // options.report) * JUDGED * nfe
+        forward += gradients if options.checkpoint else 0
+        disk = sum(count * job.bytes_per_latent for job, count in missing)
+        return Work(forward, gradients, disk)
+
+    def portion(self, model: Model, here: World) -> SeededBatch:
+        """As many latents as a process takes through the network at once, for timing."""
+        return self.curves.draw(model, range(JUDGED, JUDGED + self._micro(here)), here)
+
+    def _micro(self, here: World) -> int:
+        share = here.share(self.options.batch)
+        return min(self.options.batch_gpu or share, share)
+
     def run(self, here: World) -> Path:
         """Search, calibrate and refine, or continue an earlier run; returns the run's folder."""
         options = self.options
@@ -112,6 +145,10 @@ class NsJob:
         if (folder / TABLE).exists() and state.get("done", 0) >= options.refine:
             note(f"already trained: {folder}")
             return
+        work = self.work(model.sha256, state.get("done", 0))
+        if work.is_long:
+            spoken = told(work, self.portion(model, here), here)
+            note(spoken if here.is_main else None)
         fit, judge = self.latents(model, here)
         images = [curves.images for curves in fit.curves]
         norm = SpectralNorm.of(images, self.options.norm_exponent, here.sum_)
@@ -205,8 +242,7 @@ class NsJob:
         return EnergyDistance.to(images, pairs, self.options.unpaired)
 
     def _pairs(self, model: Model, stored: TrajectorySet, here: World) -> Pairs:
-        share = here.share(self.options.batch)
-        micro = min(self.options.batch_gpu or share, share)
+        micro = self._micro(here)
 
         def pairs(numbers: Sequence[int]) -> Iterator[Pair]:
             for batch in stored.batches(micro, numbers):

@@ -136,7 +136,7 @@ def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:
     Raises:
         UserError: no connection, an interrupted transfer, or a file with another hash.
     """
-    name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
+    name = _file_name(url)
     path = Path(folder) / name
     hash_file = path.with_name(f"{name}.sha256")
     if path.is_file():
@@ -163,6 +163,15 @@ def download(url: str, folder: str | Path, sha256: str | None = None) -> Path:
         write_text(hash_file, actual)
     os.replace(part, path)
     return path
+
+
+def is_cached(url: str, folder: str | Path) -> bool:
+    """Whether `download` has fetched ``url`` into ``folder`` before."""
+    return (Path(folder) / _file_name(url)).is_file()
+
+
+def _file_name(url: str) -> str:
+    return Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
 
 
 def _check_cached(path: Path, sha256: str | None, hash_file: Path, url: str) -> None:

@@ -9,6 +9,7 @@ import click
 
 from runtime.dist import World, choose_device, environment, world
 from runtime.errors import UserError
+from runtime.log import note
 
 Options = TypeVar("Options")
 
@@ -25,6 +26,9 @@ class Job(Protocol):
         ...
 
 
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
 class NotFetched(UserError):
     """What a plan needs to know is in a file that was never downloaded; ``fetch`` gets it."""
 
@@ -34,13 +38,22 @@ class NotFetched(UserError):
 
 
 def execute(
-    prepare: Callable[[Options], Job], options: Options, dry_run: bool, device: str | None
+    prepare: Callable[[Options], AnyJob],
+    options: Options,
+    dry_run: bool,
+    device: str | None,
+    outlook: Callable[[AnyJob, World], str] | None = None,
 ) -> None:
-    """Run a command's job, or print its outline, which needs neither files nor a network."""
+    """Run a command's job, or print its outline, which needs neither files nor a network.
+
+    ``outlook`` says what else is known of a long job, in a dry run; it may need its model.
+    """
     if dry_run:
-        choose_device(device)  # an unknown one is an error here too
+        chosen = choose_device(device)  # an unknown one is an error here too
         if environment()[0] == 0:
-            click.echo(prepare(options).outline())
+            job = prepare(options)
+            click.echo(job.outline())
+            note(outlook(job, World(0, 1, chosen)) if outlook else None)
         return
     with world(device) as here:
         result = str(_prepared(prepare, options, here).run(here))

@@ -171,6 +171,13 @@ def teacher_nfe(teacher: Teacher, cost: int = 1) -> int | None:
     return teacher.supervise(_CountingDenoiser(), torch.zeros(1, 1, 1, 1), _zero).nfe * cost
 
 
+def visit_nfe(teacher: Teacher, cost: int = 1) -> int:
+    """Network evaluations of one entry of `visit_variance` per sample, counted with a dummy."""
+    meter = Meter(_CountingDenoiser())
+    teacher.visit(meter, torch.zeros(1, 1, 1, 1), _zero)
+    return meter.nfe * cost
+
+
 class _CountingDenoiser:
     """A denoiser that returns zeros, for counting evaluations."""
 

@@ -131,6 +131,13 @@ class TrajectoryJob:
         key = hashlib.sha256(identity.encode()).hexdigest()[:32]
         return cache_folder(self.options.model.cache_dir) / TRAJECTORIES / key
 
+    def missing(self, weights_sha256: str | None) -> int:
+        """How many of the trajectories are not on disk; nothing is written."""
+        folder, number = self.folder(self.record(weights_sha256)), self.options.number
+        if not (folder / RECORD).is_file():
+            return number
+        return number - sum(min(s.count(), number - s.first) for s in shards(folder, number))
+
     def run(self, here: World, model: Model | None = None) -> TrajectorySet:
         """Compute the trajectories that are not on disk yet, on all processes.
 

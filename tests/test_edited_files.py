@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from amed.experiments import load_predictor, save_predictor
-from amed.job import find_resumable, open_run
+from amed.resume import find_resumable, open_run
 from checkpoints.states import read_state, restore
 from comparison.report.html import write_page
 from comparison.results import MeasuredRow
