@@ -28,7 +28,7 @@ from metrics.fid import gather
 from ns.calibrate import Latents, calibrate
 from ns.coordinates import WhitenedTable
 from ns.experiments import TrainedTable, load_student
-from ns.job import CALIBRATED, JUDGED, NsJob, prepare
+from ns.job import CALIBRATED, NsJob, prepare
 from ns.options import NsOptions
 from ns.spectrum import SpectralNorm, rings
 from runtime import cli
@@ -192,7 +192,7 @@ def training_pairs(
 ) -> Iterator[Walked]:
     """The latents of the refinement, walked up to the last call."""
     stored = job.pairs.run(here, model)
-    for batch in stored.batches(BATCH, range(JUDGED, job.pairs.options.number)):
+    for batch in stored.batches(BATCH, range(job.split.judged, job.pairs.options.number)):
         denoiser = job.pairs.draw(model, batch.numbers, here).denoiser
         yield experiment.walk(batch.x[0], batch.x0[-1], denoiser)
 

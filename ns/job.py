@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from amed.resume import open_run
 from checkpoints.states import read_state
@@ -41,10 +42,26 @@ from teachers.trajectories import prepare as prepare_trajectories
 from teachers.trajectory_files import TrajectorySet
 
 UNPAIRED = 512  #: images of Restart that the energy distance compares with
-JUDGED = 64  #: latents that tables are compared on, never fitted: the first numbers
-CALIBRATED = 256  #: latents of the closed form, the next numbers
+JUDGED = 64  #: latents that tables are compared on, never fitted: the first numbers, at most
+CALIBRATED = 256  #: latents of the closed form, the next numbers, at most
 SEARCHED = (96, 64)  #: latents of the search: fitted and judged on, among the calibrated ones
 SHARE = 32  #: latents in a batch of the calibration, in each process, at most
+LEAST = 4  #: latents of the closed form for each process
+
+
+class Split(NamedTuple):
+    """How many latents do what; fewer than usual where a run has few trajectories."""
+
+    judged: int
+    calibrated: int
+    searched: tuple[int, int]
+
+    @classmethod
+    def of(cls, trajectories: int) -> Split:
+        calibrated, searched = min(CALIBRATED, trajectories), SEARCHED
+        if calibrated < sum(SEARCHED):
+            searched = calibrated // 2, calibrated // 2
+        return cls(min(JUDGED, trajectories), calibrated, searched)
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,10 @@ class NsJob:
     curves: TrajectoryJob  #: teacher trajectories at all nodes, for the closed form
     pairs: TrajectoryJob  #: latents and images, for the refinement; ``curves`` if they suffice
     unpaired: TrajectoryJob | None  #: images of Restart
+
+    @property
+    def split(self) -> Split:
+        return Split.of(self.options.trajectories)
 
     @property
     def calls(self) -> int:
@@ -102,25 +123,25 @@ class NsJob:
 
     def work(self, weights_sha256: str | None, done: int = 0) -> Work:
         """What is left after ``done`` updates of the refinement."""
-        options, nfe = self.options, self.options.nfe
+        options, nfe, split = self.options, self.options.nfe, self.split
         sets = [self.curves]
         sets += [self.pairs] if self.pairs.options != self.curves.options else []
         sets += [self.unpaired] if self.unpaired else []
         missing = [(job, job.missing(weights_sha256)) for job in sets]
         forward = sum(count * (job.nfe or 0) for job, count in missing)
         if not done:
-            tables = options.calibrations * sum(SEARCHED) + CALIBRATED + JUDGED
+            tables = options.calibrations * sum(split.searched) + split.calibrated + split.judged
             forward += tables * nfe
         left = options.refine - done
         gradients = left * options.batch * nfe
-        forward += -(-left // options.report) * JUDGED * nfe
+        forward += -(-left // options.report) * split.judged * nfe
         forward += gradients if options.checkpoint else 0
         disk = sum(count * job.bytes_per_latent for job, count in missing)
         return Work(forward, gradients, disk)
 
     def portion(self, model: Model, here: World) -> SeededBatch:
         """As many latents as a process takes through the network at once, for timing."""
-        return self.curves.draw(model, range(JUDGED, JUDGED + self._micro(here)), here)
+        return self.curves.draw(model, range(self._micro(here)), here)
 
     def _micro(self, here: World) -> int:
         share = here.share(self.options.batch)
@@ -129,6 +150,11 @@ class NsJob:
     def run(self, here: World) -> Path:
         """Search, calibrate and refine, or continue an earlier run; returns the run's folder."""
         options = self.options
+        if self.split.calibrated < LEAST * here.size:
+            raise UserError(
+                f"--trajectories {options.trajectories} are too few for {here.size} process(es): "
+                f"give {LEAST * here.size} or more"
+            )
         if here.is_main:
             check_writable(options.outdir, "--outdir")
         model = options.model.load(here)
@@ -168,7 +194,7 @@ class NsJob:
                 save(start.table())
             return
         pairs = self._pairs(model, self.pairs.run(here, model), here)
-        numbers = range(JUDGED, JUDGED + options.trajectories)
+        numbers = range(self.split.judged, self.split.judged + options.trajectories)
         loop = RefineLoop(
             options.refine,
             options.batch,
@@ -182,20 +208,26 @@ class NsJob:
     def latents(self, model: Model, here: World) -> tuple[Latents, Latents]:
         """This process's latents for the closed form, and those that tables are judged on."""
         stored = self.curves.run(here, model)
-        first = range(JUDGED, JUDGED + CALIBRATED)
+        judged, calibrated, _ = self.split
+        first = range(judged, judged + calibrated)
         return (
             self._read(model, stored, first, here),
-            self._read(model, stored, range(JUDGED), here),
+            self._read(model, stored, range(judged), here),
         )
 
     def _read(
         self, model: Model, stored: TrajectorySet, numbers: Sequence[int], here: World
     ) -> Latents:
         curves, meters = [], []
-        for batch in stored.batches(_share(here), here.shard(numbers)):
+        for batch in stored.batches(self._share(here), here.shard(numbers)):
             curves.append(Curves(stored.times, batch.x, batch.x0, here.device))
             meters.append(self.curves.draw(model, batch.numbers, here).meter)
         return Latents(curves, meters, self.card.is_flow)
+
+    def _share(self, here: World) -> int:
+        """Latents in a batch: one that divides those of the search among all processes."""
+        each = math.gcd(*self.split.searched) // here.size
+        return max((n for n in range(1, SHARE + 1) if each and each % n == 0), default=1)
 
     def _calibrate(
         self, state: dict[str, Any], fit: Latents, norm: SpectralNorm, here: World
@@ -215,7 +247,8 @@ class NsJob:
         total = self.options.calibrations
         if not total:
             return polynomial_times(self.calls, float(levels[-1]), float(levels[0]))
-        batches = [-(-count // (_share(here) * here.size)) for count in SEARCHED]
+        share = self._share(here) * here.size
+        batches = [-(-count // share) for count in self.split.searched]
         ends = batches[0], sum(batches)
         some = fit.part(0, ends[0])
         other = fit.part(ends[0], ends[1])
@@ -252,11 +285,6 @@ class NsJob:
         return pairs
 
 
-def _share(here: World) -> int:
-    """Latents in a batch: few enough that the search finds its batches in every process."""
-    return max(1, min(SHARE, CALIBRATED // (8 * here.size)))
-
-
 def prepare(options: NsOptions) -> NsJob:
     """Resolve every option.
 
@@ -277,9 +305,10 @@ def prepare(options: NsOptions) -> NsJob:
         teacher=options.sampler_tea,
         seed=options.seed,
     )
-    curves = pairs = replace(common, number=JUDGED + CALIBRATED, keep="all")
-    if options.trajectories > CALIBRATED:
-        pairs = replace(common, number=JUDGED + options.trajectories, keep="ends")
+    judged, calibrated, _ = Split.of(options.trajectories)
+    curves = pairs = replace(common, number=judged + calibrated, keep="all")
+    if options.trajectories > calibrated:
+        pairs = replace(common, number=judged + options.trajectories, keep="ends")
     jobs = prepare_trajectories(curves), prepare_trajectories(pairs)
     unpaired = None
     if options.unpaired:

@@ -133,7 +133,7 @@ def test_a_trained_table_begins_with_noise_and_works_in_the_pipeline(
 
     monkeypatch.chdir(tmp_path)
     given = [*flags(flux, (16, 16)), "--prompt=a cat", "--sampler_stu=ns", "--nfe=3"]
-    given += ["--search=3", "--refine=2", "--batch=2", "--trajectories=2", "--report=1"]
+    given += ["--search=3", "--refine=2", "--batch=2", "--trajectories=8", "--report=1"]
     monkeypatch.setattr("ns.job.JUDGED", 4)
     monkeypatch.setattr("ns.job.CALIBRATED", 8)
     monkeypatch.setattr("ns.job.SEARCHED", (4, 4))

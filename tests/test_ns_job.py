@@ -159,7 +159,7 @@ def test_a_comparison_sets_a_table_against_its_prior(run: Any) -> None:
     card = tiny_model("tiny").card
     (row,) = learned_rows([student], card)
     assert (row.method, row.budget, row.own_solver) == ("NS solver", 3, "iPNDM(4) + AFS")
-    assert row.detail == "heun teacher, 35 NFE; 56 trajectories, 0 updates"
+    assert row.detail == "heun teacher, 35 NFE; 48 trajectories, 0 updates"
     assert learned_restart_rows([student], card) == []
     with pytest.raises(UserError, match="cannot be part of --sampler restart"):
         build_learned(SamplerOptions(sampler="restart"), student, card)

@@ -95,9 +95,6 @@ def shifted(one: Path, other: Path) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-# What a run leaves behind
-
-
 def test_a_run_leaves_a_record_a_predictor_and_its_figures(command, tmp_path):
     done = command(*RESTART, "--desc=mine", "--snap=2")
     assert done.code == 0
@@ -341,9 +338,6 @@ def test_an_unwritable_parent_is_found_out_first(command, monkeypatch, tmp_path)
     monkeypatch.setattr(TinySource, "load", lambda *_: pytest.fail("loaded"))
     refused = command(f"--outdir={tmp_path / 'file' / 'exps'}")
     assert refused.code == 1 and f"{tmp_path / 'file'}: Not a directory" in refused.err
-
-
-# Runs that diverge
 
 
 def test_a_run_that_diverges_at_once_saves_nothing(command, monkeypatch, tmp_path):
