@@ -35,14 +35,16 @@ from samplers.sampler import Sampler
 from solvers.driver import integrate
 from solvers.registry import make_solver
 from tests import published, tiny_pipeline
+from tools import export
 
 PROMPTS = ["a cat", "an apple"]
 CPU = torch.device("cpu")
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-SECTION = "\n## Your own model\n"  #: to the end of the page
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "own-model.md"
 #: What makes a command of the page a matter of a second.
 SHORTER = {
     "train.py": ["--device=cpu", "--total_kimg=0.004", "--batch=4", "--tick=0.004"],
+    "ns": ["--device=cpu", "--trajectories=8", "--batch=2", "--search=2", "--refine=1"],
+    "tools.export": [],
     "sample.py": ["--device=cpu"],
     "examples.stable_diffusion": [],
 }
@@ -50,6 +52,7 @@ SCRIPTS = {
     "train.py": train.main,
     "sample.py": sample.main,
     "examples.stable_diffusion": stable_diffusion.main,
+    "tools.export": export.main,
 }
 
 
@@ -305,9 +308,7 @@ def test_training_on_a_pipeline_and_sampling_inside_it(folder, model, tmp_path, 
 
 
 def page_blocks(kind: str) -> list[str]:
-    _, heading, section = PAGE.read_text(encoding="utf-8").partition(SECTION)
-    assert heading and "\n## " not in section
-    return re.findall(rf"```{kind}\n(.*?)```", section, re.S)
+    return re.findall(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 
 
 def own_network(path: Path) -> None:
@@ -339,11 +340,14 @@ def test_the_guides_commands_run(folder, tmp_path, monkeypatch) -> None:
     lines = "".join(page_blocks("bash")).replace("\\\n", " ").splitlines()
     words = [shlex.split(line) for line in lines if line.startswith("python ")]
     commands = [line[2:] if line[1] == "-m" else line[1:] for line in words]
-    assert [command[0] for command in commands].count("train.py") == 2 and len(commands) == 5
+    assert [command[0] for command in commands].count("train.py") == 3 and len(commands) == 8
+    monkeypatch.setenv("AMED_CACHE", str(tmp_path / "cache"))
     for script, *args in commands:
-        SCRIPTS[script].main([*args, *SHORTER[script]], standalone_mode=False)
+        shorter = SHORTER["ns" if "--sampler_stu=ns" in args else script]
+        SCRIPTS[script].main([*args, *shorter], standalone_mode=False)
+    assert (tmp_path / "my-scheduler" / "table_scheduler.py").is_file()
     made = sorted(path.relative_to(tmp_path / "samples") for path in tmp_path.rglob("0*.png"))
-    assert len(made) == 3 + 4 and (tmp_path / "image.png").is_file()
+    assert len(made) == 3 + 3 + 4 and (tmp_path / "image.png").is_file()
     assert {path.parts[0] for path in made} == {"my-model", "mine"}
     assert {path.parent.name[-5:] for path in made} == {"nfe10", "_nfe5"}  # as the page says
 
@@ -362,6 +366,7 @@ def test_the_guides_code_runs(folder, tmp_path, monkeypatch) -> None:
         scale_time=guide.scale_time,
     )
     record = RunRecord.make("train", student.to_options(), {"name": "mine"}, {})
+    create_run("exps", "table")  # run 1 of the page; the predictor is run 2
     save_predictor(create_run("exps", "mine") / "predictor.safetensors", guide, record)
     inside, denoiser = page_blocks("python")
     names: dict = {}

@@ -11,8 +11,6 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import diffusers
-
 from denoisers.cards import Card
 from denoisers.prior import start
 from plans.plan import run_plan
@@ -27,6 +25,12 @@ from tests.tiny_transformers import PIPELINES
 TWICE, ONCE = [1, 0.8577, 0.6022, 0.0089, 0], [1, 0.9, 0.75, 0.5, 0]
 
 
+def library() -> Any:
+    import diffusers
+
+    return diffusers
+
+
 def no_draw(name: Any) -> Any:
     raise AssertionError("an ODE draws nothing")
 
@@ -36,7 +40,7 @@ def test_the_first_row_is_the_pipelines_own_output(kind: str, tmp_path: Path) ->
     PIPELINES[kind]().save_pretrained(tmp_path)
     model = load(tmp_path, SIZES[kind])
     sampler = next(iter(diffusers_samplers(4, model.card).values()))
-    assert sampler.nfe == 4 and sampler.extra["diffusers"] == diffusers.__version__
+    assert sampler.nfe == 4 and sampler.extra["diffusers"] == library().__version__
     noise = SeedNoise([0, 1])
     sigma = sampler.plan[0].start
     x = start(model.card, noise, sigma, torch.float32, "cpu")
@@ -64,7 +68,7 @@ def levels(made: Any) -> list[float]:
 
 
 def test_levels_that_are_shifted_twice_have_a_row_beside_them() -> None:
-    made = flow_schedulers(diffusers, card("StableDiffusion3Pipeline"), 4)
+    made = flow_schedulers(library(), card("StableDiffusion3Pipeline"), 4)
     assert list(made) == ["StableDiffusion3's own", "Euler, shifted once"]
     own, once = made.values()
     assert levels(own) == pytest.approx(TWICE, abs=1e-4)
@@ -74,18 +78,18 @@ def test_levels_that_are_shifted_twice_have_a_row_beside_them() -> None:
 
 
 def test_levels_that_are_shifted_once_are_one_row() -> None:
-    made = flow_schedulers(diffusers, card("ChromaPipeline"), 4)
+    made = flow_schedulers(library(), card("ChromaPipeline"), 4)
     assert list(made) == ["Chroma's own"]
     assert levels(made["Chroma's own"]) == pytest.approx(ONCE, abs=1e-6)
 
 
 def test_a_stretch_of_the_levels_and_other_solvers_have_one_too() -> None:
-    stretched = flow_schedulers(diffusers, card("QwenImagePipeline", shift_terminal=0.02), 4)
+    stretched = flow_schedulers(library(), card("QwenImagePipeline", shift_terminal=0.02), 4)
     assert levels(stretched["QwenImage's own"])[-2] == pytest.approx(0.02)
     assert levels(stretched["Euler, shifted once"]) == pytest.approx(ONCE, abs=1e-6)
     settings = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
     sana = card("SanaPipeline", _class_name="DPMSolverMultistepScheduler", **settings)
-    assert len(flow_schedulers(diffusers, sana, 5)) == 2
+    assert len(flow_schedulers(library(), sana, 5)) == 2
 
 
 def test_a_flow_that_is_no_pipeline_has_no_rows() -> None:
