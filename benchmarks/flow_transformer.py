@@ -1,0 +1,224 @@
+"""Tables for a small flow transformer: trained here on CIFAR-10, then sampled in 4 and 6 calls.
+
+The transformer predicts the velocity of a rectified flow on 32 x 32 pixels, from patches and a
+token of the time, and is trained on the plain loss of flow matching (arXiv:2209.03003).  It is
+small and trained for minutes: what counts is the order of samplers at equal calls.  Rows: classic
+solvers on equal steps in the time of the flow, which for Euler are the levels of flow pipelines,
+and NS solvers.  The distance is that from the images of Heun's method in 35 calls, on latents that
+no table is fitted on.  A killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import click
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from commands.help import SETTINGS
+from commands.options import device_option
+from comparison.job import row_seeds
+from comparison.measure import measure
+from comparison.rows import Row, classic_rows
+from comparison.students import learned_rows
+from denoisers.batch import SeededBatch
+from denoisers.cards import Card
+from denoisers.families.common import LoadedModel
+from denoisers.registry import ModelSource
+from denoisers.velocity import VelocityDenoiser
+from evaluation.harness import HarnessOptions, open_harness
+from image_data.sources import image_batches
+from ns.experiments import TrainedTable, load_student
+from ns.job import NsJob, prepare
+from ns.options import NsOptions
+from plans.plan import run_plan
+from runtime import cli
+from runtime.dist import World, world
+from runtime.files import atomic_write, sha256_file
+from runtime.log import note, progress
+
+NAME, SIDE, PATCH, WIDTH, DEPTH, HEADS = "flow-transformer", 32, 4, 192, 6, 4
+BATCH, LR, DECAY, SAVED = 64, 1e-3, 0.999, 200
+EXAMPLES = """\b
+Example:
+  torchrun --standalone --nproc_per_node=2 -m benchmarks.flow_transformer \\
+      --data cifar10-32x32-train.zip --minutes 30      (an hour on two cores)
+"""
+
+
+class FlowTransformer(nn.Module):
+    """The velocity (B, 3, 32, 32) at states of this shape and times (B,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
+        self.patches = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.places = nn.Parameter(0.02 * torch.randn(1, (SIDE // PATCH) ** 2, WIDTH))
+        self.time = nn.Sequential(nn.Linear(64, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.pixels = nn.ConvTranspose2d(WIDTH, 3, PATCH, PATCH)
+
+    def forward(self, y: Tensor, s: Tensor) -> Tensor:
+        waves = s[:, None] * torch.logspace(0, 2, 32, device=s.device, dtype=s.dtype)
+        time = self.time(torch.cat([waves.sin(), waves.cos()], dim=1))[:, None]
+        tokens = self.patches(y).flatten(2).transpose(1, 2) + self.places + time
+        tokens = self.norm(self.blocks(torch.cat([time, tokens], dim=1))[:, 1:])
+        grid = tokens.transpose(1, 2).unflatten(2, (SIDE // PATCH,) * 2)
+        velocity: Tensor = self.pixels(grid.contiguous())
+        return velocity
+
+
+CARD = Card(
+    NAME, "own", SIDE, 3, 0, sigma_min=1e-3 / (1 - 1e-3), sigma_max=999.0,
+    noise_schedule={"kind": "flow", "shift": 1.0},
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class FlowModel(LoadedModel):
+    """The trained transformer as a model of the toolkit."""
+
+    net: FlowTransformer
+
+    def _denoiser(self, *conditions: object) -> VelocityDenoiser:
+        return VelocityDenoiser(lambda y, s: self.net(y, s.reshape(-1).expand(len(y))))
+
+
+@dataclass(frozen=True)
+class FlowSource(ModelSource):
+    """Where it lies, in the place of a path on the command line."""
+
+    weights: Path = field(default=Path("flow.safetensors"))
+
+    def card(self) -> Card:
+        return CARD
+
+    @cached_property
+    def known_sha256(self) -> str:
+        return sha256_file(self.weights)
+
+    def load(self, here: World) -> FlowModel:
+        net = FlowTransformer()
+        net.load_state_dict(load_file(self.weights))
+        net = net.to(here.device).eval().requires_grad_(False)
+        return FlowModel(CARD, self.known_sha256, net)
+
+
+def fit(data: Path, weights: Path, minutes: float, here: World) -> None:
+    """Train for so long in all; the moving average of the weights is kept."""
+    torch.manual_seed(here.rank)
+    images = torch.cat(list(image_batches(data, 500, (0, 1), None, 0)))
+    net, state = FlowTransformer(), weights.with_suffix(".state")
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY)
+    )
+    optimizer, spent, updates = torch.optim.AdamW(net.parameters(), lr=LR), 0.0, 0
+    if state.exists():
+        kept = torch.load(state, weights_only=True)
+        net.load_state_dict(kept["net"])
+        average.load_state_dict(kept["average"])
+        optimizer.load_state_dict(kept["optimizer"])
+        spent, updates = kept["spent"], kept["updates"]
+    began = time.monotonic() - spent
+    with progress(round(60 * minutes), "training", "s", round(spent), here.is_main) as bar:
+        while True:
+            rows = torch.randint(len(images), (BATCH,))
+            x0 = images[rows].float() / 127.5 - 1
+            x0 = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, x0, x0.flip(3))
+            s, noise = torch.rand(BATCH), torch.randn_like(x0)
+            y = x0 + s[:, None, None, None] * (noise - x0)
+            loss = (net(y, s) - (noise - x0)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in net.parameters():
+                assert parameter.grad is not None
+                here.sum_(parameter.grad)
+                parameter.grad /= here.size
+            optimizer.step()
+            average.update_parameters(net)
+            updates += 1
+            spent = here.broadcast_object(time.monotonic() - began)
+            bar.update(max(0, round(spent) - bar.n))
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+            if here.is_main and (updates % SAVED == 0 or spent > 60 * minutes):
+                saved = {
+                    "net": net.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "spent": spent,
+                    "updates": updates,
+                }
+                with atomic_write(state) as temporary:
+                    torch.save(saved, temporary)
+            if spent > 60 * minutes:
+                break
+    if here.is_main:
+        with atomic_write(weights) as temporary:
+            save_file(average.module.state_dict(), temporary)
+    note(f"{updates} updates of {BATCH * here.size} images")
+    here.barrier()
+
+
+def samplers(source: FlowSource, calls: int, outdir: Path, here: World) -> tuple[list[Row], NsJob]:
+    """All rows of a budget, and the job that trained the table."""
+    options = NsOptions(source, outdir=str(outdir / "exps"), resume="auto", nfe=calls)
+    options = replace(options, trajectories=256, refine=40, batch=32)
+    job = prepare(options)
+    student = load_student(str(job.run(here)), job.options.outdir)
+    assert isinstance(student, TrainedTable)
+    classic = classic_rows(calls, CARD, solvers="euler,unipc,dpmpp,ipndm")
+    return [*classic, *learned_rows([student], CARD)], job
+
+
+def distances(rows: list[Row], job: NsJob, model: FlowModel, here: World) -> Iterator[float]:
+    """Root mean square distances from the teacher's images."""
+    numbers = range(job.split.judged)
+    images = job.curves.run(here, model).read(numbers).x0[-1]
+    for row in rows:
+        drawn: SeededBatch = job.curves.draw(model, numbers, here)
+        plan = row.sampler.plan
+        with torch.inference_mode():
+            made = run_plan(plan, drawn.meter, drawn.start(plan[0].start), drawn.process).x[-1]
+        yield float((made.cpu() - images).square().mean().sqrt())
+
+
+@click.command(epilog=EXAMPLES, context_settings=SETTINGS)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="folder or zip")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=30.0, help="training")
+@click.option("--num_images", "num", type=click.IntRange(4), default=1500, help="per row")
+@click.option("--outdir", type=click.Path(path_type=Path), default=Path("samples/flow"))
+@device_option
+def main(data: Path, minutes: float, num: int, outdir: Path, device: str | None) -> None:
+    """Train a small flow transformer, then tables for it; compare samplers at 4 and 6 calls."""
+    weights = outdir / "flow.safetensors"
+    outdir.mkdir(parents=True, exist_ok=True)
+    with world(device) as here:
+        if not weights.exists():
+            fit(data, weights, minutes, here)
+        source = FlowSource(NAME, weights=weights)
+        harness = open_harness(HarnessOptions(source), row_seeds(num, 4), 4, here)
+        model = source.load(here)
+        lines = ["| calls | sampler | grid | RMSE to Heun-35 | FID |", "|---:|---|---|---:|---:|"]
+        for calls in (4, 6):
+            rows, job = samplers(source, calls, outdir, here)
+            far = list(distances(rows, job, model, here))
+            with progress(len(rows) * num, f"{calls} calls", "img", enabled=here.is_main) as bar:
+                fids = [measure(row, harness, outdir, bar.update).fid for row in rows]
+            ranked = sorted(zip(far, fids, rows, strict=True), key=lambda found: found[0])
+            lines += [f"| {calls} | {r.method} | {r.detail} | {d:.4f} | {f:.2f} |"
+                      for d, f, r in ranked]  # fmt: skip
+        if here.is_main:
+            click.echo("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli.run(main)
