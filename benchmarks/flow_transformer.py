@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from checkpoints.states import Stateful, read_state, restore
 from commands.help import SETTINGS
 from commands.options import device_option
 from comparison.job import row_seeds
@@ -45,6 +46,7 @@ from runtime.log import note, progress
 
 NAME, SIDE, PATCH, WIDTH, DEPTH, HEADS = "flow-transformer", 32, 4, 192, 6, 4
 BATCH, LR, DECAY, SAVED = 64, 1e-3, 0.999, 200
+KEPT_STATE = {"net": dict, "average": dict, "optimizer": dict, "spent": float, "updates": int}
 EXAMPLES = """\b
 Example:
   torchrun --standalone --nproc_per_node=2 -m benchmarks.flow_transformer \\
@@ -122,11 +124,10 @@ def fit(data: Path, weights: Path, minutes: float, here: World) -> None:
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY)
     )
     optimizer, spent, updates = torch.optim.AdamW(net.parameters(), lr=LR), 0.0, 0
-    if state.exists():
-        kept = torch.load(state, weights_only=True)
-        net.load_state_dict(kept["net"])
-        average.load_state_dict(kept["average"])
-        optimizer.load_state_dict(kept["optimizer"])
+    parts: dict[str, Stateful] = {"net": net, "average": average, "optimizer": optimizer}
+    kept = read_state(state, KEPT_STATE)
+    if kept:
+        restore(parts, kept, state)
         spent, updates = kept["spent"], kept["updates"]
     began = time.monotonic() - spent
     with progress(round(60 * minutes), "training", "s", round(spent), here.is_main) as bar:
@@ -150,15 +151,9 @@ def fit(data: Path, weights: Path, minutes: float, here: World) -> None:
             bar.update(max(0, round(spent) - bar.n))
             bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
             if here.is_main and (updates % SAVED == 0 or spent > 60 * minutes):
-                saved = {
-                    "net": net.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "spent": spent,
-                    "updates": updates,
-                }
+                saved = {name: part.state_dict() for name, part in parts.items()}
                 with atomic_write(state) as temporary:
-                    torch.save(saved, temporary)
+                    torch.save({**saved, "spent": spent, "updates": updates}, temporary)
             if spent > 60 * minutes:
                 break
     if here.is_main:

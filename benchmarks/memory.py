@@ -38,7 +38,7 @@ SIDE, CHANNELS = 64, 16
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """One refinement."""
 
     calls: int
@@ -51,8 +51,8 @@ class Case:
 
 
 CASES = (
-    *(Case(calls, 2, checkpoint) for checkpoint in (False, True) for calls in (2, 4, 8)),
-    *(Case(1, prompts, True) for prompts in (2, 32)),
+    *(MemoryCase(calls, 2, checkpoint) for checkpoint in (False, True) for calls in (2, 4, 8)),
+    *(MemoryCase(1, prompts, True) for prompts in (2, 32)),
 )
 
 
@@ -75,7 +75,7 @@ def loaded() -> TransformerModel:
     return from_transformer_pipeline(pipe, card)
 
 
-def measure(case: Case) -> tuple[float, float]:
+def measure(case: MemoryCase) -> tuple[float, float]:
     """MB of the process before the first update, and at its peak."""
     torch.set_num_threads(1)
     model = loaded()

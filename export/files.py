@@ -209,20 +209,21 @@ def _require_pipeline(export: Export) -> None:
         )
 
 
-def _prediction(export: Export, settings: Mapping[str, Any]) -> Prediction:
+def _prediction(export: Export, scheduler: Mapping[str, Any]) -> Prediction:
+    """What the network predicts, from the settings of the pipeline's own scheduler."""
     schedule = export.card.schedule
     if isinstance(schedule, Flow):  # with the shift of these images
         return Prediction(schedule, FLOW, None)
-    return Prediction.of(settings, export.card.name)
+    return Prediction.of(scheduler, export.card.name)
 
 
-def _shifting(card: Card, settings: Mapping[str, Any]) -> dict[str, object]:
+def _shifting(card: Card, scheduler: Mapping[str, Any]) -> dict[str, object]:
     """What pipelines compute a shift from, and that of the images of the table."""
-    if not isinstance(card.schedule, Flow) or not settings.get("use_dynamic_shifting"):
+    if not isinstance(card.schedule, Flow) or not scheduler.get("use_dynamic_shifting"):
         return {}
     shift = card.schedule.shift
-    mu = shift if settings.get("time_shift_type") == "linear" else math.log(shift)
-    known = {name: settings[name] for name in SHIFTING if settings.get(name) is not None}
+    mu = shift if scheduler.get("time_shift_type") == "linear" else math.log(shift)
+    known = {name: scheduler[name] for name in SHIFTING if scheduler.get(name) is not None}
     return {"mu": mu, **known}
 
 

@@ -274,7 +274,7 @@ class Trainer:
                     f"{path} is of a run with {name} {before.get(name)}, not {now.get(name)}; "
                     "repeat that run's options, or choose another folder"
                 )
-        restore(parts, saved, path)
+        restore(parts, saved, path, begun=saved["images"] > 0)
         self.images = saved["images"]
 
 
