@@ -31,7 +31,7 @@ from tests.tiny_transformers import PIPELINES, normal
 from tools import export
 
 FLOWS = ("sd3", "flux", "chroma", "qwen_image", "z_image", "sana", "lumina2")
-SIZES = dict.fromkeys(FLOWS, (16, 32)) | {"lumina2": (64, 128), "sana": (32, 64)}
+SIZES = dict.fromkeys(PIPELINES, (16, 32)) | {"lumina2": (64, 128), "sana": (32, 64)}
 
 
 def flags(folder: Path, size: tuple[int, int]) -> list[str]:
@@ -51,8 +51,9 @@ def load(folder: Path, size: tuple[int, int]) -> TransformerModel:
 def images(model: TransformerModel, table: Table, rate: float | None, noise: Tensor) -> Tensor:
     """Of our walk from pure noise, in [0, 1]."""
     denoiser = model.bind(None, rate, ["a cat"] * len(noise))
+    scale = table.start + (1 if model.card.is_flow else 0)
     with torch.no_grad():
-        return model.decode(run_table(table, denoiser, noise * (1 + table.start)).x[-1]) / 2 + 0.5
+        return model.decode(run_table(table, denoiser, noise * scale).x[-1]) / 2 + 0.5
 
 
 def theirs(pipe: Any, model: TransformerModel, rate: float | None, noise: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def theirs(pipe: Any, model: TransformerModel, rate: float | None, noise: Tensor
     return made
 
 
-@pytest.mark.parametrize("kind", FLOWS)
+@pytest.mark.parametrize("kind", [*FLOWS, "pixart"])
 def test_a_pipeline_with_the_scheduler_gives_our_images(
     kind: str, tmp_path: Path, script: Script
 ) -> None:
@@ -151,6 +152,28 @@ def test_a_trained_table_begins_with_noise_and_works_in_the_pipeline(
     noise = normal(1, *model.card.shape)
     ours = images(model, table, None, noise)
     assert float((theirs(pipe, model, None, noise) - ours).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("mu", [None, 1.3])
+def test_an_image_and_noise_are_the_state_of_a_flow_at_a_later_call(
+    flux: Path, tmp_path: Path, script: Script, mu: float | None
+) -> None:
+    """The image takes the place of what is left out, so a network that returns it gives it back."""
+    made = tmp_path / "made"
+    given = [*flags(flux, (16, 32)), "--sampler=dpmpp", "--nfe=5"]
+    assert script(export.main, "diffusers", *given, f"--dest={made}").code == 0
+    scheduler = module(made / "table_scheduler.py").TableScheduler.from_pretrained(made)
+    image, noise = normal(1, 4, 4, 4), normal(1, 4, 4, 4, seed=1)
+    for first in range(1, 5):
+        scheduler.set_timesteps(5, mu=mu)
+        time = scheduler.timesteps[first : first + 1]
+        y, s = scheduler.scale_noise(image, time, noise), float(time) / 1000
+        torch.testing.assert_close(y, (1 - s) * image + s * noise, rtol=5e-3, atol=5e-3)
+        scheduler.set_begin_index(first)
+        for call in range(first, 5):
+            s = float(scheduler.timesteps[call]) / 1000
+            y = scheduler.step((y - image) / s, scheduler.timesteps[call], y).prev_sample
+        assert float((y - image).abs().max()) < 0.02  # an image ends at sigma_min, not at 0
 
 
 def test_an_analytic_first_step_has_no_place_there(
