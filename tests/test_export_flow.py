@@ -17,21 +17,20 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from denoisers.families.diffusers.one_step import TransformerModel
-from denoisers.registry import ModelSource
 from denoisers.velocity import VelocityDenoiser
 from ns.calibrate import first_weight
 from ns.experiments import TableFile, read_table
-from runtime.dist import World
 from runtime.typed import read_result
 from solvers.table import Table, run_table
 from tests.scripts import Script
 from tests.test_export import KSampler, module, opened
 from tests.test_flow import velocity
+from tests.test_transformers import SIZES
+from tests.test_transformers import load as load_with
 from tests.tiny_transformers import PIPELINES, normal
 from tools import export
 
 FLOWS = ("sd3", "flux", "chroma", "qwen_image", "z_image", "sana", "lumina2")
-SIZES = dict.fromkeys(PIPELINES, (16, 32)) | {"lumina2": (64, 128), "sana": (32, 64)}
 
 
 def flags(folder: Path, size: tuple[int, int]) -> list[str]:
@@ -40,12 +39,7 @@ def flags(folder: Path, size: tuple[int, int]) -> list[str]:
 
 
 def load(folder: Path, size: tuple[int, int]) -> TransformerModel:
-    given = json.dumps({"height": size[0], "width": size[1]})
-    model = ModelSource("mine", str(folder), model_settings=given).load(
-        World(0, 1, torch.device("cpu"))
-    )
-    assert isinstance(model, TransformerModel)
-    return model
+    return load_with(folder, height=size[0], width=size[1])
 
 
 def images(model: TransformerModel, table: Table, rate: float | None, noise: Tensor) -> Tensor:

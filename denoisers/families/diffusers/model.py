@@ -8,23 +8,24 @@ is converted to ``x0`` (arXiv:2206.00927, section 2; v: arXiv:2202.00512, append
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.families.common import LoadedModel, check_batch
+from denoisers.families.common import check_batch
 from denoisers.families.diffusers.files import (
     WEIGHTED,
     first_stage,
     pipeline_card,
 )
 from denoisers.families.diffusers.process import Prediction
+from denoisers.families.diffusers.prompts import PromptedModel
 from denoisers.nets.layers import channel_mean
 from denoisers.precision import widened
-from solvers.types import Denoised, Denoiser
+from solvers.types import Denoised
 
 DECODE_BATCH = 8  #: latents decoded at a time: images are 48 times as large
 
@@ -95,26 +96,12 @@ class PipelineDenoiser:
 
 
 @dataclass(frozen=True, eq=False)
-class DiffusersModel(LoadedModel):
+class DiffusersModel(PromptedModel):
     """A loaded pipeline."""
 
     pipe: Any  #: a ``DiffusionPipeline``; of its scheduler only the settings are used
     prediction: Prediction
     bottleneck: Bottleneck
-    negative: str | None = None  #: prompt in the place of the empty one
-
-    def bind(
-        self,
-        labels: Tensor | None = None,
-        guidance_rate: float | None = None,
-        prompts: Sequence[str] | None = None,
-        *,
-        negative: str | None = None,
-    ) -> Denoiser:
-        """As `LoadedModel.bind`; ``negative`` is what guidance leads away from."""
-        if negative is None:
-            return super().bind(labels, guidance_rate, prompts)
-        return replace(self, negative=negative).bind(labels, guidance_rate, prompts)
 
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None

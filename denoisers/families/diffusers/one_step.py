@@ -12,19 +12,18 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.families.common import LoadedModel
 from denoisers.families.diffusers.kinds import KINDS, PipelineKind, tokens
 from denoisers.families.diffusers.process import Prediction
-from denoisers.families.diffusers.prompts import RememberedPrompts
+from denoisers.families.diffusers.prompts import PromptedModel, RememberedPrompts
 from denoisers.precision import wide_dtype, widened
-from solvers.types import Denoised, Denoiser
+from solvers.types import Denoised
 
 
 class OneStep:
@@ -99,27 +98,13 @@ class StepDenoiser:
 
 
 @dataclass(frozen=True, eq=False)
-class TransformerModel(LoadedModel):
+class TransformerModel(PromptedModel):
     """A loaded pipeline."""
 
     pipe: Any  #: a ``DiffusionPipeline``; of its scheduler only the settings are used
     kind: PipelineKind
     prediction: Prediction
     encode: RememberedPrompts  #: the pipeline's ``encode_prompt``
-    negative: str | None = None  #: prompt in the place of the empty one
-
-    def bind(
-        self,
-        labels: Tensor | None = None,
-        guidance_rate: float | None = None,
-        prompts: Sequence[str] | None = None,
-        *,
-        negative: str | None = None,
-    ) -> Denoiser:
-        """As `LoadedModel.bind`; ``negative`` is what guidance leads away from."""
-        if negative is None:
-            return super().bind(labels, guidance_rate, prompts)
-        return replace(self, negative=negative).bind(labels, guidance_rate, prompts)
 
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None

@@ -1,14 +1,39 @@
-"""Embeddings of prompts, computed once."""
+"""Prompts of pipelines: negative ones, and embeddings that are computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from denoisers.families.common import LoadedModel
+from solvers.types import Denoiser
+
 KEPT_BYTES = 2**30  #: of embeddings in the host's memory: some 200 prompts of SD3 with guidance
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedModel(LoadedModel):
+    """A pipeline whose guidance leads away from a prompt."""
+
+    #: in the place of the empty one
+    negative: str | None = field(default=None, kw_only=True)
+
+    def bind(
+        self,
+        labels: Tensor | None = None,
+        guidance_rate: float | None = None,
+        prompts: Sequence[str] | None = None,
+        *,
+        negative: str | None = None,
+    ) -> Denoiser:
+        """As `LoadedModel.bind`; ``negative`` is what guidance leads away from."""
+        if negative is None:
+            return super().bind(labels, guidance_rate, prompts)
+        return replace(self, negative=negative).bind(labels, guidance_rate, prompts)
 
 
 class RememberedPrompts:
