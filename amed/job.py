@@ -29,7 +29,7 @@ from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from denoisers.speed import Work, told
+from denoisers.speed import Work, announce
 from restart.intervals import interval_json, resolve_intervals
 from runtime.dist import World
 from runtime.errors import UserError
@@ -179,9 +179,7 @@ class TrainingJob:
             note(f"already trained: {folder}")
             return
         work = self.work(model.sha256, updates_done(folder))
-        if work.is_long:
-            spoken = told(work, self.portion(model, here), here)
-            note(spoken if here.is_main else None)
+        announce(work, lambda: self.portion(model, here), here)
         data = self._data(model, here)
         predictor = self.predictor().to(here.device, data.dtype)
         preview = self._preview(model, here)

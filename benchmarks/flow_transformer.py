@@ -11,7 +11,6 @@ no table is fitted on.  A killed run goes on where it stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.ns_ablation import distance
 from checkpoints.states import Stateful, read_state, restore
 from commands.help import SETTINGS
 from commands.options import device_option
@@ -28,7 +28,6 @@ from comparison.job import row_seeds
 from comparison.measure import measure
 from comparison.rows import Row, classic_rows
 from comparison.students import learned_rows
-from denoisers.batch import SeededBatch
 from denoisers.cards import Card
 from denoisers.families.common import LoadedModel
 from denoisers.registry import ModelSource
@@ -38,15 +37,15 @@ from image_data.sources import image_batches
 from ns.experiments import TrainedTable, load_student
 from ns.job import NsJob, prepare
 from ns.options import NsOptions
-from plans.plan import run_plan
 from runtime import cli
 from runtime.dist import World, world
 from runtime.files import atomic_write, sha256_file
 from runtime.log import note, progress
 
 NAME, SIDE, PATCH, WIDTH, DEPTH, HEADS = "flow-transformer", 32, 4, 192, 6, 4
-BATCH, LR, DECAY, SAVED = 64, 1e-3, 0.999, 200
-KEPT_STATE = {"net": dict, "average": dict, "optimizer": dict, "spent": float, "updates": int}
+BATCH, LR, DECAY = 64, 1e-3, 0.999
+KEPT = 200  #: updates after which the state is saved
+SAVED = {"net": dict, "average": dict, "optimizer": dict, "spent": float, "updates": int}
 EXAMPLES = """\b
 Example:
   torchrun --standalone --nproc_per_node=2 -m benchmarks.flow_transformer \\
@@ -115,51 +114,64 @@ class FlowSource(ModelSource):
         return FlowModel(CARD, self.known_sha256, net)
 
 
-def fit(data: Path, weights: Path, minutes: float, here: World) -> None:
+class FlowTraining:
+    """The network, the moving average of its weights, and its optimizer."""
+
+    def __init__(self, state: Path) -> None:
+        self.state, self.spent, self.updates = state, 0.0, 0
+        self.net = FlowTransformer()
+        mean = torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY)
+        self.average = torch.optim.swa_utils.AveragedModel(self.net, multi_avg_fn=mean)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=LR)
+        kept = read_state(state, SAVED)
+        if kept:
+            restore(self.parts, kept, state)
+            self.spent, self.updates = kept["spent"], kept["updates"]
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        return {"net": self.net, "average": self.average, "optimizer": self.optimizer}
+
+    def update(self, images: Tensor, here: World) -> None:
+        """One step on images (N, 3, 32, 32) drawn at random, on every process its own."""
+        x0 = images[torch.randint(len(images), (BATCH,))].float() / 127.5 - 1
+        x0 = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, x0, x0.flip(3))
+        s, noise = torch.rand(BATCH), torch.randn_like(x0)
+        y = x0 + s[:, None, None, None] * (noise - x0)
+        self.optimizer.zero_grad()
+        (self.net(y, s) - (noise - x0)).square().mean().backward()
+        for parameter in self.net.parameters():
+            assert parameter.grad is not None
+            here.sum_(parameter.grad)
+            parameter.grad /= here.size
+        self.optimizer.step()
+        self.average.update_parameters(self.net)
+        self.updates += 1
+
+    def save(self) -> None:
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
+        with atomic_write(self.state) as temporary:
+            torch.save({**saved, "spent": self.spent, "updates": self.updates}, temporary)
+
+
+def fit(data: Path, weights: Path, seconds: float, here: World) -> None:
     """Train for so long in all; the moving average of the weights is kept."""
-    torch.manual_seed(here.rank)
     images = torch.cat(list(image_batches(data, 500, (0, 1), None, 0)))
-    net, state = FlowTransformer(), weights.with_suffix(".state")
-    average = torch.optim.swa_utils.AveragedModel(
-        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY)
-    )
-    optimizer, spent, updates = torch.optim.AdamW(net.parameters(), lr=LR), 0.0, 0
-    parts: dict[str, Stateful] = {"net": net, "average": average, "optimizer": optimizer}
-    kept = read_state(state, KEPT_STATE)
-    if kept:
-        restore(parts, kept, state)
-        spent, updates = kept["spent"], kept["updates"]
-    began = time.monotonic() - spent
-    with progress(round(60 * minutes), "training", "s", round(spent), here.is_main) as bar:
-        while True:
-            rows = torch.randint(len(images), (BATCH,))
-            x0 = images[rows].float() / 127.5 - 1
-            x0 = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, x0, x0.flip(3))
-            s, noise = torch.rand(BATCH), torch.randn_like(x0)
-            y = x0 + s[:, None, None, None] * (noise - x0)
-            loss = (net(y, s) - (noise - x0)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            for parameter in net.parameters():
-                assert parameter.grad is not None
-                here.sum_(parameter.grad)
-                parameter.grad /= here.size
-            optimizer.step()
-            average.update_parameters(net)
-            updates += 1
-            spent = here.broadcast_object(time.monotonic() - began)
-            bar.update(max(0, round(spent) - bar.n))
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
-            if here.is_main and (updates % SAVED == 0 or spent > 60 * minutes):
-                saved = {name: part.state_dict() for name, part in parts.items()}
-                with atomic_write(state) as temporary:
-                    torch.save({**saved, "spent": spent, "updates": updates}, temporary)
-            if spent > 60 * minutes:
-                break
+    torch.manual_seed(0)  # the same weights in every process
+    run = FlowTraining(weights.with_suffix(".state"))
+    torch.manual_seed(1000 * run.updates + here.rank)  # and other images
+    began = time.monotonic() - run.spent
+    with progress(round(seconds), "training", "s", round(run.spent), here.is_main) as bar:
+        while run.spent < seconds:
+            run.update(images, here)
+            run.spent = here.broadcast_object(time.monotonic() - began)
+            bar.update(max(0, round(run.spent) - bar.n))
+            if here.is_main and (run.updates % KEPT == 0 or run.spent >= seconds):
+                run.save()
     if here.is_main:
         with atomic_write(weights) as temporary:
-            save_file(average.module.state_dict(), temporary)
-    note(f"{updates} updates of {BATCH * here.size} images")
+            save_file(run.average.module.state_dict(), temporary)
+        note(f"{run.updates} updates of {BATCH * here.size} images")
     here.barrier()
 
 
@@ -174,18 +186,6 @@ def samplers(source: FlowSource, calls: int, outdir: Path, here: World) -> tuple
     return [*classic, *learned_rows([student], CARD)], job
 
 
-def distances(rows: list[Row], job: NsJob, model: FlowModel, here: World) -> Iterator[float]:
-    """Root mean square distances from the teacher's images."""
-    numbers = range(job.split.judged)
-    images = job.curves.run(here, model).read(numbers).x0[-1]
-    for row in rows:
-        drawn: SeededBatch = job.curves.draw(model, numbers, here)
-        plan = row.sampler.plan
-        with torch.inference_mode():
-            made = run_plan(plan, drawn.meter, drawn.start(plan[0].start), drawn.process).x[-1]
-        yield float((made.cpu() - images).square().mean().sqrt())
-
-
 @click.command(epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="folder or zip")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=30.0, help="training")
@@ -198,14 +198,14 @@ def main(data: Path, minutes: float, num: int, outdir: Path, device: str | None)
     outdir.mkdir(parents=True, exist_ok=True)
     with world(device) as here:
         if not weights.exists():
-            fit(data, weights, minutes, here)
+            fit(data, weights, 60 * minutes, here)
         source = FlowSource(NAME, weights=weights)
         harness = open_harness(HarnessOptions(source), row_seeds(num, 4), 4, here)
         model = source.load(here)
         lines = ["| calls | sampler | grid | RMSE to Heun-35 | FID |", "|---:|---|---|---:|---:|"]
         for calls in (4, 6):
             rows, job = samplers(source, calls, outdir, here)
-            far = list(distances(rows, job, model, here))
+            far = [distance(row, job, model, here) for row in rows]
             with progress(len(rows) * num, f"{calls} calls", "img", enabled=here.is_main) as bar:
                 fids = [measure(row, harness, outdir, bar.update).fid for row in rows]
             ranked = sorted(zip(far, fids, rows, strict=True), key=lambda found: found[0])

@@ -19,14 +19,17 @@ from commands.options import device_option, dtype_option
 from comparison.job import row_seeds
 from comparison.measure import measure
 from comparison.results import MeasuredRow
+from comparison.rows import Row
 from comparison.significance import with_gaps
 from comparison.students import learned_rows
+from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from evaluation.harness import Harness, HarnessOptions, open_harness
+from evaluation.harness import HarnessOptions, open_harness
 from metrics.measures import KEPT
 from ns.experiments import TrainedTable, load_student
-from ns.job import JUDGED, NsJob, prepare
+from ns.job import NsJob, prepare
 from ns.options import NsOptions
+from plans.plan import run_plan
 from runtime import cli
 from runtime.dist import World, world
 from runtime.errors import UserError
@@ -34,7 +37,6 @@ from runtime.files import atomic_write
 from runtime.log import note, progress
 from runtime.typed import read_result
 from solvers.grids import Grid
-from solvers.table import run_table
 from tools.gits import GitsOptions, GitsResult
 from tools.gits import prepare as prepare_gits
 
@@ -117,14 +119,14 @@ def trained(job: NsJob, here: World) -> TrainedTable:
     return student
 
 
-def distance(student: TrainedTable, job: NsJob, harness: Harness) -> float:
-    """From the teacher's images, on the latents that no table is fitted on."""
-    here, numbers = harness.here, range(JUDGED)
-    batch = job.curves.run(here, harness.model).read(numbers)
-    meter = job.curves.draw(harness.model, numbers, here).meter
+def distance(row: Row, job: NsJob, model: Model, here: World) -> float:
+    """RMSE to the teacher's images, on the latents that no table of ``job`` is fitted on."""
+    numbers, plan = range(job.split.judged), row.sampler.plan
+    images = job.curves.run(here, model).read(numbers).x0[-1]
+    drawn = job.curves.draw(model, numbers, here)
     with torch.inference_mode():
-        made = run_table(student.table, meter, batch.x[0].to(here.device)).x[-1].cpu()
-    return float((made - batch.x0[-1]).square().mean().sqrt())
+        made = run_plan(plan, drawn.meter, drawn.start(plan[0].start), drawn.process).x[-1]
+    return float((made.cpu() - images).square().mean().sqrt())
 
 
 def table(tried: list[Tried]) -> str:
@@ -168,7 +170,9 @@ def main(
                 student = trained(job, here)
                 row = replace(learned_rows([student], job.card)[0], detail=variant.name)
                 measured = measure(row, harness, outdir, bar.update)
-                tried.append(Tried(variant.name, measured, distance(student, same, harness)))
+                tried.append(
+                    Tried(variant.name, measured, distance(row, same, harness.model, here))
+                )
                 note(f"{variant.name}: FID {measured.fid:.3f}, RMSE {tried[-1].rmse:.5f}")
         here.barrier()
         if here.is_main:

@@ -23,6 +23,7 @@ from commands.options import threads_option
 from denoisers.families.edm import EDMModel
 from denoisers.precision import DTYPES
 from denoisers.registry import load_model
+from denoisers.speed import wait_for
 from runtime import cli
 from solvers.driver import integrate, planned_nfe
 from solvers.grids import get_grid
@@ -50,15 +51,11 @@ class Stopwatch:
     device: torch.device
 
     def __call__(self, action: Callable[[], object]) -> float:
-        self._wait()
+        wait_for(self.device)
         begin = self.clock()
         action()
-        self._wait()
+        wait_for(self.device)
         return self.clock() - begin
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def clock_options(command: F) -> F:

@@ -143,11 +143,9 @@ def main(context: click.Context, dry_run: bool, device: str | None, **flags: Any
     end; losses go there and to TensorBoard.
     """
     if flags["sampler_stu"] == NS:
-        of_table = _options(NsOptions, context, flags)
-        execute(ns.job.prepare, of_table, dry_run, device, _outlook)
+        execute(ns.job.prepare, _options(NsOptions, context, flags), dry_run, device, _outlook)
     else:
-        options = _options(TrainOptions, context, flags)
-        execute(amed.job.prepare, options, dry_run, device, _outlook)
+        execute(amed.job.prepare, _options(TrainOptions, context, flags), dry_run, device, _outlook)
 
 
 class Training(Job, Protocol):

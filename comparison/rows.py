@@ -21,7 +21,7 @@ class ListedSolver:
     """A classic solver as tables list it."""
 
     title: str
-    schedule: str  #: the grid that it is published with, for models without one of their own
+    schedule: str  #: the grid that it is published with; flows have their own
 
 
 #: The grids are those of the AMED paper (arXiv:2312.00094, appendix): polynomial for solvers that
@@ -94,7 +94,6 @@ def classic_rows(
     ``schedule`` replaces the one that each solver is published with.
     """
     rows = []
-    own = card.default_schedule if card.default_schedule != "polynomial" else None
     for name in parse_solvers(solvers):
         listed = LISTED[name]
         for afs in (False, True):
@@ -102,7 +101,8 @@ def classic_rows(
                 sampler=name,
                 nfe=budget,
                 afs=afs,
-                schedule_type=schedule or own or listed.schedule,
+                schedule_type=schedule
+                or (card.default_schedule if card.is_flow else listed.schedule),
                 guidance_rate=guidance_rate,
             )
             try:

@@ -72,6 +72,10 @@ class Flow:
         """``(1 - s) x``."""
         return x / (1 + sigma)
 
+    def x0(self, x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
+        """The clean image ``y - s v`` from the velocity ``v = n - x0`` at ``y``."""
+        return self.own_state(x, sigma) - sigma / (1 + sigma) * velocity
+
     def network_time(self, sigma: Tensor) -> Tensor:
         """``1000 s`` of every entry of ``sigma``; flat, in float64 on the CPU."""
         level = sigma.cpu().to(torch.float64).reshape(-1)

@@ -11,6 +11,7 @@ import torch
 
 from denoisers.batch import SeededBatch
 from runtime.dist import World
+from runtime.log import note
 
 PROBES = 5  #: timed calls, after one that is not
 SHORT = 10_000  #: evaluations below which work is no long work, and no time is estimated
@@ -61,14 +62,21 @@ def probe(batch: SeededBatch) -> Speed:
 
     def seconds(call: Callable[[], None]) -> float:
         call()
-        _wait(batch.device)
+        wait_for(batch.device)
         began = time.perf_counter()
         for _ in range(PROBES):
             call()
-        _wait(batch.device)
+        wait_for(batch.device)
         return (time.perf_counter() - began) / (PROBES * samples)
 
     return Speed(seconds(forward), seconds(gradient))
+
+
+def announce(work: Work, draw: Callable[[], SeededBatch], here: World) -> None:
+    """Say on rank 0 what long work will take; ``draw`` gives the batch that is timed."""
+    if work.is_long:
+        spoken = told(work, draw(), here)  # on every process, which share the machine
+        note(spoken if here.is_main else None)
 
 
 def told(work: Work, batch: SeededBatch, here: World) -> str:
@@ -76,7 +84,8 @@ def told(work: Work, batch: SeededBatch, here: World) -> str:
     return f"{work}: {probe(batch).of(work, here)} on this machine"
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the work that was handed to ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -31,5 +31,5 @@ class VelocityDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
         """Denoise ``x`` (B, C, H, W) at ``sigma``, 0-d or (B, 1, 1, 1); ``x0`` has its dtype."""
         state, level = widened(x, sigma)
-        s, own = level / (1 + level), Flow().own_state(state, level)
-        return Denoised((own - s * self.velocity(own, s)).to(x.dtype), None)
+        velocity = self.velocity(Flow().own_state(state, level), level / (1 + level))
+        return Denoised(Flow().x0(state, level, velocity).to(x.dtype), None)

@@ -11,14 +11,9 @@ from typing import Any
 
 from denoisers.cards import Card
 from denoisers.conditions import ConditionOptions
-from denoisers.families.diffusers.files import (
-    INDEX,
-    component_folder,
-    read_json,
-    settings_folder,
-)
+from denoisers.families.diffusers.files import component_folder, read_json, settings_folder
 from denoisers.families.diffusers.kinds import KINDS
-from denoisers.families.diffusers.process import FLOW, Prediction
+from denoisers.families.diffusers.process import Prediction
 from denoisers.noise_schedules import Flow
 from denoisers.registry import ModelSource
 from plans.table import tabulate
@@ -109,7 +104,7 @@ def write_scheduler(export: Export) -> str:
     _require_first_noise(export)
     folder = destination(export)
     settings = _scheduler_settings(export)
-    prediction, table = _prediction(export, settings), export.table
+    prediction, table = Prediction.of(settings, export.card.name), export.table
     write_json(
         folder / "scheduler_config.json",
         {
@@ -209,14 +204,6 @@ def _require_pipeline(export: Export) -> None:
         )
 
 
-def _prediction(export: Export, scheduler: Mapping[str, Any]) -> Prediction:
-    """What the network predicts, from the settings of the pipeline's own scheduler."""
-    schedule = export.card.schedule
-    if isinstance(schedule, Flow):  # with the shift of these images
-        return Prediction(schedule, FLOW, None)
-    return Prediction.of(scheduler, export.card.name)
-
-
 def _shifting(card: Card, scheduler: Mapping[str, Any]) -> dict[str, object]:
     """What pipelines compute a shift from, and that of the images of the table."""
     if not isinstance(card.schedule, Flow) or not scheduler.get("use_dynamic_shifting"):
@@ -236,8 +223,7 @@ def _scheduler_settings(export: Export) -> dict[str, Any]:
 
 def _scale(export: Export) -> str:
     """The arguments of a pipeline for the guidance of the table."""
-    folder = settings_folder(export.job.source.files(export.card).main)
-    kind = KINDS.get(str(read_json(folder / INDEX).get("_class_name")))
+    kind = KINDS.get(export.card.config.get("pipeline", ""))
     rate, name = export.job.sampler.guidance_rate, "guidance_scale"
     if kind is not None and not kind.embedded:
         name, rate = kind.rate, (1.0 if rate is None else rate) - kind.offset

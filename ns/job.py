@@ -15,7 +15,7 @@ from denoisers.cards import Card
 from denoisers.conditions import Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from denoisers.speed import Work, told
+from denoisers.speed import Work, announce
 from ns.calibrate import Curves, Latents
 from ns.coordinates import WhitenedTable
 from ns.experiments import TABLE, save_table
@@ -172,9 +172,7 @@ class NsJob:
             note(f"already trained: {folder}")
             return
         work = self.work(model.sha256, state.get("done", 0))
-        if work.is_long:
-            spoken = told(work, self.portion(model, here), here)
-            note(spoken if here.is_main else None)
+        announce(work, lambda: self.portion(model, here), here)
         fit, judge = self.latents(model, here)
         images = [curves.images for curves in fit.curves]
         norm = SpectralNorm.of(images, self.options.norm_exponent, here.sum_)

@@ -133,10 +133,9 @@ class TrajectoryJob:
 
     def missing(self, weights_sha256: str | None) -> int:
         """How many of the trajectories are not on disk; nothing is written."""
-        folder, number = self.folder(self.record(weights_sha256)), self.options.number
-        if not (folder / RECORD).is_file():
-            return number
-        return number - sum(min(s.count(), number - s.first) for s in shards(folder, number))
+        return sum(
+            len(numbers) for _, numbers in self._todo(self.folder(self.record(weights_sha256)))
+        )
 
     def run(self, here: World, model: Model | None = None) -> TrajectorySet:
         """Compute the trajectories that are not on disk yet, on all processes.
@@ -181,6 +180,10 @@ class TrajectoryJob:
             RunRecord.read(folder / RECORD)  # a damaged one is an error now, not after the work
         else:
             record.write(folder / RECORD)
+        return self._todo(folder)
+
+    def _todo(self, folder: Path) -> list[tuple[Shard, range]]:
+        """The shards that lack latents, and their numbers."""
         todo = []
         for shard in shards(folder, self.options.number):
             first = shard.first + shard.count()

@@ -181,6 +181,14 @@ def test_an_image_and_noise_are_the_state_at_a_later_call() -> None:
         assert float((state - image).abs().max()) < 1e-4
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of ComfyUI, as far as the node imports it."""
+    samplers = ModuleType("comfy.samplers")
+    samplers.KSAMPLER = KSampler  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
+    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+
+
 class KSampler:
     """In the place of ComfyUI's: it calls the function with a model that returns images."""
 
@@ -203,10 +211,7 @@ def test_the_node_of_comfyui_is_our_walk(
     folder: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a stand-in for its documented sampler interface; ComfyUI itself was not run."""
-    samplers = ModuleType("comfy.samplers")
-    samplers.KSAMPLER = KSampler  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
-    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+    stand_in(monkeypatch)
     file = tmp_path / "node.py"
     flags = ["--dataset_name=mine", f"--model_path={folder}", "--sampler=ipndm", "--nfe=5"]
     done = script(export.main, "comfyui", *flags, "--afs=True", f"--dest={file}")

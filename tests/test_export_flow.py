@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,7 +21,7 @@ from ns.experiments import TableFile, read_table
 from runtime.typed import read_result
 from solvers.table import Table, run_table
 from tests.scripts import Script
-from tests.test_export import KSampler, module, opened
+from tests.test_export import module, opened, stand_in
 from tests.test_flow import velocity
 from tests.test_transformers import SIZES
 from tests.test_transformers import load as load_with
@@ -194,10 +192,7 @@ def test_the_node_of_comfyui_walks_flows_too(
     flux: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a stand-in for its documented sampler interface; ComfyUI itself was not run."""
-    samplers = ModuleType("comfy.samplers")
-    samplers.KSAMPLER = KSampler  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "comfy", ModuleType("comfy"))
-    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+    stand_in(monkeypatch)
     file = tmp_path / "node.py"
     given = [*flags(flux, (16, 16)), "--sampler=ipndm", "--nfe=4", "--afs=True"]
     assert script(export.main, "comfyui", *given, f"--dest={file}").code == 0

@@ -155,9 +155,9 @@ def test_broken_settings_are_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_without_betas_is_refused(folder: Path) -> None:
-    other = {"_class_name": "KarrasVeScheduler", "sigma_max": 100.0}
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="KarrasVeScheduler has neither betas nor the shift of a"):
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(flow))
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no betas"):
         describe_diffusers("mine", folder)
 
 

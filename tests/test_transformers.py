@@ -275,7 +275,7 @@ def change(file: Path, **entries: Any) -> None:
     [
         ("model_index.json", {"_class_name": "HiDreamImagePipeline"}, "HiDreamImagePipeline is no"),
         ("model_index.json", {"text_encoder": ["transformers", "BertModel"]}, "'BertModel' is not"),
-        ("transformer/config.json", {"in_channels": 10**6}, "in_channels = 1000000 is no number"),
+        ("transformer/config.json", {"in_channels": 10**6}, "in_channels = 1000000 is no whole"),
         ("scheduler/scheduler_config.json", {"shift": "x"}, "shift 'x' is no number"),
         ("scheduler/scheduler_config.json", {"max_shift": 1e4}, "is none that a flow can have"),
         ("scheduler/scheduler_config.json", {"max_image_seq_len": 4}, "4 is not above 4"),

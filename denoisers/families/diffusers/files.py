@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from checkpoints.snapshots import read_weights
 from denoisers.cards import Card
 from denoisers.families.diffusers.kinds import ENCODERS, check_kind, transformer_card
-from denoisers.families.diffusers.process import noise_schedule
-from denoisers.families.diffusers.sizes import check_sizes, upsampling
+from denoisers.families.diffusers.process import discrete_schedule
+from denoisers.families.diffusers.sizes import check_sizes, upsampling, whole
 from runtime.bounds import MOST_LAYERS, MOST_SIDE
 from runtime.errors import UserError
 from runtime.files import require_readable, sha256_file
@@ -39,8 +39,9 @@ TEXT_ENCODER_NAMES = (
 )
 FIRST_STAGES = ("vae", "vqvae")
 #: Components with weights, in the order in which they are loaded.
-NETWORKS = ("unet", "transformer")
-WEIGHTED = (*NETWORKS, *FIRST_STAGES, "text_encoder", "text_encoder_2", "text_encoder_3")
+WEIGHTED = (
+    "unet", "transformer", *FIRST_STAGES, "text_encoder", "text_encoder_2", "text_encoder_3",
+)  # fmt: skip
 SINGLE = (".safetensors", ".ckpt")
 
 
@@ -193,7 +194,7 @@ def pipeline_card(
     _check_unet(unet, source)
     side = unet["sample_size"] if isinstance(unet["sample_size"], int) else unet["sample_size"][0]
     text = parts["unet"] == "UNet2DConditionModel"
-    noise, schedule = noise_schedule(scheduler, source)
+    noise, schedule = discrete_schedule(scheduler, source)
     low, high = schedule.sigma(torch.tensor([EPSILON_T, 1.0], dtype=torch.float64)).tolist()
     return Card(
         name=name,
@@ -248,8 +249,7 @@ def _check_unet(unet: Mapping[str, Any], source: str) -> None:
         refuse("sample_size", "is no square; only square images are supported")
     if not all(type(side) is int and 1 <= side <= MOST_SIDE for side in sides):
         refuse("sample_size", f"is no whole number from 1 to {MOST_SIDE}")
-    if type(unet.get("in_channels")) is not int or not 1 <= unet["in_channels"] <= MOST_LAYERS:
-        refuse("in_channels", f"is no whole number from 1 to {MOST_LAYERS}")
+    whole(unet, "in_channels", MOST_LAYERS, source)
     if unet.get("in_channels") != unet.get("out_channels"):
         refuse("out_channels", f"differs from in_channels = {unet.get('in_channels')}")
     for what in ("num_class_embeds", "class_embed_type", "time_cond_proj_dim", "encoder_hid_dim"):

@@ -14,7 +14,7 @@ import torch
 
 from denoisers.cards import Card
 from denoisers.families.diffusers.process import noise_schedule
-from denoisers.families.diffusers.sizes import upsampling
+from denoisers.families.diffusers.sizes import upsampling, whole
 from runtime.bounds import MOST_LAYERS, MOST_SIDE
 from runtime.errors import UserError
 
@@ -106,11 +106,11 @@ def transformer_card(
     pipeline = KINDS[kind]
     factor = upsampling(stage, source)
     patch = _patch(pipeline, network, source)
-    side = _whole(pipeline.side or network.get("sample_size"), "sample_size", source)
-    settings = _given(given, pipeline, network, factor * patch, source)
+    side = pipeline.side or whole(network, "sample_size", MOST_SIDE, source)
+    settings = _given(given, pipeline, factor * patch, source)
     height = settings.get("height", side * factor) // factor
     width = settings.get("width", side * factor) // factor
-    channels = _whole(network.get("in_channels"), "in_channels", source)
+    channels = whole(network, "in_channels", MOST_LAYERS, source)
     noise, schedule = noise_schedule(scheduler, source, height * width // patch**2)
     ends = torch.tensor([LAST, FIRST if noise["kind"] == "flow" else 1.0], dtype=torch.float64)
     low, high = schedule.sigma(ends).tolist()
@@ -133,30 +133,15 @@ def transformer_card(
     )
 
 
-def tokens(card: Card, kind: str, network: Mapping[str, Any]) -> int:
-    """Patches of an image, on which a dynamic shift depends."""
-    _, height, width = card.shape
-    return height * width // _patch(KINDS[kind], network, kind) ** 2
-
-
 def _patch(pipeline: PipelineKind, network: Mapping[str, Any], source: str) -> int:
     """Latents along the side of a patch."""
-    return 2 if pipeline.packed else _whole(network.get("patch_size", 2), "patch_size", source)
-
-
-def _whole(value: object, what: str, source: str) -> int:
-    most = MOST_LAYERS if what == "patch_size" else MOST_SIDE
-    if type(value) is not int or not 1 <= value <= most:
-        raise UserError(f"{source}: the network's {what} = {value!r} is no number from 1 to {most}")
-    return value
+    if pipeline.packed or "patch_size" not in network:
+        return 2
+    return whole(network, "patch_size", MOST_LAYERS, source)
 
 
 def _given(
-    given: Mapping[str, Any],
-    pipeline: PipelineKind,
-    network: Mapping[str, Any],
-    multiple: int,
-    source: str,
+    given: Mapping[str, Any], pipeline: PipelineKind, multiple: int, source: str
 ) -> dict[str, Any]:
     """The user's settings, if this pipeline has them."""
     for name, value in given.items():

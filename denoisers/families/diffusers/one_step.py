@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from denoisers.cards import Card
-from denoisers.families.diffusers.kinds import KINDS, PipelineKind, tokens
+from denoisers.families.diffusers.kinds import KINDS, PipelineKind
 from denoisers.families.diffusers.process import Prediction
 from denoisers.families.diffusers.prompts import PromptedModel, RememberedPrompts
 from denoisers.precision import wide_dtype, widened
@@ -196,8 +196,7 @@ def from_transformer_pipeline(pipe: Any, card: Card, sha256: str = "") -> Transf
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
-    count = tokens(card, source, pipe.transformer.config)
-    prediction = Prediction.of(pipe.scheduler.config, source, count)
+    prediction = Prediction.of(pipe.scheduler.config, source)
     return TransformerModel(
         card, sha256, pipe, KINDS[source], prediction, RememberedPrompts(pipe.encode_prompt)
     )

@@ -34,11 +34,11 @@ class Prediction:
     clip: float | None  #: bound at which the pipeline's own sampler clips ``x0``
 
     @classmethod
-    def of(cls, scheduler: Mapping[str, Any], source: str, tokens: int = 0) -> Prediction:
+    def of(cls, scheduler: Mapping[str, Any], source: str) -> Prediction:
         """From a scheduler's settings; UserError for a process of another kind."""
-        _, schedule = noise_schedule(scheduler, source, tokens)
-        if isinstance(schedule, Flow):
-            return cls(schedule, FLOW, None)
+        if _is_flow(scheduler):
+            return cls(Flow(), FLOW, None)  # a shift moves levels, not what the network does there
+        _, schedule = discrete_schedule(scheduler, source)
         clip = scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample") else None
         kind = scheduler.get("prediction_type", "epsilon")
         return cls(schedule, kind, clip)
@@ -58,31 +58,29 @@ class Prediction:
         elif self.kind == "v_prediction":
             x0 = (x - sigma * (1 + sigma**2).sqrt() * raw) / (1 + sigma**2)
         elif self.kind == FLOW:
-            x0 = x / (1 + sigma) - sigma / (1 + sigma) * raw
+            x0 = Flow().x0(x, sigma, raw)
         else:
             x0 = raw
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
 
 def noise_schedule(
-    scheduler: Mapping[str, Any], source: str, tokens: int = 0
+    scheduler: Mapping[str, Any], source: str, tokens: int
 ) -> tuple[dict[str, Any], DiscreteVP | Flow]:
     """The ``noise_schedule`` of a card from a scheduler's settings, and the schedule itself.
 
     ``tokens`` is the number of patches of an image, on which a dynamic shift depends.  Raises
     UserError for a process that is neither a flow nor variance preserving with betas.
     """
-    if scheduler.get("prediction_type") == FLOW or _is_flow_matching(scheduler):
+    if _is_flow(scheduler):
         shift = _shift(scheduler, source, tokens)
         return {"kind": "flow", "shift": shift}, Flow(shift)
-    if not {"beta_start", "beta_end", "beta_schedule"} <= set(scheduler):
-        kind = scheduler.get("_class_name")
-        raise UserError(f"{source}: {kind} has neither betas nor the shift of a flow")
-    return _discrete(scheduler, source)
+    return discrete_schedule(scheduler, source)
 
 
-def _is_flow_matching(scheduler: Mapping[str, Any]) -> bool:
-    return "shift" in scheduler and "beta_start" not in scheduler
+def _is_flow(scheduler: Mapping[str, Any]) -> bool:
+    matching = "shift" in scheduler and "beta_start" not in scheduler
+    return matching or scheduler.get("prediction_type") == FLOW
 
 
 def _shift(scheduler: Mapping[str, Any], source: str, tokens: int) -> float:
@@ -113,13 +111,18 @@ def _shift(scheduler: Mapping[str, Any], source: str, tokens: int) -> float:
     return shift
 
 
-def _discrete(scheduler: Mapping[str, Any], source: str) -> tuple[dict[str, Any], DiscreteVP]:
-    """The schedule of betas."""
+def discrete_schedule(
+    scheduler: Mapping[str, Any], source: str
+) -> tuple[dict[str, Any], DiscreteVP]:
+    """As `noise_schedule`, of a process with betas; UserError for any other."""
 
     def known(what: str, value: Any, values: Iterable[str]) -> None:
         if value not in list(values):  # it may be of any type
             raise UserError(f"{source}: {what} {value!r} is not one of {', '.join(values)}")
 
+    if not {"beta_start", "beta_end", "beta_schedule"} <= set(scheduler):
+        kind = scheduler.get("_class_name")
+        raise UserError(f"{source}: {kind} has no betas, so its process is not a discrete VP one")
     if scheduler.get("trained_betas") is not None or scheduler.get("rescale_betas_zero_snr"):
         raise UserError(
             f"{source}: betas that are listed or rescaled to zero terminal SNR are not supported"

@@ -33,6 +33,16 @@ def check_sizes(value: Any, what: str) -> None:
         raise UserError(f"{what} is {value}, more than any network's {most}; copy it anew")
 
 
+def whole(network: Mapping[str, Any], what: str, most: int, source: str) -> int:
+    """A setting of a network; UserError unless it is a whole number from 1 to ``most``."""
+    value = network.get(what)
+    if type(value) is not int or not 1 <= value <= most:
+        raise UserError(
+            f"{source}: the network's {what} = {value!r} is no whole number from 1 to {most}"
+        )
+    return value
+
+
 def upsampling(stage: Mapping[str, Any], source: str) -> int:
     """The resolution of images over that of latents, of any kind of first stage."""
     for name, count in LEVELS.items():
