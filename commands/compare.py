@@ -55,6 +55,14 @@ Examples:
 @click.option("--iterations", metavar="LIST", help="of --with pds, by comma  [default: 50]")
 @mask_options
 @classic_options
+@click.option(
+    "--no_cache",
+    type=bool,
+    is_flag=False,
+    flag_value="True",
+    default=False,
+    help="measure every row, also those that are kept from earlier runs",
+)
 @harness_options("samples/compare")
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Compare samplers at matched budgets, on the same seeds, through one FID harness.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from comparison.baselines import completed
+from comparison.kept_rows import KeptRows
 from comparison.measure import measure
 from comparison.report.html import closing_line, write_page
 from comparison.report.table import markdown
@@ -70,6 +71,7 @@ class CompareOptions:
     schedule_type: str | None = None
     solvers: str = DEFAULT_SOLVERS  #: of the classic rows
     times: tuple[float, ...] | None = None  #: of more classic rows
+    no_cache: bool = False  #: measure every row, also those that are kept
     outdir: Path = Path("samples/compare")
 
 
@@ -90,6 +92,7 @@ class ComparisonJob:
     rounds: Sequence[int]  #: images per candidate in Restart's selection; none without Restart
     selection_nfe: int  #: evaluations of all selections
     facts: Mapping[str, Json]  #: more for the record
+    kept: KeptRows = KeptRows()
 
     def record(self, harness: Harness | None = None) -> RunRecord:
         """The record of this run; without a harness, in a dry run, what is known before it."""
@@ -132,7 +135,7 @@ class ComparisonJob:
             for row in self._rows(harness, bar.update, bar.set_description):
                 bar.set_description(f"{row.method} at {row.sampler.nfe} NFE")
                 tick = _in_nfe(row.sampler.nfe, bar.update)
-                measured.append(measure(row, harness, self.folder, tick))
+                measured.append(measure(row, harness, self.folder, tick, self.kept))
         here.barrier()
         if not here.is_main:
             return ""
@@ -201,6 +204,7 @@ def prepare(options: CompareOptions) -> ComparisonJob:
     return ComparisonJob(
         "compare", options, harness, card, seeds, options.blocks, options.outdir,
         rows, extra, ceilings, rounds, selection_nfe, facts,
+        KeptRows() if options.no_cache else KeptRows.of(options.harness.model.cache_dir),
     )  # fmt: skip
 
 

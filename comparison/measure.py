@@ -7,56 +7,111 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from comparison.results import MeasuredRow, RowIdentity
+from comparison.kept_rows import KeptRows, copy_files
+from comparison.results import MeasuredRow, RowIdentity, but_converged
 from comparison.rows import Row
 from evaluation.harness import Harness, Measured
 from metrics.summary import FeatureSummary
 from runtime.files import atomic_write
 from runtime.images import image_grid, save_png
+from runtime.record import utc_now
 from runtime.typed import read_earlier, to_plain, write_result
 
 ROWS = "rows"  #: folder of the measured rows
 
 
-def measure(row: Row, harness: Harness, folder: Path, tick: Callable[[int], object]) -> MeasuredRow:
-    """The numbers of one row; read from ``folder`` if the same row was measured before.
+def measure(
+    row: Row,
+    harness: Harness,
+    folder: Path,
+    tick: Callable[[int], object],
+    kept: KeptRows | None = None,
+) -> MeasuredRow:
+    """The numbers of one row; read from ``folder``, or from ``kept``, if it was measured before.
 
     A row is one JSON file, written whole at its end, so a killed comparison loses one row at most.
     Its statistics and features lie beside it (see :meth:`FeatureSummary.load`): other metrics and
     references need no new samples.
     """
+    kept = kept or KeptRows()
     file = folder / ROWS / f"{row.key}.json"
-    described = to_plain(row.sampler.describe())  # equal to its copy on disk
-    identity = RowIdentity(described, harness.identity)
-    earlier = read_earlier(MeasuredRow, file)
-    if earlier is not None and earlier.identity != identity:
-        earlier = _with_new_reference(earlier, identity, harness, folder)
-        if earlier is not None and harness.here.is_main:
-            write_result(file, earlier)
+    identity = _identity(row, harness)
+    here = harness.here
+    earlier = here.broadcast_object(_earlier(row, identity, harness, file, kept, here.is_main))
     if earlier is not None:
         tick(len(harness.seeds))
         return earlier
     begin = time.perf_counter()
     measured = harness.fid(row.sampler, harness.seeds, harness.blocks, tick)
     result = _result(row, measured, identity, time.perf_counter() - begin)
-    if harness.here.is_main:
+    if here.is_main:
         images = harness.pictures(row.sampler)
         save_png(file.with_suffix(".png"), image_grid(images, columns=len(images)))
         with atomic_write(file.with_suffix(".npz")) as temporary:
             measured.summary.save(temporary)
         write_result(file, result)
+        kept.add(row, result, folder)
     return result
+
+
+def _identity(row: Row, harness: Harness) -> RowIdentity:
+    described = to_plain(row.sampler.describe())  # equal to its copy on disk
+    return RowIdentity(described, harness.identity, harness.precision, harness.here.device.type)
+
+
+def _earlier(
+    row: Row, identity: RowIdentity, harness: Harness, file: Path, kept: KeptRows, is_main: bool
+) -> MeasuredRow | None:
+    """The row as it was measured before, here or elsewhere; from now on it lies in ``file``."""
+    if not is_main:
+        return None
+    folder = file.parent.parent
+    earlier = read_earlier(MeasuredRow, file)
+    if earlier is not None and earlier.identity == identity:
+        return earlier
+    if earlier is not None:
+        earlier = _with_new_reference(earlier, identity, harness, folder)
+    if earlier is None:
+        earlier = _taken_over(row, identity, harness, folder, kept)
+    if earlier is not None:
+        write_result(file, earlier)
+    return earlier
+
+
+def _taken_over(
+    row: Row, identity: RowIdentity, harness: Harness, folder: Path, kept: KeptRows
+) -> MeasuredRow | None:
+    """The row from among those kept, with its files copied to ``folder``; None without one."""
+    for place in kept.places(row, identity):
+        found = read_earlier(MeasuredRow, place)
+        if found is not None:
+            found = _with_new_reference(found, identity, harness, place.parent)
+        if found is not None:
+            own = replace(found, kept=True, **_names(row))
+            copy_files(found, place.parent, own, folder)
+            return own
+    return None
+
+
+def _names(row: Row) -> dict[str, Any]:
+    """What a row is called, and where its files lie in the folder of a comparison."""
+    return {
+        "method": row.method,
+        "group": row.group,
+        "budget": row.budget,
+        "detail": row.detail,
+        "own_solver": row.own_solver,
+        "pictures": f"{ROWS}/{row.key}.png",
+        "statistics": f"{ROWS}/{row.key}.npz",
+    }
 
 
 def _result(row: Row, measured: Measured, identity: RowIdentity, seconds: float) -> MeasuredRow:
     fid, converged = measured.fid, measured.converged
     return MeasuredRow(
-        method=row.method,
-        group=row.group,
-        budget=row.budget,
-        detail=row.detail,
-        own_solver=row.own_solver,
+        **_names(row),
         fid=fid.fid,
         fid_converged=None if converged is None else converged.fid,
         fid_block_mean=fid.mean,
@@ -69,8 +124,7 @@ def _result(row: Row, measured: Measured, identity: RowIdentity, seconds: float)
         seconds=seconds,
         detector=identity.harness.detector,
         identity=identity,
-        pictures=f"{ROWS}/{row.key}.png",
-        statistics=f"{ROWS}/{row.key}.npz",
+        created=utc_now(),
     )
 
 
@@ -82,7 +136,7 @@ def _with_new_reference(
     None where anything but that reference differs, and where the statistics on disk are not those
     of the result.
     """
-    if _but_converged(earlier.identity) != _but_converged(identity) or earlier.statistics is None:
+    if but_converged(earlier.identity) != but_converged(identity) or earlier.statistics is None:
         return None
     try:
         moments = FeatureSummary.load(folder / earlier.statistics, harness.detector).moments
@@ -94,7 +148,3 @@ def _with_new_reference(
     second = harness.converged
     converged = None if second is None else moments.fid(second.statistics)
     return replace(earlier, fid_converged=converged, identity=identity)
-
-
-def _but_converged(identity: RowIdentity) -> RowIdentity:
-    return replace(identity, harness=replace(identity.harness, converged=None))

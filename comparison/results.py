@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from evaluation.harness import HarnessIdentity
 from metrics.paired import Gap
@@ -20,6 +20,14 @@ class RowIdentity:
 
     sampler: SamplerDescription
     harness: HarnessIdentity
+    #: Of the network, and the kind of device; older files lack both.
+    dtype: str | None = field(default=None, metadata=OPTIONAL)
+    device: str | None = field(default=None, metadata=OPTIONAL)
+
+
+def but_converged(identity: RowIdentity) -> RowIdentity:
+    """The identity without the second reference, which the images do not depend on."""
+    return replace(identity, harness=replace(identity.harness, converged=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,8 @@ class MeasuredRow:
     excess: float | None = None  #: see :func:`comparison.baselines.excess`
     to_best: Gap | None = None  #: to the best row of the budget
     to_own: Gap | None = None  #: to the row of ``own_solver``
+    created: str | None = field(default=None, metadata=OPTIONAL)  #: UTC, when it was measured
+    kept: bool = False  #: whether it was measured for another report; see `comparison.kept_rows`
     schema: int = SCHEMA
 
 

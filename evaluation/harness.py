@@ -105,6 +105,7 @@ class Harness:
     here: World
     conditions: Conditions = Conditions()  #: the guidance rate is each sampler's own
     converged: Converged | None = None  #: the second reference, where there is one
+    precision: str = "float32"  #: dtype of the network
 
     @property
     def identity(self) -> HarnessIdentity:
@@ -207,4 +208,5 @@ def open_harness(
         here,
         conditions,
         open_converged(options.ref_model, model, detector, seeds, conditions),
+        options.model.dtype,
     )

@@ -59,7 +59,7 @@ class RunRecord:
             plan=_plain("plan", plan),
             versions=_versions(),
             git_commit=_git_commit(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=utc_now(),
             schema=SCHEMA,
         )
 
@@ -112,6 +112,11 @@ class RunRecord:
                 if new.get(key) != old.get(key) and not (part == "options" and key in ignore)
             ]
         return lines
+
+
+def utc_now() -> str:
+    """The time in UTC to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _plain(part: str, values: Mapping[str, Json]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def read_earlier(kind: type[T], path: str | Path) -> T | None:
     """As `read_result`, but None for a file that cannot be read: its content is made again."""
     try:
         return read_result(kind, path)
-    except UserError:
+    except (OSError, UserError):
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,13 @@ def pytest_collection_finish() -> None:
 
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of its own for every test, which finds nothing and leaves nothing."""
+    name = f"cache-{secrets.token_hex(8)}"
+    monkeypatch.setenv("AMED_CACHE", str(tmp_path_factory.getbasetemp() / name))
 
 
 @pytest.fixture(scope="session")

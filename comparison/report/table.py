@@ -14,6 +14,7 @@ from metrics.paired import LEVEL, Gap
 
 Rows = Sequence[MeasuredRow]
 SAME = "="  #: marks two rows that the images cannot tell apart
+KEPT = "*"  #: marks a row that was measured for another report
 #: Of a gap, each in a column of the CSV file.
 GAPS = ("to_best", "to_own")
 #: Fields that a cell of the CSV file cannot hold, or that say nothing there.
@@ -35,7 +36,7 @@ def caption(rows: Rows) -> str:
         f"row (N = {n}); blocks: mean +- standard deviation over "
         f"{first.blocks} disjoint blocks of {n // first.blocks}, whose FID is higher because they "
         f"are smaller. {_of_excess(rows)}images/s is sampling alone. {_of_converged(rows)} "
-        f"{_of_gaps(rows)}"
+        f"{_of_gaps(rows)}{_of_kept(rows)}"
     )
 
 
@@ -83,6 +84,15 @@ def _of_gaps(rows: Rows) -> str:
     )
 
 
+def _of_kept(rows: Rows) -> str:
+    if not any(row.kept for row in rows):
+        return ""
+    return (
+        f" {KEPT}: measured earlier with the same model, sampler, seeds, detector, dtype and kind "
+        "of device; --no_cache measures it again."
+    )
+
+
 def _of_converged(rows: Rows) -> str:
     second = rows[0].identity.harness.converged
     if second is None or not _has_converged(rows):
@@ -123,7 +133,7 @@ def _converged(row: MeasuredRow, rows: Rows) -> str:
 
 #: The columns of every table, by title: the cell of a row among ordered rows.
 COLUMNS: dict[str, Callable[[MeasuredRow, Rows], str]] = {
-    "method": lambda row, _: row.method,
+    "method": lambda row, _: f"{row.method} {KEPT}" if row.kept else row.method,
     "NFE": lambda row, _: str(row.nfe_planned),
     "FID": lambda row, _: f"{row.fid:.2f}",
     "FID to converged": _converged,
@@ -131,7 +141,7 @@ COLUMNS: dict[str, Callable[[MeasuredRow, Rows], str]] = {
     "blocks": lambda row, _: f"{row.fid_block_mean:.2f} +- {row.fid_block_spread:.2f}",
     "excess": lambda row, _: "" if row.excess is None else f"{row.excess:.2f}",
     "vs own solver": _own_solver,
-    "images/s": lambda row, _: f"{row.images_per_second:.1f}",
+    "images/s": lambda row, _: "" if row.kept else f"{row.images_per_second:.1f}",
     "NFE metered": lambda row, _: str(row.nfe_metered),
     "detail": lambda row, _: row.detail,
 }

@@ -1,0 +1,176 @@
+"""Rows that are taken over from earlier measurements."""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from comparison import kept_rows
+from comparison.job import CompareOptions, prepare
+from comparison.kept_rows import BUNDLED, KeptRows, place
+from comparison.measure import measure
+from comparison.report.table import markdown
+from comparison.results import MeasuredRow
+from comparison.rows import Row, ceiling_rows, classic_rows
+from denoisers.registry import ModelSource
+from evaluation.harness import Harness, HarnessOptions, open_harness
+from metrics.statistics import Statistics
+from metrics.summary import FeatureSummary
+from runtime.images import to_uint8_tensor
+from runtime.typed import read_result
+from tests.comparison_problems import CARD, HERE, MixtureModel, make_harness
+
+SOME = 2  #: images that are made again
+
+
+def euler() -> Row:
+    return classic_rows(3, CARD)[0]
+
+
+@pytest.fixture
+def spent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The samplers that were measured."""
+    labels: list[str] = []
+    fid = Harness.fid
+
+    def counted(harness: Harness, sampler, *more):
+        labels.append(sampler.label)
+        return fid(harness, sampler, *more)
+
+    monkeypatch.setattr(Harness, "fid", counted)
+    return labels
+
+
+def test_a_row_is_taken_over_with_its_files(tmp_path: Path, spent: list[str]) -> None:
+    harness, kept, row = make_harness(), KeptRows((tmp_path / "kept",)), euler()
+    first = measure(row, harness, tmp_path / "a", lambda n: None, kept)
+    ticks: list[int] = []
+    named = replace(row, method="Euler's", detail="other words")
+    found = measure(named, harness, tmp_path / "b", ticks.append, kept)
+    assert spent == ["euler"] and ticks == [12]
+    assert not first.kept and found.kept
+    assert (found.method, found.detail) == ("Euler's", "other words")
+    assert (found.fid, found.fid_blocks, found.created) == (
+        first.fid, first.fid_blocks, first.created,
+    )  # fmt: skip
+    for name in ("pictures", "statistics"):
+        one, two = (
+            (tmp_path / "a" / getattr(first, name)).read_bytes(),
+            (tmp_path / "b" / getattr(found, name)).read_bytes(),
+        )
+        assert one == two
+    assert measure(named, harness, tmp_path / "b", lambda n: None) == found  # its own by now
+    text = markdown([found])
+    assert "| Euler's * |" in text and "*: measured earlier" in text and "--no_cache" in text
+    assert " * " not in markdown([first]) and "--no_cache" not in markdown([first])
+
+
+OTHERS = {
+    "sampler": lambda row, h: (classic_rows(3, CARD)[-1], h),
+    "seeds": lambda row, h: (row, replace(h, seeds=range(1, 13))),
+    "blocks": lambda row, h: (row, replace(h, blocks=3)),
+    "dtype": lambda row, h: (row, replace(h, precision="bfloat16")),
+    "model": lambda row, h: (row, replace(h, model=OtherModel())),
+    "reference": lambda row, h: (row, replace(h, reference=replace_source(h.reference))),
+    "group": lambda row, h: (replace(row, group="learned"), h),
+}  # fmt: skip
+
+
+class OtherModel(MixtureModel):
+    sha256 = "1" * 64
+
+
+def replace_source(reference: Statistics) -> Statistics:
+    other = copy(reference)
+    other.source_sha256 = "3" * 64
+    return other
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_another_row_is_measured(change: str, tmp_path: Path, spent: list[str]) -> None:
+    harness, kept, row = make_harness(), KeptRows((tmp_path / "kept",)), euler()
+    measure(row, harness, tmp_path / "a", lambda n: None, kept)
+    row, harness = OTHERS[change](row, harness)
+    assert not measure(row, harness, tmp_path / "b", lambda n: None, kept).kept
+    assert len(spent) == 2
+
+
+def test_rows_of_another_detector_device_or_version_have_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = measure(euler(), make_harness(), tmp_path, lambda n: None).identity
+    assert (identity.dtype, identity.device) == ("float32", "cpu")
+    here = place(identity, tmp_path)
+    assert here == place(replace(identity), tmp_path)
+    detector = replace(identity.harness, detector_sha256="2" * 64)
+    assert here != place(replace(identity, harness=detector), tmp_path)
+    assert here != place(replace(identity, device="cuda"), tmp_path)
+    monkeypatch.setattr(kept_rows, "__version__", "99")
+    assert here != place(identity, tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".json", ".npz"])
+@pytest.mark.parametrize("damage", [b"", b"{}", None])
+def test_a_damaged_row_is_measured_again(
+    ending: str, damage: bytes | None, tmp_path: Path, spent: list[str]
+) -> None:
+    harness, kept, row = make_harness(), KeptRows((tmp_path / "kept",)), euler()
+    first = measure(row, harness, tmp_path / "a", lambda n: None, kept)
+    (file,) = (tmp_path / "kept").glob(f"*{ending}")
+    file.write_bytes(damage) if damage is not None else file.unlink()
+    found = measure(row, harness, tmp_path / "b", lambda n: None, kept)
+    assert not found.kept and found.fid == first.fid and len(spent) == 2
+    assert measure(row, harness, tmp_path / "c", lambda n: None, kept).kept  # mended
+
+
+def test_numbers_that_are_not_those_of_the_statistics_are_measured_again(
+    tmp_path: Path, spent: list[str]
+) -> None:
+    harness, kept, row = make_harness(), KeptRows((tmp_path / "kept",)), euler()
+    measure(row, harness, tmp_path / "a", lambda n: None, kept)
+    (file,) = (tmp_path / "kept").glob("*.json")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "fid": 1.01 * content["fid"]}))
+    assert not measure(row, harness, tmp_path / "b", lambda n: None, kept).kept
+    assert len(spent) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_the_keeping_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    kept = KeptRows((tmp_path / "file" / "rows",))
+    found = measure(euler(), make_harness(), tmp_path / "a", lambda n: None, kept)
+    assert read_result(MeasuredRow, tmp_path / "a" / "rows" / "nfe003-euler.json") == found
+    assert "Euler is not kept for other comparisons" in capsys.readouterr().err
+
+
+def test_no_cache_measures_every_row(tmp_path: Path) -> None:
+    options = CompareOptions(bundled(), budgets="none", outdir=tmp_path)
+    assert prepare(options).kept == KeptRows.of(None)
+    assert prepare(replace(options, no_cache=True)).kept == KeptRows()
+
+
+def bundled() -> HarnessOptions:
+    return HarnessOptions(ModelSource("cifar10-small"))
+
+
+@pytest.mark.parametrize("row", ceiling_rows(CARD), ids=lambda row: row.method)
+def test_the_bundled_rows_are_those_of_the_bundled_model(
+    row: Row, tmp_path: Path, spent: list[str]
+) -> None:
+    """The default run finds them, and their features are those of images made here."""
+    harness = open_harness(bundled(), range(1500), 4, HERE)
+    found = measure(row, harness, tmp_path, lambda n: None, KeptRows((BUNDLED,)))
+    assert found.kept and not spent and found.n == 1500
+    summary = FeatureSummary.load(tmp_path / str(found.statistics), harness.detector)
+    kept = summary.features
+    assert kept is not None
+    made = next(harness.generate(row.sampler, range(SOME), batch=SOME))
+    again = harness.detector(to_uint8_tensor(made.images))
+    error = (again - kept[:SOME]).norm() / (kept[:SOME] - kept[SOME:].mean(0)).norm()
+    assert error < 0.01
