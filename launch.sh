@@ -37,15 +37,16 @@ PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newe
 recipe_default() { # budget 5 only
     note "kept short: 1024 trajectories per AMED student, $IMAGES images a row, 5 NFE only;"
     note "published lengths, 50,000 images and 3 to 10 NFE: ./launch.sh full"
-    predictors=""
+    local kept=--trajectories=256 # of Heun, walked once for all students that learn from it
+    predictors="" GPUS=${GPUS:-$SMALL_PROCESSES}
+    keep student_ns cifar10-small 5 --dtype="$DTYPE" --refine=120 --batch=32 $kept
     small_students 4 True --batch=16 --total_kimg=1.024 --tick=0.256
-    keep student_ns cifar10-small 5 --dtype="$DTYPE" --refine=120 --batch=32 --trajectories=256
     small_report default 5 --num_images="$IMAGES" --select=32,128
 }
 
 recipe_full() { # 3 to 6 nodes are 3, 5, 7, 9 evaluations with AFS, and one more without
-    local nfe
-    predictors=""
+    local nfe kept=""
+    predictors="" GPUS=${GPUS:-$SMALL_PROCESSES}
     for num_steps in 3 4 5 6; do
         for afs in True False; do
             small_students $num_steps $afs --batch=128 --total_kimg=10
@@ -59,22 +60,25 @@ recipe_full() { # 3 to 6 nodes are 3, 5, 7, 9 evaluations with AFS, and one more
 }
 
 small_students() { # NUM_STEPS AFS FLAG...: AMED's students of the bundled model under each of their
-    # teachers, Heun at about Restart's evaluations; appends the runs' folders to $predictors.
+    # teachers, Heun at about Restart's evaluations unless $kept gives it walks of its own; appends
+    # the runs' folders to $predictors.
     # Each is on the grid that its own solver is published with. Flow targets need a restart that
     # reaches a noise level which an interval starts from: of four log-SNR nodes that is 0.068, just
     # above 0.06; no interval of the polynomial grid starts between 0.06 and 0.3.
     local num_steps=$1 afs=$2
     shift 2
-    GPUS=${GPUS:-$SMALL_PROCESSES}
     set -- --dtype="$DTYPE" "$@"
-    keep student_amed cifar10-small heun "$num_steps" 3 "$afs" --schedule_type=logsnr "$@"
-    keep student_amed cifar10-small restart "$num_steps" 1 "$afs" --schedule_type=logsnr \
+    keep student_amed cifar10-small heun "$num_steps" "$afs" "${kept:---M=3}" \
+        --schedule_type=logsnr "$@"
+    keep student_amed cifar10-small restart "$num_steps" "$afs" --M=1 --schedule_type=logsnr \
         --restart_target=flow --restart_info='{"0": [3, 2, 0.06, 0.3]}' "$@"
     set -- --schedule_type=polynomial --schedule_rho=7 "$@"
-    keep student_plugin cifar10-small ipndm "$num_steps" 2 "$afs" "$@"
-    keep student_plugin cifar10-small heun "$num_steps" 4 "$afs" "$@"
-    keep student_plugin cifar10-small restart "$num_steps" 2 "$afs" --restart_target=trajectory \
-        "$@"
+    keep student_plugin cifar10-small heun "$num_steps" "$afs" "${kept:---M=4}" "$@"
+    keep student_plugin cifar10-small restart "$num_steps" "$afs" --M=2 \
+        --restart_target=trajectory "$@"
+    if [ -z "$kept" ]; then # a fine walk of iPNDM is that of Heun
+        keep student_plugin cifar10-small ipndm "$num_steps" "$afs" --M=2 "$@"
+    fi
 }
 
 small_report() { # NAME BUDGETS FLAG...: the comparison of the students in $predictors, and how far
@@ -92,14 +96,14 @@ keep() { # COMMAND...: run it and append the run's folder to $predictors
     predictors="${predictors:+$predictors,}$folder"
 }
 
-student_amed() { # DATASET TEACHER NUM_STEPS M AFS FLAG...: AMED-Solver as published
-    train --dataset_name="$1" --sampler_stu=amed --sampler_tea="$2" --num_steps="$3" --M="$4" \
-        --afs="$5" --scale_dir=0.01 --scale_time=0 "${@:6}"
+student_amed() { # DATASET TEACHER NUM_STEPS AFS FLAG...: AMED-Solver as published
+    train --dataset_name="$1" --sampler_stu=amed --sampler_tea="$2" --num_steps="$3" \
+        --afs="$4" --scale_dir=0.01 --scale_time=0 "${@:5}"
 }
 
-student_plugin() { # DATASET TEACHER NUM_STEPS M AFS FLAG...: the AMED plugin on iPNDM as published
-    train --dataset_name="$1" --sampler_stu=ipndm --sampler_tea="$2" --num_steps="$3" --M="$4" \
-        --afs="$5" --scale_dir=0.01 --scale_time=0.2 --max_order=4 "${@:6}"
+student_plugin() { # DATASET TEACHER NUM_STEPS AFS FLAG...: the AMED plugin on iPNDM as published
+    train --dataset_name="$1" --sampler_stu=ipndm --sampler_tea="$2" --num_steps="$3" \
+        --afs="$4" --scale_dir=0.01 --scale_time=0.2 --max_order=4 "${@:5}"
 }
 
 student_ns() { # DATASET NFE FLAG...: a whole solver as a table
@@ -121,13 +125,13 @@ recipe_imagenet64() { published imagenet64 imagenet-64x64 1281167; }
 published() { # DATASET REFERENCE IMAGES: both students, 50,000 images each, FID
     local url="https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/$2.npz"
     length 128 10 49999
-    student_amed "$1" heun 4 1 True --schedule_type=time_uniform --schedule_rho=1 \
+    student_amed "$1" heun 4 True --M=1 --schedule_type=time_uniform --schedule_rho=1 \
         --batch=$BATCH --total_kimg=$KIMG
     run -c "$FETCH" "$url" data/fid-refs
     run fid.py ref --detector=inception --data="data/fid-refs/$2.npz" --num_images="$3" \
         --dest="data/fid-refs/$2-inception.npz"
     evaluate "$2"
-    student_plugin "$1" ipndm 4 2 True --schedule_type=polynomial --schedule_rho=7 \
+    student_plugin "$1" ipndm 4 True --M=2 --schedule_type=polynomial --schedule_rho=7 \
         --batch=$BATCH --total_kimg=$KIMG
     evaluate "$2"
 }

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from amed.batches import (
+    VARIANCE_DRAWS,
+    VARIANCE_SAMPLES,
+    Batches,
+    Data,
+    StoredBatches,
+    TaughtBatches,
+)
+from amed.options import TrainOptions, check_options
 from amed.predictor import AMEDPredictor
 from amed.resume import is_longer, open_run
 from amed.settings import StudentSettings
-from amed.step import Student
-from amed.trainer import (
-    VARIANCE_DRAWS,
-    VARIANCE_SAMPLES,
-    Data,
-    Loop,
-    Preview,
-    is_finished,
-    train,
-    updates_done,
-)
+from amed.step import Student, repeated_calls
+from amed.trainer import Loop, Preview, is_finished, train, updates_done
 from denoisers.batch import SeededBatch
 from denoisers.cards import Card
-from denoisers.conditions import ConditionOptions, Conditions
+from denoisers.conditions import Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
 from denoisers.speed import Work, announce
@@ -39,48 +39,14 @@ from runtime.options import Json, flat_options
 from runtime.outputs import check_writable, claimed
 from runtime.record import RECORD, RunRecord
 from solvers.driver import Meter, integrate
-from solvers.grids import Grid, check_exponent
-from solvers.registry import SOLVERS
+from solvers.grids import Grid
 from teachers.build import RestartSupervision, build_teacher
 from teachers.supervision import RestartTeacher, Teacher, teacher_nfe, visit_nfe
+from teachers.trajectories import TrajectoryJob, TrajectoryOptions
+from teachers.trajectories import prepare as prepare_trajectories
 
 PREVIEW_SEEDS = range(16)
 VARIANCE = VARIANCE_SAMPLES * VARIANCE_DRAWS  #: trajectories whose spread a report tells
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """The options of ``train.py``, named like its flags."""
-
-    model: ModelSource
-    conditions: ConditionOptions = field(default_factory=ConditionOptions)
-    outdir: str = "exps"
-    total_kimg: float = 10.0  #: thousands of trajectories
-    batch: int = 128  #: trajectories per update, over all processes
-    batch_gpu: int | None = None  #: trajectories at a time per process; None means its whole share
-    lr: float = 5e-3
-    seed: int = 0
-    tick: float = 0.5  #: thousands of trajectories between reports
-    snap: int = 0  #: ticks between kept predictors; 0 keeps only the last one
-    desc: str | None = None
-    bench: bool = True
-    resume: str | None = None  #: ``auto``, or the number or folder of a run
-    sampler_stu: str = "amed"
-    sampler_tea: str = "heun"
-    num_steps: int = 4
-    M: int = 1
-    afs: bool = False
-    scale_dir: float = 0.0
-    scale_time: float = 0.0
-    schedule_type: str | None = None
-    schedule_rho: float | None = None
-    max_order: int | None = None
-    predict_x0: bool | None = None
-    lower_order_final: bool | None = None
-    thresholding: bool | None = None
-    restart_info: str | None = None
-    restart_target: str | None = None  #: None means that of `RestartSupervision`, as in S_noise
-    S_noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +60,18 @@ class TrainingJob:
     student: Student
     teacher: Teacher
     restart: RestartSupervision  #: of a Restart teacher; without intervals for another
+    stored: TrajectoryJob | None = None  #: the teacher's trajectories, if they are on disk
 
     @property
     def name(self) -> str:
         """The name of the folder, without its number."""
         desc = self.options.desc
         return self.settings.run_name(self._cost) + (f"-{desc}" if desc else "")
+
+    @property
+    def _teacher_nfe(self) -> int | None:
+        """Of one trajectory; None for dopri5."""
+        return self.stored.nfe if self.stored else teacher_nfe(self.teacher, self._cost)
 
     @property
     def _cost(self) -> int:
@@ -122,7 +94,7 @@ class TrainingJob:
         plan: dict[str, Json] = {
             "times": self.student.ts.tolist(),
             "nfe": self.settings.nfe(self._cost),
-            "teacher_nfe": teacher_nfe(self.teacher, self._cost),
+            "teacher_nfe": self._teacher_nfe,
             "parameters": sum(p.numel() for p in self.predictor().parameters()),
         }
         model = {"name": self.card.name, "sha256": weights_sha256}
@@ -139,14 +111,21 @@ class TrainingJob:
     def work(self, weights_sha256: str | None, done: int = 0) -> Work:
         """What is left after ``done`` updates."""
         loop = _loop(self.options, World(0, 1, torch.device("cpu")))
-        left = (loop.iterations - done) * loop.batch
-        nfe, teacher = self.settings.nfe(self._cost), teacher_nfe(self.teacher, self._cost) or 0
+        left, disk = (loop.iterations - done) * loop.batch, 0
+        nfe = self.settings.nfe(self._cost)
         inserted = (self.settings.num_steps - 1) * self._cost  # at the predictor's times
+        if self.stored is None:
+            repeated = repeated_calls(self.student, self.teacher) * self._cost
+            forward = left * ((self._teacher_nfe or 0) + nfe - inserted - repeated)
+        else:
+            missing = self.stored.missing(weights_sha256)
+            forward = missing * (self._teacher_nfe or 0) + left * (nfe - inserted)
+            disk = missing * self.stored.bytes_per_latent
         report = len(PREVIEW_SEEDS) * nfe
         if self.teacher.stochastic:
             report += VARIANCE * visit_nfe(self.teacher, self._cost)
         reports = -(-loop.iterations // loop.iterations_per_tick) - done // loop.iterations_per_tick
-        return Work(left * (teacher + nfe - inserted) + reports * report, left * inserted)
+        return Work(forward + reports * report, left * inserted, disk)
 
     def portion(self, model: Model, here: World) -> SeededBatch:
         """As many samples as a process takes through the network at once, for timing."""
@@ -180,10 +159,15 @@ class TrainingJob:
             return
         work = self.work(model.sha256, updates_done(folder))
         announce(work, lambda: self.portion(model, here), here)
-        data = self._data(model, here)
-        predictor = self.predictor().to(here.device, data.dtype)
-        preview = self._preview(model, here)
-        train(predictor, self.student, self.teacher, data, loop, here, folder, record, preview)
+        predictor = self.predictor().to(here.device, self.options.model.state_dtype)
+        batches, preview = self._batches(model, here), self._preview(model, here)
+        train(predictor, self.student, batches, loop, here, folder, record, preview)
+
+    def _batches(self, model: Model, here: World) -> Batches:
+        if self.stored is None:
+            return TaughtBatches(self._data(model, here), self.teacher)
+        found = self.stored.run(here, model)
+        return StoredBatches(self.stored, model, found, self.student.ts, here)
 
     def _data(self, model: Model, here: World) -> Data:
         return Data(
@@ -214,7 +198,7 @@ def prepare(options: TrainOptions) -> TrainingJob:
 
     Raises UserError or ValueError, in one sentence, for invalid or contradictory options.
     """
-    _check_used(options)
+    check_options(options)
     card = options.model.card()
     conditions = options.conditions.resolve(card)
     settings = _settings(options, card)
@@ -228,35 +212,28 @@ def prepare(options: TrainOptions) -> TrainingJob:
         solver=settings.teacher_solver(),
         restart=restart,
         histories=settings.solver().kept_nodes > 0,
+        shares=True,
     )
     student = Student(settings.solver(), grid.nodes(), settings.afs)
     _warn_if_equal_to_heun(teacher, student)
-    return TrainingJob(options, card, conditions, settings, student, teacher, restart)
+    stored = _stored(options)
+    return TrainingJob(options, card, conditions, settings, student, teacher, restart, stored)
 
 
-def _check_used(options: TrainOptions) -> None:
-    """Raise UserError for an option that neither the student nor the teacher has."""
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    student, teacher = options.sampler_stu, options.sampler_tea
-    has = {name for kind in (student, teacher) if kind in SOLVERS for name in SOLVERS[kind].options}
-    for name in ("max_order", "predict_x0", "lower_order_final", "thresholding"):
-        if name in given and name not in has:
-            raise UserError(
-                f"--{name} {given[name]} is an option neither of the student {student} nor of the "
-                f"teacher {teacher}: leave it out"
-            )
-    for name in ("restart_info", "restart_target", "S_noise"):
-        if name in given and teacher != "restart":
-            raise UserError(
-                f"--{name} {given[name]} was given, but the teacher is {teacher}: add "
-                "--sampler_tea=restart or leave it out"
-            )
-    if teacher == "dopri5" and options.M != TrainOptions.M:
-        raise UserError(
-            f"--M {options.M} is not an option of the teacher dopri5, which chooses its own nodes: "
-            "leave it out"
+def _stored(options: TrainOptions) -> TrajectoryJob | None:
+    """The trajectories of ``--trajectories``, the same as those of NS solvers."""
+    if options.trajectories is None:
+        return None
+    return prepare_trajectories(
+        TrajectoryOptions(
+            model=options.model,
+            conditions=options.conditions,
+            teacher=options.sampler_tea,
+            seed=options.seed,
+            number=options.trajectories,
+            keep="all",
         )
-    check_exponent(options.schedule_type or "polynomial", options.schedule_rho)
+    )
 
 
 def _restart(options: TrainOptions, card: Card) -> RestartSupervision:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from solvers.driver import Meter, State, advance, substeps_total
 from solvers.types import Guide, InsertedNode, Node, Solver
-from teachers.supervision import Supervision
+from teachers.supervision import GridTeacher, Supervision, Teacher
 
 #: Infinite gradients are replaced by this bound, NaN by 0, as in the published code (from EDM).
 GRADIENT_BOUND = 1e5
@@ -38,7 +38,21 @@ class MicroBatch(NamedTuple):
 
     @classmethod
     def begin(cls, meter: Meter, supervision: Supervision) -> MicroBatch:
-        return cls(meter, supervision, State(supervision.start[0]))
+        return cls(meter, supervision, started(supervision, 0))
+
+
+def started(supervision: Supervision, n: int) -> State:
+    """The teacher's state at the start of interval ``n``, with its evaluation if there is one."""
+    denoised = supervision.denoised[n] if supervision.denoised else None
+    return State(supervision.start[n], denoised=denoised)
+
+
+def repeated_calls(student: Student, teacher: Teacher) -> int:
+    """The student's calls at states that the teacher has evaluated, which are not made again."""
+    if not (isinstance(teacher, GridTeacher) and teacher.shares):
+        return 0
+    intervals = len(student.ts) - 1 if student.solver.kept_nodes == 0 else 1
+    return intervals - student.afs
 
 
 class IntervalResult(NamedTuple):
@@ -109,7 +123,7 @@ def next_state(student: Student, micro: MicroBatch, out: State, n: int, guide: G
     if n + 1 >= len(supervision.start):
         return State(out.x.detach())
     if student.solver.kept_nodes == 0:
-        return State(supervision.start[n + 1])
+        return started(supervision, n + 1)
     origin = supervision.origins[n + 1] if supervision.origins else None
     if origin is None:
         return _detached(out)

@@ -1,8 +1,7 @@
-"""The training loop around `amed.step`: data, reports, saving and resuming."""
+"""The training loop around `amed.step`: reports, saving and resuming."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,54 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from amed.batches import Batches
 from amed.experiments import PREDICTOR, save_predictor
 from amed.predictor import AMEDPredictor
 from amed.sinks import Sinks
 from amed.step import IntervalResult, MicroBatch, Student, train_batch
 from checkpoints.states import read_state, restore
-from denoisers.batch import SeededBatch
-from denoisers.cards import Card
-from denoisers.conditions import StreamName
-from plans.process import Noise
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import progress
-from runtime.noise import SeedNoise
 from runtime.record import RunRecord
-from solvers.driver import Meter
-from solvers.types import Denoiser
-from teachers.supervision import Teacher, visit_variance
-from teachers.trajectory_files import TRAJECTORIES
 
 STATE = "training-state.pt"
 SAVED = {"done": int, "predictor": dict, "optimizer": dict}  #: entries of the state
-VARIANCE_SAMPLES, VARIANCE_DRAWS = 4, 4
-TRAIN, VARIANCE = "train", "variance"
-REPEATS = tuple(f"{VARIANCE}-{k}" for k in range(VARIANCE_DRAWS))
-#: First parts of the names of draws in training; draws of samplers have other names.
-STREAMS = (TRAIN, VARIANCE, *REPEATS, TRAJECTORIES)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The source of training samples: the model, bound to drawn classes, and named noise.
-
-    A sample depends only on its global number, not on the rank or the micro-batch.  The names of
-    its draws are not used by samplers, so no training latent is ever the latent of a sample.
-    """
-
-    bind: Callable[[SeedNoise, StreamName], Denoiser]  #: the denoiser of these samples
-    card: Card
-    seed: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def draw(self, numbers: Sequence[int], stream: str = TRAIN) -> SeededBatch:
-        """The samples with these numbers, with noise from one of the `STREAMS`."""
-        noise, name = SeedNoise(numbers), (stream, self.seed)
-        meter = Meter(self.bind(noise, name))
-        return SeededBatch(self.card, noise, meter, self.dtype, self.device, name)
 
 
 @dataclass(frozen=True)
@@ -91,8 +56,7 @@ class Preview(Protocol):
 def train(
     predictor: AMEDPredictor,
     student: Student,
-    teacher: Teacher,
-    data: Data,
+    batches: Batches,
     loop: Loop,
     world: World,
     folder: Path,
@@ -113,7 +77,7 @@ def train(
     ):
         window: list[list[IntervalResult]] = []
         for it in range(first, loop.iterations):
-            micros = _micros(data, teacher, loop, world, it)
+            micros = _micros(batches, loop, world, it)
             results = train_batch(predictor, optimizer, student, micros, loop.batch, world.sum_)
             _check_finite("loss", torch.tensor([r.loss for r in results]), it, loop)
             window.append(results)
@@ -121,7 +85,7 @@ def train(
             if (it + 1) % loop.iterations_per_tick and it + 1 < loop.iterations:
                 continue
             metrics = _metrics(window, loop, world)
-            variance = _variance(teacher, data, it) if teacher.stochastic else None
+            variance = batches.variance(it)
             window = []
             bar.set_postfix(loss=f"{sum(metrics['loss']):.3f}")
             if world.is_main:
@@ -143,17 +107,11 @@ def _check_finite(what: str, values: Tensor, it: int, loop: Loop) -> None:
         )
 
 
-def _micros(data: Data, teacher: Teacher, loop: Loop, world: World, it: int) -> list[MicroBatch]:
+def _micros(batches: Batches, loop: Loop, world: World, it: int) -> list[MicroBatch]:
     """This rank's share of batch ``it`` with its supervision, as micro-batches."""
     numbers = world.shard(range(it * loop.batch, (it + 1) * loop.batch))
-    micros = []
-    for i in range(0, len(numbers), loop.micro):
-        samples = data.draw(numbers[i : i + loop.micro])
-        x = samples.start(samples.card.sigma_max)
-        with torch.no_grad():
-            supervision = teacher.supervise(samples.meter, x, samples.process)
-        micros.append(MicroBatch.begin(samples.meter, supervision))
-    return micros
+    portions = range(0, len(numbers), loop.micro)
+    return [batches.micro(numbers[i : i + loop.micro]) for i in portions]
 
 
 def _metrics(window: list[list[IntervalResult]], loop: Loop, world: World) -> dict[str, list]:
@@ -166,15 +124,6 @@ def _metrics(window: list[list[IntervalResult]], loop: Loop, world: World) -> di
     loss, r, c, a = rows.T.tolist()
     nonfinite = sum(r.nonfinite for batch in window for r in batch)
     return {"loss": loss, "r": r, "c": c, "a": a, "nonfinite": [nonfinite]}
-
-
-def _variance(teacher: Teacher, data: Data, it: int) -> list[float]:
-    """Variance of the teacher's states over new draws from a few initial states."""
-    numbers = range(it * VARIANCE_SAMPLES, (it + 1) * VARIANCE_SAMPLES)
-    first = data.draw(numbers, VARIANCE)
-    x = first.start(first.card.sigma_max)
-    processes: list[Noise] = [data.draw(numbers, stream).process for stream in REPEATS]
-    return visit_variance(teacher, first.meter, x, processes).tolist()
 
 
 def _save(

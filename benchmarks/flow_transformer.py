@@ -26,7 +26,7 @@ from commands.help import SETTINGS
 from commands.options import device_option
 from comparison.job import row_seeds
 from comparison.measure import measure
-from comparison.rows import Row, classic_rows
+from comparison.rows import CEILING_STEPS, Row, classic_rows, heun_ceiling_row
 from comparison.students import learned_rows
 from denoisers.cards import Card
 from denoisers.families.common import LoadedModel
@@ -211,6 +211,10 @@ def main(data: Path, minutes: float, num: int, outdir: Path, device: str | None)
             ranked = sorted(zip(far, fids, rows, strict=True), key=lambda found: found[0])
             lines += [f"| {calls} | {r.method} | {r.detail} | {d:.4f} | {f:.2f} |"
                       for d, f, r in ranked]  # fmt: skip
+        heun = heun_ceiling_row(CEILING_STEPS, CARD, None)
+        with progress(num, heun.method, "img", enabled=here.is_main) as bar:
+            fid = measure(heun, harness, outdir, bar.update).fid
+        lines.append(f"| {heun.sampler.nfe} | Heun | {heun.detail} | 0 | {fid:.2f} |")
         if here.is_main:
             click.echo("\n".join(lines))
 

@@ -23,10 +23,11 @@ import click
 import torch
 from torch import Tensor
 
+from amed.batches import Data, TaughtBatches
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import Student
-from amed.trainer import Data, Loop, train
+from amed.trainer import Loop, train
 from benchmarks.sampling import (
     Stopwatch,
     clock_options,
@@ -113,7 +114,8 @@ def trainer(
         out, err = contextlib.redirect_stdout(StringIO()), contextlib.redirect_stderr(StringIO())
         with tempfile.TemporaryDirectory() as folder, out, err:
             world = World(0, 1, device)
-            train(predictor, student, teacher, data, loop, world, Path(folder), record)
+            batches = TaughtBatches(data, teacher)
+            train(predictor, student, batches, loop, world, Path(folder), record)
 
     return update
 

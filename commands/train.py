@@ -9,7 +9,7 @@ from click.core import ParameterSource
 
 import amed.job
 import ns.job
-from amed.job import TrainOptions
+from amed.options import TrainOptions
 from amed.settings import STUDENTS
 from commands.help import SETTINGS
 from commands.numbers import (
@@ -92,6 +92,11 @@ def _named(context: click.Context, option: click.Parameter, text: str | None) ->
 # Solver
 @click.option("--sampler_stu", type=Name("student", (*STUDENTS, NS)), default="amed")
 @click.option("--sampler_tea", type=Name("teacher", TEACHERS), default="heun")
+@click.option(
+    "--trajectories",
+    type=images(1),
+    help="of the teacher, computed once and read again; without, it walks along with the student",
+)
 @click.option("--num_steps", type=nodes(2), default=4, help="nodes of the student's grid")
 @click.option("--M", "M", type=nodes(0), default=1, help="nodes the teacher inserts per interval")
 @click.option("--afs", type=bool, default=False, help="free analytical first step")
@@ -117,7 +122,6 @@ def _named(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--S_noise", "S_noise", type=NOT_NEGATIVE, help="of the jumps' noise  [default: 1]")
 # NS solvers, --sampler_stu=ns
 @click.option("--nfe", type=nodes(1), default=5, help="ns: network evaluations")
-@click.option("--trajectories", type=images(1), default=512, help="ns: for refinement")
 @click.option("--search", type=updates(0), help=f"ns: tables to try for times  [default: {SEARCH}]")
 @times_option("ns: network times, between sigma_max and sigma_min, instead of a search")
 @click.option("--refine", type=updates(0), default=160, help="ns: updates; 0: none")
@@ -139,8 +143,8 @@ def main(context: click.Context, dry_run: bool, device: str | None, **flags: Any
     """Train a few-step student of a pre-trained diffusion model.
 
     The student is a predictor that guides a solver (amed and the plugins), or a whole solver as a
-    table (ns), whose own defaults are --batch 48 and --lr 0.05.  Prints the run's folder at the
-    end; losses go there and to TensorBoard.
+    table (ns), whose own defaults are --batch 48, --lr 0.05 and --trajectories 512.  Prints the
+    run's folder at the end; losses go there and to TensorBoard.
     """
     if flags["sampler_stu"] == NS:
         execute(ns.job.prepare, _options(NsOptions, context, flags), dry_run, device, _outlook)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from amed.trainer import STREAMS
+from amed.batches import STREAMS
 from ns.experiments import AnyStudent, TrainedTable
 from runtime.errors import UserError
 from runtime.options import Json

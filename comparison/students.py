@@ -101,7 +101,9 @@ def _table_row(student: TrainedTable, sampler: Sampler) -> Row:
 def teacher_words(student: TrainedStudent) -> str:
     """The teacher in words: solver, inserted nodes, targets, and the NFE that it spent."""
     settings, options, plan = student.settings, student.record.options, student.record.plan
-    words = [f"{settings.sampler_tea} teacher, M = {settings.M}"]
+    stored = options.get("trajectories")  # older records lack it
+    walked = f"M = {settings.M}" if stored is None else f"{stored} kept trajectories"
+    words = [f"{settings.sampler_tea} teacher, {walked}"]
     if settings.sampler_tea == "restart":
         words.append(f"{options['restart_target']} targets, {options['restart_info']}")
     if plan.get("teacher_nfe"):

@@ -16,7 +16,7 @@ from denoisers.conditions import Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
 from denoisers.speed import Work, announce
-from ns.calibrate import Curves, Latents
+from ns.calibrate import Latents
 from ns.coordinates import WhitenedTable
 from ns.experiments import TABLE, save_table
 from ns.losses import (
@@ -37,6 +37,7 @@ from runtime.options import Json, flat_options
 from runtime.outputs import check_writable, claimed
 from runtime.record import RunRecord
 from solvers.table import Table
+from teachers.curves import Curves
 from teachers.trajectories import TrajectoryJob, TrajectoryOptions
 from teachers.trajectories import prepare as prepare_trajectories
 from teachers.trajectory_files import TrajectorySet

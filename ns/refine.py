@@ -20,6 +20,7 @@ from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
 from runtime.log import JsonLines, TextLog, progress, tensorboard
+from runtime.noise import shuffled
 from solvers.table import Table
 from solvers.types import Denoised, Denoiser
 
@@ -86,8 +87,9 @@ def refine(
     ):
         losses: list[float] = []
         while run.done < loop.updates:
-            chosen = here.shard(_batch(numbers, loop, run.done))
-            losses.append(run.update(pairs(chosen), loss, here))
+            positions = range(run.done * loop.batch, (run.done + 1) * loop.batch)
+            chosen = [numbers[i] for i in shuffled(positions, len(numbers), loop.seed)]
+            losses.append(run.update(pairs(here.shard(chosen)), loss, here))
             bar.update(1)
             if run.done % loop.report and run.done < loop.updates:
                 continue
@@ -214,20 +216,6 @@ class Recomputed:
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
         denoised: Denoised = checkpoint(self.inner, x, sigma, use_reentrant=False)
         return denoised
-
-
-def _batch(numbers: Sequence[int], loop: RefineLoop, update: int) -> list[int]:
-    """The numbers of an update: passes over all of them, each in an order of its own."""
-    chosen: list[int] = []
-    position = update * loop.batch
-    while len(chosen) < loop.batch:
-        epoch, at = divmod(position, len(numbers))
-        generator = torch.Generator().manual_seed(loop.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(numbers), generator=generator)
-        part = order[at : at + loop.batch - len(chosen)].tolist()
-        chosen += [numbers[i] for i in part]
-        position += len(part)
-    return chosen
 
 
 def _detached(table: Table) -> Table:

@@ -58,3 +58,15 @@ def _generator(seed: int, name: Name) -> np.random.Generator:
     parts = (name,) if isinstance(name, str) else name
     digest = hashlib.sha256(json.dumps([seed, *parts]).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def shuffled(positions: Sequence[int], count: int, seed: int) -> list[int]:
+    """The numbers, below ``count``, at these positions of endless passes over all of them.
+
+    Every pass has an order of its own, which depends on ``seed`` and the number of the pass alone.
+    """
+    orders = {}
+    for epoch in {position // count for position in positions}:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        orders[epoch] = torch.randperm(count, generator=generator).tolist()
+    return [orders[position // count][position % count] for position in positions]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.types import Denoiser, Guide, Node, Solver, Trajectory
+from solvers.types import Denoised, Denoiser, Guide, Node, Solver, Trajectory
 
 
 class Meter:
@@ -37,6 +37,7 @@ class State(NamedTuple):
     history: tuple[Node, ...] = ()  #: newest last, at most the solver's ``kept_nodes``
     substeps: int = 0  #: solver steps since the integration (re)started
     order: int = 0  #: of the step that predicted ``x``; 0 if ``x`` is given, not predicted
+    denoised: Denoised | None = None  #: at ``x``, where that has been evaluated already
 
 
 def analytic_node(x: Tensor, t: Tensor) -> Node:
@@ -75,7 +76,10 @@ def advance(
     ends at sigma = 0 is one Euler step, which gives the denoised state.
     """
     guide = guide or solver.guide
-    node = analytic_node(state.x, t) if analytic_first else meter(state.x, t)
+    if analytic_first:
+        node = analytic_node(state.x, t)
+    else:
+        node = meter(state.x, t) if state.denoised is None else Node(t, state.x, *state.denoised)
     if t_next == 0:
         return State(node.x0)
     nodes = solver.revise((*state.history, node), state.order)

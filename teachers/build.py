@@ -35,20 +35,22 @@ def build_teacher(
     restart: RestartSupervision | None = None,
     histories: bool = True,
     tol: float = 1e-4,
+    shares: bool = False,
 ) -> Teacher:
     """The teacher ``name`` on the refined grid ``fine``; every ``stride``-th node is a target.
 
     ``solver`` is that of a classic teacher, by default with its default options; Restart uses
     Heun, as published.  ``histories=False`` (for a student without history) skips the origins of
-    Restart's flow targets.  ``tol`` is the tolerance of dopri5.  Raises ValueError for an unknown
-    name or target, and for Restart without its intervals.
+    Restart's flow targets.  ``tol`` is the tolerance of dopri5.  A classic teacher
+    that ``shares`` spares the student the calls at states that both evaluate.  Raises ValueError
+    for an unknown name or target, and for Restart without its intervals.
     """
     if name not in TEACHERS:
         raise ValueError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
     if name == "dopri5":
         return OracleTeacher(fine[::stride], tol)
     if name != "restart":
-        return GridTeacher(solver or make_solver(name), fine, stride)
+        return GridTeacher(solver or make_solver(name), fine, stride, shares=shares)
     if restart is None:
         raise ValueError(
             "the Restart teacher needs its intervals; pass "

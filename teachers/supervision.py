@@ -7,6 +7,7 @@ in two ways; see `RestartTeacher`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from plans.plan import Plan, plan_times, run_plan
 from plans.process import Noise
-from solvers.driver import Meter, integrate
+from solvers.driver import Meter, integrate, substeps_total
 from solvers.oracle import dopri5
 from solvers.types import Denoised, Denoiser, Solver, Trajectory
 
@@ -31,6 +32,8 @@ class Supervision(NamedTuple):
     #: ODE trajectory passes through the start: the student has to follow that trajectory, because
     #: its earlier slopes belong to noise that the jump replaced.  Empty means None everywhere.
     origins: tuple[Tensor | None, ...] = ()
+    #: Per interval, what the network gave at the start; empty if the teacher does not share it.
+    denoised: tuple[Denoised, ...] = ()
 
 
 class Teacher(Protocol):
@@ -46,6 +49,25 @@ class Teacher(Protocol):
     def supervise(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Supervision: ...
 
 
+class Recorder:
+    """A denoiser that keeps what it gave in the calls with these numbers, from 0."""
+
+    def __init__(self, inner: Denoiser, calls: Collection[int]) -> None:
+        self.kept: list[Denoised] = []
+        self._inner, self._calls, self._count = inner, calls, 0
+
+    @property
+    def cost(self) -> int:
+        return self._inner.cost
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        denoised = self._inner(x, sigma)
+        if self._count in self._calls:
+            self.kept.append(denoised)
+        self._count += 1
+        return denoised
+
+
 @dataclass(frozen=True, eq=False)
 class GridTeacher:
     """Any solver on the refined grid, evaluated at the student's times; without AFS."""
@@ -54,12 +76,25 @@ class GridTeacher:
     fine: Tensor  #: ((M + 1)(N - 1) + 1,) noise levels
     stride: int  #: M + 1
     stochastic: bool = False
+    shares: bool = False  #: whether the student gets the evaluations at its own times
 
     def visit(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Tensor:
         return integrate(self.solver, denoiser, x, self.fine).x[:: self.stride]
 
+    @property
+    def calls(self) -> range:
+        """The numbers, from 0, of the calls at the student's times; the last one has none."""
+        per_node = substeps_total(self.solver, 1, None)
+        return range(0, (len(self.fine) - 1) * per_node, self.stride * per_node)
+
     def supervise(self, denoiser: Denoiser | Meter, x: Tensor, noise: Noise) -> Supervision:
-        return _trajectory_targets(self, denoiser, x, noise)
+        if not self.shares:
+            return _trajectory_targets(self, denoiser, x, noise)
+        meter = Meter.of(denoiser)
+        recorder = Recorder(meter.denoiser, self.calls)
+        supervision = _trajectory_targets(self, recorder, x, noise)
+        meter.nfe += supervision.nfe
+        return supervision._replace(denoised=tuple(recorder.kept))
 
 
 @dataclass(frozen=True, eq=False)

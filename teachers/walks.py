@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,28 +10,9 @@ from torch import Tensor
 
 from plans.plan import plan_nfe
 from plans.process import ForwardProcess
-from solvers.driver import Meter, planned_nfe, substeps_total
-from solvers.types import Denoised, Denoiser
-from teachers.supervision import GridTeacher, OracleTeacher, RestartTeacher, Teacher
-
-
-class Recorder:
-    """A denoiser that keeps the denoised states of the calls with these numbers, from 0."""
-
-    def __init__(self, inner: Denoiser, calls: Collection[int]) -> None:
-        self.kept: list[Tensor] = []
-        self._inner, self._calls, self._count = inner, calls, 0
-
-    @property
-    def cost(self) -> int:
-        return self._inner.cost
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        denoised = self._inner(x, sigma)
-        if self._count in self._calls:
-            self.kept.append(denoised.x0)
-        self._count += 1
-        return denoised
+from solvers.driver import Meter, planned_nfe
+from solvers.types import Denoiser
+from teachers.supervision import GridTeacher, OracleTeacher, Recorder, RestartTeacher, Teacher
 
 
 class WalkStates(NamedTuple):
@@ -75,14 +55,12 @@ class TeacherWalk:
     def run(self, denoiser: Denoiser, x: Tensor, process: ForwardProcess) -> WalkStates:
         """The walk from the latents ``x`` (B, C, H, W) at the first node."""
         if isinstance(self.teacher, GridTeacher):
-            per_node = substeps_total(self.teacher.solver, 1, None)  # calls from node to node
-            recorder = Recorder(
-                denoiser, range(0, len(self.nodes) * per_node, self.stride * per_node)
-            )
+            recorder = Recorder(denoiser, self.teacher.calls)
             meter = Meter(recorder)
             states = self.teacher.visit(meter, x, process)
-            meter(states[-1], self.nodes[-1])
-            return WalkStates(states, torch.stack(recorder.kept), meter.nfe)
+            x0 = [denoised.x0 for denoised in recorder.kept]
+            x0.append(meter(states[-1], self.nodes[-1]).x0)
+            return WalkStates(states, torch.stack(x0), meter.nfe)
         meter = Meter(denoiser)
         states = self.teacher.visit(meter, x, process)
         x0 = [meter(state, t).x0 for state, t in zip(states, self.times, strict=True)]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-import amed.job
+import amed.options
 from commands import compare, fid, sample, train
 from runtime import cli
 from tests.denoiser_problems import SONG, write_zip
@@ -79,7 +79,7 @@ def begin(name: str, folder: Path) -> Any:
     def work() -> None:
         torch.set_num_threads(1)
         if name == "train":
-            amed.job.ModelSource = TinySource
+            amed.options.ModelSource = TinySource
         run_command(command, *flags.replace("{}", str(folder)).split())
 
     return start(work, folder.with_name(f"{folder.name}-log"))

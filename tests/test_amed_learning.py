@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from amed.batches import Data, TaughtBatches
 from amed.experiments import PREDICTOR, load_predictor
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from amed.step import Student
-from amed.trainer import Data, Loop, train
+from amed.trainer import Loop, train
 from denoisers.analytic import MixtureDenoiser
 from denoisers.cards import cards
 from restart.intervals import parse_restart_info
@@ -53,8 +54,7 @@ def train_on(denoiser: MixtureDenoiser, folder: Path, total: int, batch: int, **
     train(
         AMEDPredictor(0.01, 0.0, seed=0).double(),
         student,
-        teacher,
-        Data(lambda noise, stream: denoiser, CARD, 0, torch.float64, CPU),
+        TaughtBatches(Data(lambda noise, stream: denoiser, CARD, 0, torch.float64, CPU), teacher),
         Loop(total=total, batch=batch, micro=batch, tick=total // 4, snap=0, lr=5e-3),
         World(0, 1, CPU),
         folder,

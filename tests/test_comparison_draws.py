@@ -12,9 +12,10 @@ import torch
 from click.testing import CliRunner
 
 import amed.job
+import amed.options
 import runtime.noise
+from amed.batches import STREAMS
 from amed.experiments import load_predictor
-from amed.trainer import STREAMS
 from commands import train
 from comparison.seed_provenance import seeds_section
 from denoisers.conditions import Conditions
@@ -67,7 +68,7 @@ def test_no_key_of_training_is_one_of_sampling(
     keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A training, and every sampler that draws anything, on the very same numbers 0 to 11."""
-    monkeypatch.setattr(amed.job, "ModelSource", TinySource)
+    monkeypatch.setattr(amed.options, "ModelSource", TinySource)
     blank = torch.zeros(1, 3, 4, 4)  # pictures are not trained on
     monkeypatch.setattr(amed.job.TrainingJob, "_preview", lambda *_: lambda _: blank)
     out = tmp_path / "exps"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from denoisers.analytic import GaussianDenoiser
-from ns.calibrate import Curves, Latents, calibrate
+from ns.calibrate import Latents, calibrate
 from ns.coordinates import WhitenedTable
 from ns.losses import spectral
 from ns.search import final_error, prior_table, search_times
@@ -18,6 +18,7 @@ from runtime.dist import world
 from solvers.driver import Meter, integrate
 from solvers.grids import get_grid
 from solvers.registry import make_solver
+from teachers.curves import Curves
 from tests.processes import together
 
 HIGH, LOW = 20.0, 0.02

@@ -68,7 +68,11 @@ def test_a_table_spends_what_its_dry_run_says(
 
 @pytest.mark.parametrize("student", ["amed", "ipndm"])
 @pytest.mark.parametrize(
-    "more", [(), ("--afs=True", "--tick=0.008"), ('--restart_info={"0": [3, 2, 0.06, 9]}',)]
+    "more",
+    [
+        *((), ("--afs=True", "--tick=0.008"), ('--restart_info={"0": [3, 2, 0.06, 9]}',)),
+        ("--trajectories=8", "--afs=True"),
+    ],
 )
 def test_a_predictor_spends_what_its_dry_run_says(
     student: str, more: tuple[str, ...], script: Script, spent: Counter[str]

@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 
 import amed.experiments
-import amed.job
+import amed.options
 from amed.experiments import create_run, list_runs, load_predictor, save_predictor
-from amed.job import TrainOptions
+from amed.options import TrainOptions
 from amed.predictor import AMEDPredictor
 from amed.settings import StudentSettings
 from commands import train
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def tiny(*arguments: object) -> None:
     """train.py on a model in closed form."""
-    amed.job.ModelSource = TinySource
+    amed.options.ModelSource = TinySource
     run_command(train.main, *arguments, "--device=cpu")
 
 
@@ -345,4 +345,4 @@ def test_the_defaults_in_the_help_are_those_of_the_options() -> None:
     assert amed.pop("label", table.pop("label")) is None  # a class, which has no flag here
     assert len(amed) > 30 and {name: shown[name] for name in amed} == amed
     own = {name for name in table if shown[name] != table[name]}
-    assert own == {"batch", "lr"}  # named in the text above the flags
+    assert own == {"batch", "lr", "trajectories"}  # named in the text above the flags

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 import amed.job
+import amed.options
 import amed.trainer
+from amed.batches import Data, TaughtBatches
 from amed.experiments import load_predictor
-from amed.job import TrainOptions, prepare
+from amed.job import prepare
+from amed.options import TrainOptions
 from amed.settings import StudentSettings
-from amed.trainer import Data, Loop
+from amed.trainer import Loop
 from commands import train
 from denoisers.conditions import Conditions
 from denoisers.registry import ModelSource
@@ -56,7 +59,7 @@ class Result:
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
     """``command("--seed=1", ...)`` runs train.py in this process; its outdir is tmp_path/exps."""
-    monkeypatch.setattr(amed.job, "ModelSource", TinySource)
+    monkeypatch.setattr(amed.options, "ModelSource", TinySource)
 
     def run(*arguments: str, dataset: str = "tiny") -> Result:
         fixed = (f"--dataset_name={dataset}", f"--outdir={tmp_path / 'exps'}")
@@ -205,12 +208,12 @@ def test_every_trajectory_is_drawn_once(monkeypatch, size):
 
     monkeypatch.setattr(Data, "draw", lambda self, n: real(self, noted(n)))
     student = StudentSettings("tiny", "amed", 3, 0.002, 80.0)
-    teacher = build_teacher("heun", *student.grid.refined(student.M))
+    batches = TaughtBatches(data, build_teacher("heun", *student.grid.refined(student.M)))
     loop = Loop(total=18, batch=5, micro=2, tick=100, snap=0, lr=1e-3)
     assert loop.iterations == 4  # rounded up
     for it in range(loop.iterations):
         for rank in range(size):
-            amed.trainer._micros(data, teacher, loop, World(rank, size, CPU), it)
+            amed.trainer._micros(batches, loop, World(rank, size, CPU), it)
         assert sorted(drawn) == list(range(5 * (it + 1)))
 
 
