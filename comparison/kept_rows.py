@@ -16,7 +16,7 @@ from comparison.results import MeasuredRow, RowIdentity, but_converged
 from comparison.rows import Row
 from runtime import __version__
 from runtime.errors import UserError
-from runtime.files import atomic_write, cache_folder
+from runtime.files import atomic_write, cache_folder, remove_leftovers
 from runtime.log import note
 from runtime.typed import to_json, write_result
 
@@ -46,6 +46,7 @@ class KeptRows:
         """Keep a measured row, whose files lie in ``folder``."""
         if row.group in GROUPS and self.folders:
             try:
+                remove_leftovers(self.folders[-1])
                 keep(measured, folder, self.folders[-1])
             except (OSError, UserError) as error:
                 note(f"{row.method} is not kept for other comparisons: {error}")

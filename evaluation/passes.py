@@ -23,7 +23,7 @@ from metrics.detectors import Detector
 from metrics.summary import Collector, FeatureSummary, Gathers, Requirements, collect
 from runtime.dist import World
 from runtime.errors import UserError, reason
-from runtime.files import atomic_write
+from runtime.files import atomic_write, remove_leftovers
 from runtime.log import note, progress
 
 T = TypeVar("T")
@@ -61,6 +61,8 @@ class UnfinishedPass:
 
     def load(self) -> int:
         """Restore what the file holds; returns its number of images, 0 without a file."""
+        if self.here.is_main:
+            remove_leftovers(self.file)
         done = self._read() if self.here.is_main and os.path.isfile(self.file) else 0
         return self.here.broadcast_object(done)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import stat
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,10 @@ EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})  #: of images
 CACHE = "AMED_CACHE"  #: environment variable with the folder for downloads
 CHUNK = 1 << 20  #: bytes read at a time
 TIMEOUT = 60.0  #: seconds without data before a download fails
+#: Names of files that are not whole; see `temporary_name` and `share`.
+TEMPORARY = re.compile(
+    r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<process>[0-9]{1,18})-[0-9a-f]{8}\.tmp(\.mode\.tmp)?"
+)
 
 
 @contextmanager
@@ -35,11 +42,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The folder is created if needed. If the block raises, the temporary file is removed and an
     existing ``path`` is left unchanged; a full disk is a UserError. The temporary name starts with
     a dot and ends in ``.tmp``, so that a file left behind by a killed process is never mistaken for
-    a result. Pass the format to writers that infer it from the name (PIL, matplotlib), and an open
-    file to ``numpy.savez``, which appends to the name.
+    a result; `remove_leftovers` finds it. Pass the format to writers that infer it from the name
+    (PIL, matplotlib), and an open file to ``numpy.savez``, which appends to the name.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(temporary_name(path.name, os.getpid()))
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -52,6 +59,38 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str, process: int) -> str:
+    """What ``process`` of this machine calls the file ``name`` until it is whole."""
+    return f".{name}.{_machine()}-{process}-{secrets.token_hex(4)}.tmp"
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine left of the file or folder ``path``.
+
+    Nothing that may still be written is touched.
+    """
+    own = f".{glob.escape(path.name)}.*.tmp"
+    for file in path.rglob(".*.tmp") if path.is_dir() else path.parent.glob(own):
+        match = TEMPORARY.fullmatch(file.name)
+        if match and match["machine"] == _machine() and not _is_running(int(match["process"])):
+            with suppress(OSError):  # litter is no reason to stop
+                file.unlink()
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @contextmanager

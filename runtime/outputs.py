@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runtime.dist import World
 from runtime.errors import UserError, reason
-from runtime.files import EXTENSIONS
+from runtime.files import EXTENSIONS, remove_leftovers
 from runtime.log import note
 from runtime.record import RECORD, RunRecord
 
@@ -26,8 +26,8 @@ def claimed(folder: str | Path, here: World, *commands: str) -> Iterator[None]:
 
     ``commands`` are those whose record the folder may have.  Only rank 0 looks at the folder.
     Raises UserError if it cannot be written, if another run is using it, and, where ``commands``
-    are given, if it has the record of another command or images without a record.  A new folder in
-    which the block leaves nothing is removed.
+    are given, if it has the record of another command or images without a record.  What killed runs
+    were writing there is removed, and so is a new folder in which the block leaves nothing.
     """
     if not here.is_main:
         yield
@@ -38,6 +38,7 @@ def claimed(folder: str | Path, here: World, *commands: str) -> Iterator[None]:
         with locked(path / LOCK, folder):
             if commands:
                 _check_record(path, commands)
+            remove_leftovers(path)
             yield
     finally:
         if new:
@@ -81,6 +82,8 @@ def check_writable(path: str | Path, flag: str) -> None:
         raise UserError(
             f"{flag} {path} cannot be written ({folder}: {reason(error)}): give another"
         ) from None
+    if not full.is_dir():
+        remove_leftovers(full)
 
 
 def check_file(path: str | Path | None, flag: str, here: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,6 @@ class Folder:
         missing = self.missing(seeds)
         if not missing and record.plan["nfe_metered"] is None:
             missing = list(seeds[:1])  # killed before `close`: measure the NFE on one image again
-        _remove_temporary(path for seed in missing for path in self._files(seed))
         if missing:
             record.write(file)
         return record, missing
@@ -163,14 +162,3 @@ def _continued(record: RunRecord, older: RunRecord, path: Path) -> RunRecord:
 
 def _short(line: str) -> str:
     return line if len(line) <= 90 else f"{line[:87]}..."
-
-
-def _remove_temporary(files: Iterable[Path]) -> None:
-    """Remove temporary files that a killed process left behind while writing ``files``."""
-    names: dict[Path, set[str]] = {}
-    for file in files:
-        names.setdefault(file.parent, set()).add(f".{file.name}")
-    for folder, prefixes in names.items():
-        for stale in folder.glob(".*.png.*.tmp"):
-            if stale.name.split(".png.")[0] + ".png" in prefixes:
-                stale.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from denoisers.registry import ModelSource
 from restart.intervals import Interval, interval_values, resolve_intervals
 from runtime.dist import World
 from runtime.errors import UserError
-from runtime.files import cache_folder, sha256_file
+from runtime.files import cache_folder, remove_leftovers, sha256_file
 from runtime.log import note, progress
 from runtime.options import Json, flat_options
 from runtime.record import RECORD, RunRecord
@@ -176,6 +176,7 @@ class TrajectoryJob:
 
     def _open(self, folder: Path, record: RunRecord) -> list[tuple[Shard, range]]:
         """Write the record if there is none; the shards that lack latents, and their numbers."""
+        remove_leftovers(folder)
         if (folder / RECORD).exists():
             RunRecord.read(folder / RECORD)  # a damaged one is an error now, not after the work
         else:

@@ -30,6 +30,13 @@ def run_command(command: click.Command, *arguments: object) -> NoReturn:
     cli.run(command)
 
 
+def finished() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
 def python(*arguments: object) -> Done:
     """A Python of its own, on the CPU, that finds this project."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

@@ -14,10 +14,11 @@ import torch
 from commands import compare, fid, sample, solver_error
 from runtime.dist import World
 from runtime.errors import UserError
+from runtime.files import temporary_name
 from runtime.outputs import LOCK, check_file, check_writable, claimed
 from runtime.record import RunRecord
 from tests.locks import held
-from tests.processes import finish, start
+from tests.processes import finish, finished, start
 from tests.scripts import Script
 from tools import converged, convert, dataset_tool, fit_masks, gits, plan_search, train_denoiser
 
@@ -218,3 +219,14 @@ def test_convert_replaces_no_file(there: str, script: Script, tmp_path: Path) ->
     done = script(convert.main, "images/0.png", "out.safetensors")
     assert done.code == 1 and f"error: {there} exists already: remove it" in done.err
     assert (tmp_path / there).read_text() == "mine"
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path: Path) -> None:
+    dead = temporary_name("row.npz", finished())
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / dead).write_text("half")
+    with claimed(tmp_path, HERE):
+        assert not list((tmp_path / "rows").iterdir())
+    (tmp_path / dead).write_text("half")
+    check_writable(tmp_path / "row.npz", "--dest")
+    assert not list(tmp_path.glob(".*"))

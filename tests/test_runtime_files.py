@@ -21,8 +21,11 @@ from runtime.errors import UserError
 from runtime.files import (
     atomic_write,
     download,
+    remove_leftovers,
     sha256_file,
+    temporary_name,
 )
+from tests.processes import finished
 
 CONTENT = bytes(range(256)) * 40
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -57,6 +60,8 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None and child.stdout.readline() == "half\n"
+    remove_leftovers(tmp_path)
+    assert len(os.listdir(tmp_path)) == 2  # it is still being written
     child.send_signal(signal.SIGKILL)
     assert child.wait(timeout=30) == -signal.SIGKILL
     child.stdout.close()
@@ -64,6 +69,31 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     left = [name for name in os.listdir(tmp_path) if name != "image.png"]
     assert len(left) == 1 and left[0].startswith(".") and left[0].endswith(".tmp")
     assert [p.name for p in tmp_path.glob("*.png")] == ["image.png"]
+    remove_leftovers(tmp_path / "image.pn")
+    assert len(os.listdir(tmp_path)) == 2  # of another file
+    remove_leftovers(path)
+    assert os.listdir(tmp_path) == ["image.png"]
+
+
+def test_leftovers_are_those_of_dead_processes_of_this_machine(tmp_path: Path) -> None:
+    dead, below = finished(), tmp_path / "rows"
+    below.mkdir()
+    here = temporary_name("a [1].npz", dead)
+    machine = here.split(".")[-2].split("-")[0]
+    kept = {
+        temporary_name("b.npz", os.getpid()),
+        temporary_name("b.npz", 1),  # of another user, if this one is not root
+        here.replace(machine, "0" * 8),
+        ".keep.tmp",
+        "a.tmp",
+    }
+    for name in (here, f"{here}.mode.tmp", temporary_name("c", dead), *kept):
+        (below / name).write_text("half")
+    remove_leftovers(below / "a [1].npz")
+    assert not (below / here).exists() and len(list(below.iterdir())) == len(kept) + 1
+    remove_leftovers(tmp_path)
+    assert {path.name for path in below.iterdir()} == kept
+    remove_leftovers(tmp_path / "nowhere" / "file")
 
 
 KILLED = """

@@ -18,13 +18,14 @@ from commands import sample
 from denoisers.cards import cards
 from denoisers.registry import ModelSource
 from runtime import cli
+from runtime.files import temporary_name
 from runtime.images import to_uint8
 from runtime.noise import SeedNoise
 from runtime.record import RunRecord
 from samplers.build import build
 from samplers.generate import generate
 from samplers.options import SamplerOptions
-from tests.processes import run_command, start, together
+from tests.processes import finished, run_command, start, together
 from tests.sampler_models import ClassModel, GaussianModel, make_card, trained
 from tests.scripts import Script
 
@@ -113,7 +114,7 @@ def test_a_run_goes_on_where_it_stopped(run: Script, tmp_path: Path) -> None:
     (folder / "000000/000002.png").unlink()
     torn = folder / "000000/000005.png"
     torn.write_bytes(torn.read_bytes()[:50])
-    (folder / "000000/.000002.png.77-abcd.tmp").write_bytes(b"half")
+    (folder / "000000" / temporary_name("000002.png", finished())).write_bytes(b"half")
     done = run(*arguments, "--batch=1")
     assert "2 images made (5 were there already)" in done.out
     assert images(folder) == before and set(tree(folder)) == {*before, "run.json"}

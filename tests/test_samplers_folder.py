@@ -156,18 +156,6 @@ def test_images_without_a_record_raise(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["000002.png"]
 
 
-def test_temporary_files_of_the_missing_seeds_are_removed(tmp_path: Path) -> None:
-    folder = Folder(tmp_path, subdirs=True)
-    folder.open(record(), [0, 1])
-    (tmp_path / "000000").mkdir()
-    names = (".000000.png.12-ab.tmp", ".000001.png.12-ab.tmp", ".000002.png.12-ab.tmp", ".keep.tmp")
-    for name in names:
-        (tmp_path / "000000" / name).write_bytes(b"half")
-    folder.open(record(), [0, 1])
-    left = sorted(path.name for path in (tmp_path / "000000").iterdir())
-    assert left == [".000002.png.12-ab.tmp", ".keep.tmp"]
-
-
 def test_seeds_of_several_runs_are_recorded(tmp_path: Path) -> None:
     """However they were written, and also where nothing is missing."""
     folder = Folder(tmp_path / "out")

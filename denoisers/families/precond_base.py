@@ -130,7 +130,9 @@ class Precond(nn.Module):
             return labels.to(weight.dtype).to(weight.device)
 
         inputs = x.to(self.dtype).to(weight.device)
-        if self.dtype != weight.dtype:  # half precision: its kernels are fastest in this layout
+        half = self.dtype != weight.dtype
+        if half or (weight.device.type, self.dtype) == ("cpu", torch.float32):
+            # the layout that these kernels are fastest in
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         raw, feat = self.model(
             inputs,

@@ -67,9 +67,13 @@ class GroupNorm(nn.Module):
         )
         x = x if before is None else x + before
         x = F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-        x = x if scale is None else x * (1 + scale)
-        x = x if after is None else x + after
-        return F.silu(x) if silu else x
+        if scale is not None and after is not None:
+            x = torch.addcmul(after, x, 1 + scale)
+        elif scale is not None:
+            x = x * (1 + scale)
+        elif after is not None:
+            x = x + after
+        return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x
 
 
 class Conv2d(nn.Module):
