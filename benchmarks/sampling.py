@@ -94,7 +94,7 @@ def open_bundled(
 def raw_forward(model: EDMModel, batch: int, device: torch.device) -> Callable[[], object]:
     """A call of the bare U-Net on ready inputs, without preconditioning or casts."""
     network, size = model.net.model, model.card.resolution
-    images = torch.randn(batch, model.card.channels, size, size).to(device, model.net.dtype)
+    images = model.net.inputs(torch.randn(batch, model.card.channels, size, size))
     levels = torch.zeros(1, device=device)
     return lambda: network(images, levels)
 

@@ -79,7 +79,7 @@ class Counter:
 def raw_backward(model: EDMModel, batch: int, device: torch.device) -> Callable[[], object]:
     """A call of the bare U-Net and its gradient with respect to images and noise levels."""
     network, size = model.net.model, model.card.resolution
-    images = torch.randn(batch, model.card.channels, size, size).to(device, model.net.dtype)
+    images = model.net.inputs(torch.randn(batch, model.card.channels, size, size))
     levels = torch.zeros(batch, device=device)
     images.requires_grad_(), levels.requires_grad_()
     ones = torch.ones_like(images)

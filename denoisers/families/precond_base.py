@@ -114,6 +114,15 @@ class Precond(nn.Module):
         x0 = c_skip * state + c_out * raw[:, : self.img_channels].to(state.dtype)
         return Denoised(x0.to(x.dtype), feat)
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """``x`` (B, C, H, W) in the dtype, on the device and in the layout of the network."""
+        weight = self.model.map_layer0.weight
+        x = x.to(self.dtype).to(weight.device)
+        half = self.dtype != weight.dtype
+        if half or (weight.device.type, self.dtype) == ("cpu", torch.float32):
+            x = x.contiguous(memory_format=torch.channels_last)  # its kernels are the fastest
+        return x
+
     def network(
         self,
         x: Tensor,
@@ -129,13 +138,8 @@ class Precond(nn.Module):
         def embeddable(labels: Tensor) -> Tensor:
             return labels.to(weight.dtype).to(weight.device)
 
-        inputs = x.to(self.dtype).to(weight.device)
-        half = self.dtype != weight.dtype
-        if half or (weight.device.type, self.dtype) == ("cpu", torch.float32):
-            # the layout that these kernels are fastest in
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
         raw, feat = self.model(
-            inputs,
+            self.inputs(x),
             embeddable(noise_labels),
             None if class_labels is None else embeddable(class_labels),
             None if augment_labels is None else embeddable(augment_labels),
