@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 
 import numpy as np
+import torch
 from scipy import linalg
+from scipy.linalg import blas
 
 NEGATIVE = 1e-4  #: tolerance for negative eigenvalues relative to the largest, for float32 files
 
@@ -40,15 +42,29 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
 def _eigenvalues_of_product(cov1: np.ndarray, cov2: np.ndarray) -> np.ndarray:
     """Eigenvalues of S1 S2, up to zeros."""
     root = factor(cov1)
-    values = linalg.eigvalsh(root.T @ cov2 @ root, driver="evd", check_finite=False)
+    values = _eigenvalues(_between(root, cov2))
     _no_negative(values)
     if values.min(initial=np.inf) < rounding(values):
         # Zero eigenvalues are computed as rounding errors, whose roots are not small. If S2 is the
         # singular covariance, its factor has fewer columns, without these eigenvalues.
         other = factor(cov2)
         if other.shape[1] < root.shape[1]:
-            return linalg.eigvalsh(other.T @ cov1 @ other, driver="evd", check_finite=False)
+            return _eigenvalues(_between(other, cov1))
     return values
+
+
+def _between(root: np.ndarray, cov: np.ndarray) -> np.ndarray:
+    """R' S R, at half the cost if R is a Cholesky factor, of which half the entries are zero."""
+    if linalg.bandwidth(root)[1] == 0 and len(root) == root.shape[1]:
+        # S' = S is already in the order of columns that BLAS works in
+        right = blas.dtrmm(1.0, root, cov.T, side=1, lower=1)
+        return np.asarray(blas.dtrmm(1.0, root, right, lower=1, trans_a=1, overwrite_b=1))
+    return np.asarray(root.T @ cov @ root)
+
+
+def _eigenvalues(matrix: np.ndarray) -> np.ndarray:
+    """Of a symmetric matrix, by PyTorch, whose library is nearly twice as fast as SciPy's here."""
+    return torch.linalg.eigvalsh(torch.from_numpy(matrix)).numpy()
 
 
 def factor(cov: np.ndarray) -> np.ndarray:
@@ -95,7 +111,8 @@ def _checked(mu: np.ndarray, cov: np.ndarray, which: str) -> tuple[np.ndarray, n
             f"the {which} statistics hold NaN or infinite values: compute them again from "
             "finite features."
         )
-    if np.abs(cov - cov.T).max(initial=0) > 1e-8 * np.abs(cov).max(initial=0):
+    scale = np.abs(cov).max(initial=0)
+    if not linalg.issymmetric(cov) and np.abs(cov - cov.T).max(initial=0) > 1e-8 * scale:
         raise ValueError(
             f"the {which} covariance is not symmetric: pass the covariance of the features."
         )
