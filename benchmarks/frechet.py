@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy and scipy are imported
 
@@ -40,6 +41,35 @@ def by_sqrtm(first: Moments, second: Moments) -> float:
     return float(np.sum((first[0] - second[0]) ** 2) + trace)
 
 
+class Compared(NamedTuple):
+    """Both implementations on the same covariances."""
+
+    seconds: tuple[float, float]  #: ours and SciPy's, medians
+    values: tuple[float, float]
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds[1] / self.seconds[0]
+
+    @property
+    def difference(self) -> float:
+        """Relative difference of the values."""
+        return abs(self.values[0] / self.values[1] - 1)
+
+
+def compared(dim: int, repeats: int) -> Compared:
+    """Time both, in turn, on one thread."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    first, second = random_moments(dim, rng), random_moments(dim, rng)
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(timed(lambda: frechet_distance(*first, *second)))
+        theirs.append(timed(lambda: by_sqrtm(first, second)))
+    one, other = (statistics.median(t for t, _ in runs) for runs in (ours, theirs))
+    return Compared((one, other), (ours[0][1], theirs[0][1]))
+
+
 def timed(function: Callable[[], float]) -> tuple[float, float]:
     """Seconds that the call takes, and its value."""
     start = time.process_time()
@@ -56,20 +86,13 @@ def main(dim: int, repeats: int) -> None:
     Prints the median time of both, their ratio (should be at least 10) and the relative difference
     of the results (should be at most 1e-9).
     """
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    first, second = random_moments(dim, rng), random_moments(dim, rng)
-    ours, theirs = [], []
-    for _ in range(repeats):
-        ours.append(timed(lambda: frechet_distance(*first, *second)))
-        theirs.append(timed(lambda: by_sqrtm(first, second)))
-    seconds = [statistics.median(t for t, _ in runs) for runs in (ours, theirs)]
-    value, expected = ours[0][1], theirs[0][1]
+    found = compared(dim, repeats)
+    seconds, (value, expected) = found.seconds, found.values
     click.echo(f"{dim} features, median of {repeats}:")
     click.echo(f"  frechet_distance     {seconds[0]:8.2f} s   {value:.10g}")
     click.echo(f"  scipy.linalg.sqrtm   {seconds[1]:8.2f} s   {expected:.10g}")
-    click.echo(f"  ratio                {seconds[1] / seconds[0]:8.1f}     (at least 10)")
-    click.echo(f"  relative difference  {abs(value / expected - 1):8.1e}     (at most 1e-9)")
+    click.echo(f"  ratio                {found.ratio:8.1f}     (at least 10)")
+    click.echo(f"  relative difference  {found.difference:8.1e}     (at most 1e-9)")
 
 
 if __name__ == "__main__":

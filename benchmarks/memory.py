@@ -106,6 +106,12 @@ def measure(case: MemoryCase) -> tuple[float, float]:
     return before, _peak()
 
 
+def measured_alone(case: MemoryCase) -> tuple[float, float]:
+    """As `measure`, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(measure, case).result()
+
+
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
@@ -115,10 +121,8 @@ def main() -> None:
     """Peak memory over calls and prompts, with and without --checkpoint."""
     click.echo("| calls | prompts | --checkpoint | MB before | MB for the updates |")
     click.echo("|---:|---:|---|---:|---:|")
-    spawn = multiprocessing.get_context("spawn")
     for case in CASES:
-        with ProcessPoolExecutor(1, mp_context=spawn) as alone:
-            before, peak = alone.submit(measure, case).result()
+        before, peak = measured_alone(case)
         click.echo(f"{case.row} {before:.0f} | {peak - before:.0f} |")
 
 

@@ -1,0 +1,96 @@
+"""The benchmarks of ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks import frechet, memory, metrics, sampling, training
+from benchmarks.figures import Figure, calibration, peers, processes
+from benchmarks.sampling import open_bundled, stopwatch
+from evaluation.images import ImagePassOptions
+from metrics.detectors import load_detector
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every benchmark is told."""
+
+    batch: int
+    rounds: int
+    dtype: str
+
+
+def of_sampling(asked: Settings) -> Iterator[Figure]:
+    model, watch = open_bundled(1, "wall", asked.dtype, "cpu")
+    with torch.inference_mode():
+        rows = list(sampling.measure(model, asked.batch, asked.rounds, watch))
+    for name, nfe, *_, ratio in rows:
+        what = f"{name}, {nfe} NFE, {asked.batch} images: over the calls"
+        yield Figure("sampling", what, ratio, f"at most {sampling.LIMIT}")
+    speed = asked.batch / median(row[2] for row in rows)
+    yield Figure("sampling", "network evaluations per second of one thread", speed)
+
+
+def of_training(asked: Settings) -> Iterator[Figure]:
+    model, watch = open_bundled(1, "wall", asked.dtype, "cpu")
+    for student, teacher, *_, ratio in training.measure(model, asked.batch, asked.rounds, watch):
+        limit = 1.1 if student == "ns" else training.LIMIT
+        what = f"{student}, {teacher}: an update over its calls"
+        yield Figure("training", what, ratio, f"at most {limit}")
+    yield calibration(model, asked.batch, asked.rounds, watch)
+
+
+def of_metrics(asked: Settings) -> Iterator[Figure]:
+    watch = stopwatch(1, "cpu", torch.device("cpu"))
+    network = load_detector("cifar10-small", device=watch.device)
+    with TemporaryDirectory() as folder:
+        source = metrics.noise(Path(folder), 2048, 32)
+        options = ImagePassOptions(2048, batch=256, cache_dir=folder)
+        cost = metrics.pass_cost(source, network, options, watch, asked.rounds)
+    what = "a pass over PNGs over its detector, CPU time"
+    yield Figure("metrics", what, median(cost.ratios), f"at most {metrics.RATIO}")
+
+
+def of_frechet(asked: Settings) -> Iterator[Figure]:
+    found = frechet.compared(2048, 1)
+    yield Figure("frechet", "sqrtm of SciPy over ours, 2048 features", found.ratio, "at least 10")
+    yield Figure("frechet", "relative difference", found.difference, "at most 1e-9")
+
+
+def of_memory(asked: Settings) -> Iterator[Figure]:
+    for case in memory.CASES:
+        if case.checkpoint:
+            before, peak = memory.measured_alone(case)
+            what = f"MB for updates of {case.calls} calls, {case.prompts} prompts, checkpointed"
+            yield Figure("memory", what, peak - before)
+
+
+def of_processes(asked: Settings) -> Iterator[Figure]:
+    yield processes(asked.batch, asked.rounds, asked.dtype)
+
+
+def of_peers(asked: Settings) -> Iterator[Figure]:
+    model, watch = open_bundled(1, "wall", asked.dtype, "cpu")
+    yield from peers(model, asked.rounds, watch)
+
+
+SUITE = {
+    "sampling": of_sampling,
+    "training": of_training,
+    "metrics": of_metrics,
+    "frechet": of_frechet,
+    "memory": of_memory,
+    "processes": of_processes,
+    "peers": of_peers,
+}
+
+
+def figures(name: str, asked: Settings) -> list[Figure]:
+    """The figures of one benchmark."""
+    return list(SUITE[name](asked))
