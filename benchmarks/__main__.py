@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.figures import Figure
-from benchmarks.suite import SUITE, Settings, figures
+from benchmarks.suite.figures import Figure
+from benchmarks.suite.parts import SUITE, SuiteSettings, figures
 from commands.help import SETTINGS
 from commands.options import dtype_option
 from runtime import cli
@@ -35,7 +35,7 @@ Examples:
 @click.option("--dest", type=click.Path(path_type=Path), default=Path("samples/benchmarks.json"))
 def main(only: tuple[str, ...], batch: int, rounds: int, dtype: str, dest: Path) -> None:
     """Measure speed and memory; see the top of this file."""
-    asked = Settings(batch, rounds, dtype)
+    asked = SuiteSettings(batch, rounds, dtype)
     found: list[Figure] = []
     spawn = multiprocessing.get_context("spawn")
     click.echo("| benchmark | | median | wanted |\n|---|---|---:|---|")

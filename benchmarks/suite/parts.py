@@ -11,14 +11,14 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks import frechet, memory, metrics, sampling, training
-from benchmarks.figures import Figure, calibration, peers, processes
 from benchmarks.sampling import open_bundled, stopwatch
+from benchmarks.suite.figures import Figure, calibration, peers, processes
 from evaluation.images import ImagePassOptions
 from metrics.detectors import load_detector
 
 
 @dataclass(frozen=True)
-class Settings:
+class SuiteSettings:
     """What every benchmark is told."""
 
     batch: int
@@ -26,7 +26,7 @@ class Settings:
     dtype: str
 
 
-def of_sampling(asked: Settings) -> Iterator[Figure]:
+def of_sampling(asked: SuiteSettings) -> Iterator[Figure]:
     model, watch = open_bundled(1, "wall", asked.dtype, "cpu")
     with torch.inference_mode():
         rows = list(sampling.measure(model, asked.batch, asked.rounds, watch))
@@ -37,7 +37,7 @@ def of_sampling(asked: Settings) -> Iterator[Figure]:
     yield Figure("sampling", "network evaluations per second of one thread", speed)
 
 
-def of_training(asked: Settings) -> Iterator[Figure]:
+def of_training(asked: SuiteSettings) -> Iterator[Figure]:
     model, watch = open_bundled(1, "wall", asked.dtype, "cpu")
     for student, teacher, *_, ratio in training.measure(model, asked.batch, asked.rounds, watch):
         limit = 1.1 if student == "ns" else training.LIMIT
@@ -46,7 +46,7 @@ def of_training(asked: Settings) -> Iterator[Figure]:
     yield calibration(model, asked.batch, asked.rounds, watch)
 
 
-def of_metrics(asked: Settings) -> Iterator[Figure]:
+def of_metrics(asked: SuiteSettings) -> Iterator[Figure]:
     watch = stopwatch(1, "cpu", torch.device("cpu"))
     network = load_detector("cifar10-small", device=watch.device)
     with TemporaryDirectory() as folder:
@@ -57,13 +57,13 @@ def of_metrics(asked: Settings) -> Iterator[Figure]:
     yield Figure("metrics", what, median(cost.ratios), f"at most {metrics.RATIO}")
 
 
-def of_frechet(asked: Settings) -> Iterator[Figure]:
+def of_frechet(asked: SuiteSettings) -> Iterator[Figure]:
     found = frechet.compared(2048, 1)
     yield Figure("frechet", "sqrtm of SciPy over ours, 2048 features", found.ratio, "at least 10")
     yield Figure("frechet", "relative difference", found.difference, "at most 1e-9")
 
 
-def of_memory(asked: Settings) -> Iterator[Figure]:
+def of_memory(asked: SuiteSettings) -> Iterator[Figure]:
     for case in memory.CASES:
         if case.checkpoint:
             before, peak = memory.measured_alone(case)
@@ -71,11 +71,11 @@ def of_memory(asked: Settings) -> Iterator[Figure]:
             yield Figure("memory", what, peak - before)
 
 
-def of_processes(asked: Settings) -> Iterator[Figure]:
+def of_processes(asked: SuiteSettings) -> Iterator[Figure]:
     yield processes(asked.batch, asked.rounds, asked.dtype)
 
 
-def of_peers(asked: Settings) -> Iterator[Figure]:
+def of_peers(asked: SuiteSettings) -> Iterator[Figure]:
     model, watch = open_bundled(1, "wall", asked.dtype, "cpu")
     yield from peers(model, asked.rounds, watch)
 
@@ -91,6 +91,6 @@ SUITE = {
 }
 
 
-def figures(name: str, asked: Settings) -> list[Figure]:
+def figures(name: str, asked: SuiteSettings) -> list[Figure]:
     """The figures of one benchmark."""
     return list(SUITE[name](asked))
