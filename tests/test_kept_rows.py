@@ -24,7 +24,7 @@ from runtime.images import to_uint8_tensor
 from runtime.typed import read_result
 from tests.comparison_problems import CARD, HERE, MixtureModel, make_harness
 
-SOME = 2  #: images that are made again
+SOME = 1  #: images that are made again
 
 
 def euler() -> Row:
