@@ -125,7 +125,8 @@ def refiner(model: EDMModel, batch: int, device: torch.device) -> Callable[[Deno
     card = model.card
     times = polynomial_times(5, card.sigma_min, card.sigma_max)
     table = prior_table(times, card.sigma_max, card.sigma_min)
-    directions = torch.full((6, 6, 6), 1e-3, dtype=torch.float64).tril()
+    seen = torch.ones_like(table.rows).tril()  # by each row
+    directions = 1e-3 * seen[:, :, None] * seen[:, None, :]
     x, images = torch.randn(2, batch, *card.shape).to(device)
     loss = spectral(SpectralNorm.of([images], 0.6))
     loop = RefineLoop(updates=1, batch=batch, report=1, lr=0.05)
