@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def measure(
     file = folder / ROWS / f"{row.key}.json"
     identity = _identity(row, harness)
     here = harness.here
-    earlier = here.broadcast_object(_earlier(row, identity, harness, file, kept, here.is_main))
+    found = _earlier(row, identity, harness, file, kept) if here.is_main else None
+    earlier = here.broadcast_object(found)
     if earlier is not None:
         tick(len(harness.seeds))
         return earlier
@@ -62,11 +64,9 @@ def _identity(row: Row, harness: Harness) -> RowIdentity:
 
 
 def _earlier(
-    row: Row, identity: RowIdentity, harness: Harness, file: Path, kept: KeptRows, is_main: bool
+    row: Row, identity: RowIdentity, harness: Harness, file: Path, kept: KeptRows
 ) -> MeasuredRow | None:
     """The row as it was measured before, here or elsewhere; from now on it lies in ``file``."""
-    if not is_main:
-        return None
     folder = file.parent.parent
     earlier = read_earlier(MeasuredRow, file)
     if earlier is not None and earlier.identity == identity:
@@ -90,8 +90,9 @@ def _taken_over(
             found = _with_new_reference(found, identity, harness, place.parent)
         if found is not None:
             own = replace(found, kept=True, **_names(row))
-            copy_files(found, place.parent, own, folder)
-            return own
+            with suppress(FileNotFoundError):  # it has lost its pictures
+                copy_files(found, place.parent, own, folder)
+                return own
     return None
 
 

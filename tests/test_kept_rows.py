@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import copy
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,10 @@ def test_rows_of_another_detector_device_or_version_have_another_place(
     assert here != place(identity, tmp_path)
 
 
-@pytest.mark.parametrize("ending", [".json", ".npz"])
-@pytest.mark.parametrize("damage", [b"", b"{}", None])
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    [*product((".json", ".npz"), (b"", b"{}", None)), (".png", None)],
+)
 def test_a_damaged_row_is_measured_again(
     ending: str, damage: bytes | None, tmp_path: Path, spent: list[str]
 ) -> None:
