@@ -1,6 +1,6 @@
 """All benchmarks in one run: ratios of times measured in turn, so that a busy machine matters less.
 
-``python -m benchmarks`` prints a table, which docs/performance.md holds, and writes it as JSON.
+``python -m benchmarks`` prints a table and writes it as JSON.
 """
 
 from __future__ import annotations

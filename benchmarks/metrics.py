@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.sampling import Stopwatch, clock_options, stopwatch
+from benchmarks.sampling import (
+    Interleaved,
+    Stopwatch,
+    clock_options,
+    interleaved,
+    stopwatch,
+)
 from commands.help import SETTINGS
 from commands.options import PATH, device_option
 from evaluation.images import ImagePassOptions, image_pass
@@ -76,26 +80,17 @@ def throughput(
         source = images or noise(Path(folder), num, size)
         cost = pass_cost(source, network, ImagePassOptions(num, batch=batch, cache_dir=folder),
                          watch, rounds)  # fmt: skip
-    median = statistics.median(cost.ratios)
     click.echo(f"{num} images, detector {detector}, {clock} clock, median of {rounds} rounds")
-    click.echo(f"forward {num / cost.forward:.0f} images/s, pass {num / cost.whole:.0f}")
+    click.echo(f"forward {num / cost.base:.0f} images/s, pass {num / cost.taken:.0f}")
     click.echo(
-        f"ratio {median:.3f} ({min(cost.ratios):.3f} to {max(cost.ratios):.3f}), limit {RATIO}"
+        f"ratio {cost.ratio:.3f} ({min(cost.ratios):.3f} to {max(cost.ratios):.3f}), limit {RATIO}"
     )
-    sys.exit(median > RATIO)
-
-
-class PassCost(NamedTuple):
-    """Medians in seconds, and the ratio of every round."""
-
-    forward: float
-    whole: float
-    ratios: list[float]
+    sys.exit(cost.ratio > RATIO)
 
 
 def pass_cost(
     source: Path, network: Detector, options: ImagePassOptions, watch: Stopwatch, rounds: int
-) -> PassCost:
+) -> Interleaved:
     """Time a pass and the detector's forward on images in memory, in turn."""
     ready = list(image_batches(source, options.batch, num=options.num))
     here = World(0, 1, watch.device)
@@ -109,13 +104,7 @@ def pass_cost(
             pass
 
     watch(forward)  # the first call prepares kernels
-    forwards, wholes, ratios = [], [], []
-    for _ in range(rounds):
-        before, taken, after = watch(forward), watch(whole), watch(forward)
-        forwards += [before, after]
-        wholes.append(taken)
-        ratios.append(taken / (before + after) * 2)
-    return PassCost(statistics.median(forwards), statistics.median(wholes), ratios)
+    return interleaved(watch, whole, forward, rounds)
 
 
 def peak() -> float:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 import torch
@@ -105,6 +105,31 @@ def sampler(model: EDMModel, name: str, nodes: int, start: Tensor) -> tuple[Call
     return lambda: integrate(solver, denoiser, start, ts), planned_nfe(solver, ts)
 
 
+class Interleaved(NamedTuple):
+    """Two actions that were timed in turn."""
+
+    base: float  #: seconds, median
+    taken: float  #: seconds of the other, median
+    ratios: list[float]  #: ``taken / base`` of every round
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+
+def interleaved(
+    watch: Stopwatch, action: Callable[[], object], base: Callable[[], object], rounds: int
+) -> Interleaved:
+    """Time ``action``, and ``base`` before and after it in every round."""
+    bases, times, ratios = [], [], []
+    for _ in range(rounds):
+        before, taken, after = watch(base), watch(action), watch(base)
+        bases += [before, after]
+        times.append(taken)
+        ratios.append(2 * taken / (before + after))
+    return Interleaved(statistics.median(bases), statistics.median(times), ratios)
+
+
 Row = tuple[str, int, float, float, float]
 
 
@@ -116,14 +141,8 @@ def measure(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Itera
     watch(forward)  # the first call prepares kernels
     for name, nodes in ROWS:
         sample, nfe = sampler(model, name, nodes, start)
-        forwards, samples, ratios = [], [], []
-        for _ in range(rounds):
-            before, taken, after = watch(forward), watch(sample), watch(forward)
-            forwards += [before, after]
-            samples.append(taken)
-            ratios.append(taken / (nfe * (before + after) / 2))
-        median = statistics.median
-        yield name, nfe, median(forwards), median(samples), median(ratios)
+        found = interleaved(watch, sample, forward, rounds)
+        yield name, nfe, found.base, found.taken, found.ratio / nfe
 
 
 @click.command(epilog=EXAMPLES, context_settings=SETTINGS)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.sampling import Stopwatch, open_bundled, raw_forward
+from benchmarks.sampling import Stopwatch, interleaved, open_bundled, raw_forward
 from denoisers.families.edm import EDMModel
 from ns.calibrate import Latents, calibrate
 from ns.search import polynomial_times, prior_table
@@ -48,13 +48,9 @@ class Figure:
 def median_ratio(
     watch: Stopwatch, action: Callable[[], object], other: Callable[[], object], rounds: int
 ) -> float:
-    """Seconds of ``action`` over those of ``other``, which is timed before and after it."""
+    """Seconds of ``action`` over those of ``other``."""
     watch(action), watch(other)  # the first calls prepare kernels
-    ratios = []
-    for _ in range(rounds):
-        before, taken, after = watch(other), watch(action), watch(other)
-        ratios.append(2 * taken / (before + after))
-    return statistics.median(ratios)
+    return interleaved(watch, action, other, rounds).ratio
 
 
 @torch.no_grad()
