@@ -161,7 +161,9 @@ class ComparisonJob:
             if self.rounds:
                 say(f"choosing Restart at {budget} NFE")
                 counted = _in_nfe(budget, tick)
-                sampler = choose_restart(budget, harness, self.rounds, self.folder, counted)
+                sampler = choose_restart(
+                    budget, harness, self.rounds, self.folder, counted, self.kept.folders
+                )
                 rows.append(restart_row(budget, sampler))
         return distinct([*rows, *self.extra, *self.ceilings])
 

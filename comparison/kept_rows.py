@@ -2,11 +2,11 @@
 
 A row is known by its `RowIdentity` and by the version of this toolkit.  Only rows of our own
 samplers are kept: a learned one belongs to its run, a library's to the version of the library.
+The choices of Restart's plans lie in the same folders (`plan_search.halving.search`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,11 +14,10 @@ from pathlib import Path
 
 from comparison.results import MeasuredRow, RowIdentity, but_converged
 from comparison.rows import Row
-from runtime import __version__
 from runtime.errors import UserError
 from runtime.files import atomic_write, cache_folder, remove_leftovers
 from runtime.log import note
-from runtime.typed import to_json, write_result
+from runtime.typed import digest, write_result
 
 BUNDLED = Path(__file__).with_name("bundled")
 FOLDER = "rows"  #: in the cache
@@ -55,9 +54,8 @@ class KeptRows:
 def place(identity: RowIdentity, folder: Path) -> Path:
     """Where the numbers of a row lie in a folder of kept ones."""
     # all that decides its images; the second reference may be another one
-    text = to_json([__version__, but_converged(identity)])
-    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return folder / f"nfe{identity.sampler['nfe_planned']:03d}-{digest}.json"
+    name = digest(but_converged(identity))
+    return folder / f"nfe{identity.sampler['nfe_planned']:03d}-{name}.json"
 
 
 def keep(measured: MeasuredRow, folder: Path, dest: Path) -> None:

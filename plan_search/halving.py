@@ -16,8 +16,10 @@ from typing import Any
 
 from restart.candidates import Candidate
 from runtime.dist import World
+from runtime.errors import UserError
+from runtime.log import note
 from runtime.options import Json
-from runtime.typed import read_earlier, to_plain, write_result
+from runtime.typed import digest, read_earlier, to_plain, write_result
 
 KEEP = 0.25  #: fraction of the candidates that each round keeps for the next
 
@@ -50,16 +52,21 @@ def search(
     identity: Mapping[str, Json],
     here: World,
     skipped: Callable[[int], object] = lambda images: None,
+    kept: Sequence[Path] = (),
 ) -> list[list[Trial]]:
     """All trials of each round, the best first; the first of the last round is the winner.
 
     ``rounds`` are the numbers of images per candidate; each round keeps the best quarter.  The
     trace is written to ``file`` after every trial, with ``identity``: a search of the same identity
-    continues from there, and tells ``skipped`` how many images it did not have to make.
+    continues from there, and tells ``skipped`` how many images it did not have to make.  So does
+    one that was finished for another file, if ``kept``, folders with such traces, holds it; a
+    finished one is added to the last of them.
 
     Raises ValueError for two equal labels.
     """
-    known = here.broadcast_object(_read(file, identity) if here.is_main else None) or []
+    files = [file, *(place(identity, folder) for folder in kept)] if here.is_main else []
+    found = max((_read(path, identity) for path in files), key=_trials, default=[])
+    known = here.broadcast_object(found)
     left = {candidate.label: candidate for candidate in field}
     if len(left) < len(field):
         raise ValueError("two candidates have one label: the trace could not tell them apart")
@@ -79,7 +86,25 @@ def search(
         left = {t.label: left[t.label] for t in trials[: survivors(len(trials))]}
     if here.is_main:
         write_result(file, trace)
+        if kept and trace.rounds != known:
+            _keep(trace, kept[-1])
     return trace.rounds
+
+
+def place(identity: Mapping[str, Json], folder: Path) -> Path:
+    """Where the trace of a finished search lies in a folder of kept ones."""
+    return folder / f"selection-{digest(identity)}.json"
+
+
+def _trials(rounds: Sequence[Sequence[Trial]]) -> int:
+    return sum(map(len, rounds))
+
+
+def _keep(trace: SearchTrace, folder: Path) -> None:
+    try:
+        write_result(place(trace.identity, folder), trace)
+    except (OSError, UserError) as error:
+        note(f"the choice of a plan is not kept for other comparisons: {error}")
 
 
 def survivors(count: int) -> int:
@@ -96,9 +121,9 @@ def search_images(candidates: int, rounds: Sequence[int]) -> int:
     return total
 
 
-def _read(file: Path, identity: Mapping[str, Json]) -> list[list[Trial]] | None:
-    """The trials of an earlier search of the same identity; None without a readable one."""
+def _read(file: Path, identity: Mapping[str, Json]) -> list[list[Trial]]:
+    """The trials of an earlier search of the same identity; empty without a readable one."""
     trace = read_earlier(SearchTrace, file)
     if trace is None or trace.identity != to_plain(identity):
-        return None
+        return []
     return trace.rounds

@@ -173,11 +173,13 @@ def choose(
     rounds: Sequence[int],
     file: Path,
     tick: Callable[[int], object],
+    kept: Sequence[Path] = (),
 ) -> tuple[Candidate, float]:
     """The candidate with the lowest objective on selection seeds, and that; a trace in ``file``.
 
     Successive halving over ``rounds`` images per candidate (`plan_search.halving`).  A selection
-    that is finished is not run again, and an interrupted one continues.
+    that is finished, here or in a folder of ``kept`` ones, is not run again, and an interrupted
+    one continues.
     """
     card, rate = harness.model.card, harness.conditions.guidance_rate
 
@@ -191,7 +193,7 @@ def choose(
         "images": list(rounds),
         "start": SELECTION_START,
     }
-    trace = search(field, rounds, score, file, identity, harness.here, tick)
+    trace = search(field, rounds, score, file, identity, harness.here, tick, kept)
     winner = trace[-1][0]
     return next(c for c in field if c.label == winner.label), winner.score
 
@@ -202,13 +204,14 @@ def choose_restart(
     rounds: Sequence[int],
     folder: Path,
     tick: Callable[[int], object],
+    kept: Sequence[Path] = (),
 ) -> Sampler:
     """The plan of exactly ``budget`` NFE with the lowest FID to the data, for a row of a table."""
     card, rate = harness.model.card, harness.conditions.guidance_rate
     field = Space().field(budget, card, rate)
     file = folder / f"selection-{budget}.json"
     to_data = Fid(replace(harness, converged=None))
-    best, _ = choose(field, to_data, harness, rounds, file, tick)
+    best, _ = choose(field, to_data, harness, rounds, file, tick, kept)
     return replace(restart_sampler(best, card, rate), extra={"candidates": len(field)})
 
 

@@ -7,6 +7,7 @@ metadata=OPTIONAL)``, which is left out where it is None.  A type with the field
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from runtime import __version__
 from runtime.errors import UserError
 from runtime.files import write_text
 
@@ -52,6 +54,11 @@ def to_plain(value: object) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def digest(value: object) -> str:
+    """A name for what ``value`` decides in this version of the toolkit: 32 hexadecimal digits."""
+    return hashlib.sha256(to_json([__version__, value]).encode()).hexdigest()[:32]
 
 
 def from_plain(kind: type[T], content: object, source: str) -> T:

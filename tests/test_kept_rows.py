@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from comparison import kept_rows
 from comparison.job import CompareOptions, prepare
 from comparison.kept_rows import BUNDLED, KeptRows, place
 from comparison.measure import measure
@@ -21,6 +20,7 @@ from denoisers.registry import ModelSource
 from evaluation.harness import Harness, HarnessOptions, open_harness
 from metrics.statistics import Statistics
 from metrics.summary import FeatureSummary
+from runtime import typed
 from runtime.images import to_uint8_tensor
 from runtime.typed import read_result
 from tests.comparison_problems import CARD, HERE, MixtureModel, make_harness
@@ -110,7 +110,7 @@ def test_rows_of_another_detector_device_or_version_have_another_place(
     detector = replace(identity.harness, detector_sha256="2" * 64)
     assert here != place(replace(identity, harness=detector), tmp_path)
     assert here != place(replace(identity, device="cuda"), tmp_path)
-    monkeypatch.setattr(kept_rows, "__version__", "99")
+    monkeypatch.setattr(typed, "__version__", "99")
     assert here != place(identity, tmp_path)
 
 

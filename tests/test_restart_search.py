@@ -25,8 +25,8 @@ def score(candidate: Candidate, images: int) -> float:
     return (number - 5) ** 2 + 40 / images * (number != 11)
 
 
-def run(file: Path, ask=score, identity=IDENTITY, skipped=lambda n: None):
-    return search(FIELD, ROUNDS, ask, file, identity, HERE, skipped)
+def run(file: Path, ask=score, identity=IDENTITY, skipped=lambda n: None, kept=()):
+    return search(FIELD, ROUNDS, ask, file, identity, HERE, skipped, kept)
 
 
 def test_the_best_quarter_of_a_round_goes_on(tmp_path):
@@ -75,6 +75,33 @@ def test_another_search_starts_anew(tmp_path):
     for torn in ("{ torn", "[]", '{"identity": {"model": "m", "images": [2, 8, 32]}}'):
         file.write_text(torn)
         assert run(file)[-1][0].score > 0
+
+
+def test_a_kept_search_is_not_run_again(tmp_path, capsys):
+    folders, skipped = [tmp_path / "bundled", tmp_path / "cache"], list[int]()
+    whole = run(tmp_path / "a.json", kept=folders)
+    assert [path.parent.name for path in tmp_path.glob("*/*")] == ["cache"]
+    assert run(tmp_path / "b.json", never, skipped=skipped.append, kept=folders) == whole
+    assert sum(skipped) == search_images(16, ROUNDS)
+    assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+    with pytest.raises(AssertionError):
+        run(tmp_path / "c.json", never, identity={**IDENTITY, "model": "n"}, kept=folders)
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "d.json", kept=[tmp_path / "file"]) == whole
+    assert "is not kept for other comparisons" in capsys.readouterr().err
+
+
+def never(candidate: Candidate, images: int) -> float:
+    raise AssertionError(f"{candidate} was asked for")
+
+
+def test_the_kept_search_takes_the_place_of_a_shorter_one(tmp_path):
+    file, folders = tmp_path / "a.json", [tmp_path / "kept"]
+    whole = run(file, kept=folders)
+    content = json.loads(file.read_text())
+    content["rounds"] = content["rounds"][:1]
+    file.write_text(json.dumps(content))
+    assert run(file, never, kept=folders) == whole
 
 
 def test_labels_have_to_differ(tmp_path):
