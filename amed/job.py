@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,24 +216,39 @@ def prepare(options: TrainOptions) -> TrainingJob:
     )
     student = Student(settings.solver(), grid.nodes(), settings.afs)
     _warn_if_equal_to_heun(teacher, student)
-    stored = _stored(options)
+    stored = _stored(options, settings, restart)
     return TrainingJob(options, card, conditions, settings, student, teacher, restart, stored)
 
 
-def _stored(options: TrainOptions) -> TrajectoryJob | None:
-    """The trajectories of ``--trajectories``, the same as those of NS solvers."""
+def _stored(
+    options: TrainOptions, settings: StudentSettings, restart: RestartSupervision
+) -> TrajectoryJob | None:
+    """The trajectories of ``--trajectories``, the same as those of NS solvers.
+
+    Between two nodes Restart's states need not lie on one solution of the ODE, so those of Restart
+    are on the student's own grid.
+    """
     if options.trajectories is None:
         return None
-    return prepare_trajectories(
-        TrajectoryOptions(
-            model=options.model,
-            conditions=options.conditions,
-            teacher=options.sampler_tea,
-            seed=options.seed,
-            number=options.trajectories,
-            keep="all",
-        )
+    common = TrajectoryOptions(
+        model=options.model,
+        conditions=options.conditions,
+        teacher=options.sampler_tea,
+        seed=options.seed,
+        number=options.trajectories,
+        keep="all",
     )
+    if options.sampler_tea == "restart":
+        stride = settings.M + 1
+        common = replace(
+            common,
+            num_steps=stride * (settings.num_steps - 1) + 1,
+            schedule_type=settings.schedule_type,
+            schedule_rho=settings.schedule_rho,
+            restart_info=interval_json(restart.intervals),
+            keep=str(stride),
+        )
+    return prepare_trajectories(common)
 
 
 def _restart(options: TrainOptions, card: Card) -> RestartSupervision:

@@ -77,11 +77,18 @@ def check_options(options: TrainOptions) -> None:
 def _check_trajectories(options: TrainOptions) -> None:
     number = options.trajectories
     if options.sampler_tea == "restart":
-        raise UserError(
-            f"--trajectories {number} are kept and read again, but Restart draws new noise for "
-            "every trajectory: leave it out, or choose another --sampler_tea"
-        )
-    if options.M != TrainOptions.M:
+        if options.restart_target != "trajectory":
+            raise UserError(
+                f"--trajectories {number} keeps Restart's states, from which "
+                "--restart_target=flow would have to walk on: give --restart_target=trajectory, "
+                "or leave one of them out"
+            )
+        if options.S_noise not in (None, 1.0):
+            raise UserError(
+                f"--S_noise {options.S_noise:g} scales the noise of a teacher that walks along, "
+                f"but --trajectories {number} keeps Restart's own: leave one of them out"
+            )
+    elif options.M != TrainOptions.M:
         raise UserError(
             f"--M {options.M} refines the student's grid for the teacher, but --trajectories "
             f"{number} have a grid of their own: leave one of them out"

@@ -102,9 +102,12 @@ def teacher_words(student: TrainedStudent) -> str:
     """The teacher in words: solver, inserted nodes, targets, and the NFE that it spent."""
     settings, options, plan = student.settings, student.record.options, student.record.plan
     stored = options.get("trajectories")  # older records lack it
-    walked = f"M = {settings.M}" if stored is None else f"{stored} kept trajectories"
-    words = [f"{settings.sampler_tea} teacher, {walked}"]
-    if settings.sampler_tea == "restart":
+    words, restart = [f"{settings.sampler_tea} teacher"], settings.sampler_tea == "restart"
+    if stored is None or restart:
+        words.append(f"M = {settings.M}")
+    if stored is not None:
+        words.append(f"{stored} kept trajectories")
+    if restart:
         words.append(f"{options['restart_target']} targets, {options['restart_info']}")
     if plan.get("teacher_nfe"):
         words.append(f"{plan['teacher_nfe']} NFE")

@@ -39,7 +39,6 @@ from teachers.trajectory_files import (
 )
 from teachers.walks import TeacherWalk, WalkStates
 
-KEEP = ("ends", "all")
 STORED = {"float32": torch.float32, "float16": torch.float16}
 TOL = 1e-5
 #: Options that the states do not depend on.
@@ -60,7 +59,7 @@ class TrajectoryOptions:
     tol: float | None = None  #: of dopri5, relative and absolute; None means `TOL`
     number: int = 512  #: latents
     seed: int = 0
-    keep: str = "ends"  #: one of `KEEP`: the states at both ends of the grid, or at all nodes
+    keep: str = "ends"  #: states at both ends of the grid, at "all" nodes, or at every K-th one
     store: str = "float32"  #: dtype of the states on disk, a key of `STORED`
     batch: int = 64  #: latents at once, over all processes
 
@@ -229,7 +228,7 @@ def prepare(options: TrajectoryOptions) -> TrajectoryJob:
     card = options.model.card()
     conditions = options.conditions.resolve(card)
     grid = Grid(options.schedule_type, options.num_steps, options.schedule_rho).resolve(card)
-    nodes, stride = grid.nodes(), 1 if options.keep == "all" else options.num_steps - 1
+    nodes, stride = grid.nodes(), _stride(options)
     intervals: tuple[Interval, ...] = ()
     if options.teacher == "restart":
         stated, intervals = resolve_intervals(options.restart_info, card)
@@ -248,6 +247,20 @@ def prepare(options: TrajectoryOptions) -> TrajectoryJob:
     return TrajectoryJob(options, card, conditions, TeacherWalk(teacher, nodes, stride), intervals)
 
 
+def _stride(options: TrajectoryOptions) -> int:
+    """Nodes from one kept state to the next."""
+    keep, intervals = options.keep, options.num_steps - 1
+    if keep in ("ends", "all"):
+        return intervals if keep == "ends" else 1
+    number = int(keep) if keep.isdecimal() and len(keep) < 10 else 0
+    if number < 1 or intervals % number:
+        raise UserError(
+            f"--keep {keep[:20]} does not lead to the last of {options.num_steps} nodes: give "
+            f"ends, all, or a divisor of {intervals}"
+        )
+    return number
+
+
 def _check(options: TrajectoryOptions) -> None:
     """Raise UserError for a value out of range, and for an option of another teacher."""
     for name, value, least in (
@@ -257,9 +270,8 @@ def _check(options: TrajectoryOptions) -> None:
     ):
         if value < least:
             raise UserError(f"--{name} {value} is too small: give --{name} {least} or more")
-    for name, choice, known in (("keep", options.keep, KEEP), ("store", options.store, STORED)):
-        if choice not in known:
-            raise UserError(f"--{name} {choice} is unknown: choose {' or '.join(known)}")
+    if options.store not in STORED:
+        raise UserError(f"--store {options.store} is unknown: choose {' or '.join(STORED)}")
     if options.tol is not None and not 0 < options.tol < math.inf:
         raise UserError(f"--tol {options.tol} is no tolerance: give a positive number")
     for name, given, owner in (

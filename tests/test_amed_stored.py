@@ -138,6 +138,24 @@ def test_the_students_states_lie_on_the_teachers_trajectory(fine: None) -> None:
     assert bool((errors < 0.02 * others).all())
 
 
+def test_kept_states_of_restart_are_those_of_the_teacher_that_walks_along() -> None:
+    """On the student's own grid, with one evaluation more per kept node."""
+    restart = {"restart_info": '{"0": [3, 2, 0.14, 2.0]}', "restart_target": "trajectory"}
+    grid = {"num_steps": 4, "M": 2, "schedule_type": "polynomial"}
+    options = TrainOptions(TinySource("tiny", dtype="float64"), sampler_tea="restart", **restart,
+                           **grid)  # fmt: skip
+    batches = stored_batches(6, sampler_tea="restart", **restart, **grid)
+    numbers = shuffled(range(4), 6, 0)
+    drawn = batches.job.draw(batches.model, numbers, HERE)
+    teacher = prepare(options).teacher
+    walked = teacher.supervise(drawn.meter, drawn.start(batches.ts[0]), drawn.process)
+    kept = batches.micro(range(4)).supervision
+    assert torch.allclose(kept.start, walked.start, rtol=1e-6, atol=1e-6)  # kept in float32
+    assert torch.allclose(kept.target, walked.target, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(kept.start[-1], kept.target[-1])
+    assert batches.job.nfe == walked.nfe + 4
+
+
 def test_every_latent_is_read_once_in_a_pass() -> None:
     assert sorted(shuffled(range(20), 20, 5)) == list(range(20))
     first, second = shuffled(range(20), 20, 5), shuffled(range(20, 40), 20, 5)
@@ -200,7 +218,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--sampler_tea=restart",), "--trajectories 8 are kept and read again, but Restart draws"),
+        (("--sampler_tea=restart",), "would have to walk on: give --restart_target=trajectory"),
+        (
+            ("--sampler_tea=restart", "--restart_target=trajectory", "--S_noise=0.9"),
+            "--S_noise 0.9 .* leave one of them out",
+        ),
         (("--M=3",), "--M 3 refines the student's grid .* leave one of them out"),
     ],
 )

@@ -22,7 +22,7 @@ from runtime.job import execute
 from runtime.options import parse_options
 from solvers.grids import SCHEDULES
 from teachers.build import TEACHERS
-from teachers.trajectories import KEEP, STORED, TrajectoryOptions, prepare
+from teachers.trajectories import STORED, TrajectoryOptions, prepare
 
 EXAMPLES = """\b
 Examples:
@@ -53,7 +53,7 @@ Examples:
 @click.option("--number", type=images(1), default=512, help="latents")
 @click.option("--seed", type=SEED, default=0, help="of the latents")
 @click.option(
-    "--keep", type=click.Choice(KEEP), default="ends", help="states at both ends, or at all nodes"
+    "--keep", metavar="ends|all|K", default="ends", help="states at both ends or every K-th node"
 )
 @click.option(
     "--store", type=click.Choice(list(STORED)), default="float32", help="dtype of states on disk"
