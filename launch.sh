@@ -8,8 +8,8 @@ USAGE="Usage: ./launch.sh [RECIPE] [--gpus N] [--dry-run]
 
 Sets up .venv on first use and runs a recipe:
 
-  default           five students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
-                    classic solvers; 15 to 40 minutes on two cores
+  default           three students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
+                    classic solvers; 10 to 15 minutes on two cores
   full              the same at 3 to 10 NFE, published training lengths, 50,000 images
   cifar10           published AMED settings: train, sample 50,000 images, FID
   ffhq              the same, FFHQ 64x64
@@ -34,58 +34,64 @@ PYTHON=/path/to/python3 chooses the Python that .venv is made from (3.10 or newe
 
 # ---------------------------------------------------------------- recipes
 
-recipe_default() { # budget 5 only
-    note "kept short: 1024 trajectories per AMED student, $IMAGES images a row, 5 NFE only;"
-    note "published lengths, 50,000 images and 3 to 10 NFE: ./launch.sh full"
-    local kept=--trajectories=256 # of Heun, walked once for all students that learn from it
+recipe_default() { # a student of each kind, at budget 5 only
+    note "kept short: 1024 trajectories per AMED student, $IMAGES images a row, 5 NFE only; every"
+    note "kind of student under every teacher, 50,000 images and 3 to 10 NFE: ./launch.sh full"
+    local kept=--trajectories=256 # Heun's serve both students that learn from it
     predictors="" GPUS=${GPUS:-$SMALL_PROCESSES}
-    keep student_ns cifar10-small 5 --dtype="$DTYPE" --refine=120 --batch=32 $kept
-    small_students 4 True --batch=16 --total_kimg=1.024 --tick=0.256
-    small_report default 5 --num_images="$IMAGES" --select=32,128
+    set -- --dtype="$DTYPE" $kept
+    keep student_ns cifar10-small 5 --search=20 --refine=40 --batch=32 "$@"
+    set -- --batch=16 --total_kimg=1.024 --tick=0.256 "$@"
+    keep amed_heun 4 True "$@"
+    keep plugin_restart 4 True "$@"
+    # in float32 everywhere, for which the rows of all other samplers are bundled
+    small_report default 5 float32 --num_images="$IMAGES" --select=32,128
 }
 
 recipe_full() { # 3 to 6 nodes are 3, 5, 7, 9 evaluations with AFS, and one more without
-    local nfe kept=""
+    local nfe
     predictors="" GPUS=${GPUS:-$SMALL_PROCESSES}
     for num_steps in 3 4 5 6; do
         for afs in True False; do
-            small_students $num_steps $afs --batch=128 --total_kimg=10
+            set -- $num_steps $afs --dtype="$DTYPE" --batch=128 --total_kimg=10
+            # the classic teachers at about Restart's evaluations
+            keep amed_heun "$@" --M=3
+            keep amed_restart "$@"
+            keep plugin heun "$@" --M=4
+            keep plugin_restart "$@"
+            keep plugin ipndm "$@" --M=2
             nfe=$((2 * num_steps - 2))
             if [ $afs = True ]; then nfe=$((nfe - 1)); fi
             keep student_ns cifar10-small $nfe --dtype="$DTYPE" --search=100 --refine=1000 \
                 --batch=64 --trajectories=2048
         done
     done
-    small_report full 3,4,5,6,7,8,9,10 --num_images=50000
+    small_report full 3,4,5,6,7,8,9,10 "$DTYPE" --num_images=50000
 }
 
-small_students() { # NUM_STEPS AFS FLAG...: AMED's students of the bundled model under each of their
-    # teachers, Heun at about Restart's evaluations unless $kept gives it walks of its own; appends
-    # the runs' folders to $predictors.
-    # Each is on the grid that its own solver is published with. Flow targets need a restart that
-    # reaches a noise level which an interval starts from: of four log-SNR nodes that is 0.068, just
-    # above 0.06; no interval of the polynomial grid starts between 0.06 and 0.3.
-    local num_steps=$1 afs=$2
-    shift 2
-    set -- --dtype="$DTYPE" "$@"
-    keep student_amed cifar10-small heun "$num_steps" "$afs" "${kept:---M=3}" \
-        --schedule_type=logsnr "$@"
-    keep student_amed cifar10-small restart "$num_steps" "$afs" --M=1 --schedule_type=logsnr \
-        --restart_target=flow --restart_info='{"0": [3, 2, 0.06, 0.3]}' "$@"
-    set -- --schedule_type=polynomial --schedule_rho=7 "$@"
-    keep student_plugin cifar10-small heun "$num_steps" "$afs" "${kept:---M=4}" "$@"
-    keep student_plugin cifar10-small restart "$num_steps" "$afs" --M=2 \
-        --restart_target=trajectory "$@"
-    if [ -z "$kept" ]; then # a fine walk of iPNDM is that of Heun
-        keep student_plugin cifar10-small ipndm "$num_steps" "$afs" --M=2 "$@"
-    fi
+# AMED's students of the bundled model, each on the grid that its own solver is published with.
+# Arguments: NUM_STEPS AFS FLAG...
+
+amed_heun() { student_amed cifar10-small heun "$1" "$2" --schedule_type=logsnr "${@:3}"; }
+
+amed_restart() { # Flow targets need a restart that reaches a noise level which an interval starts
+    # from: of four log-SNR nodes that is 0.068, just above 0.06; no interval of the polynomial grid
+    # starts between 0.06 and 0.3.
+    student_amed cifar10-small restart "$1" "$2" --M=1 --schedule_type=logsnr \
+        --restart_target=flow --restart_info='{"0": [3, 2, 0.06, 0.3]}' "${@:3}"
 }
 
-small_report() { # NAME BUDGETS FLAG...: the comparison of the students in $predictors, and how far
-    # every row is from the exact solution of the ODE; both in one page
+plugin() { # TEACHER NUM_STEPS AFS FLAG...
+    student_plugin cifar10-small "$1" "$2" "$3" --schedule_type=polynomial --schedule_rho=7 "${@:4}"
+}
+
+plugin_restart() { plugin restart "$1" "$2" --M=2 --restart_target=trajectory "${@:3}"; }
+
+small_report() { # NAME BUDGETS DTYPE FLAG...: the comparison of the students in $predictors, and
+    # how far every row is from the exact solution of the ODE; both in one page
     local folder="samples/report-$1"
     set -- --dataset_name=cifar10-small --predictors="$predictors" --budgets="$2" \
-        --dtype="$DTYPE" --outdir="$folder" "${@:3}"
+        --dtype="$3" --outdir="$folder" "${@:4}"
     run compare.py "$@"
     run solver_error.py "${@:1:5}" --seeds=0-15
     note "the report: $folder/report.html; its table: $folder/table.md"

@@ -57,7 +57,7 @@ def main(outdir: Path, num_images: int, write: bool, dtype: str, device: str | N
         if here.is_main:
             _tell(outdir)
             if write:
-                bundle(outdir, BUNDLED)
+                bundle(outdir, BUDGET, BUNDLED)
 
 
 def _tell(folder: Path) -> None:
@@ -66,13 +66,13 @@ def _tell(folder: Path) -> None:
         click.echo(f"{row.method}: {row.fid:.4f}, kept: {kept.fid if kept else float('nan'):.4f}")
 
 
-def bundle(folder: Path, dest: Path) -> None:
+def bundle(folder: Path, budget: int, dest: Path) -> None:
     """Put the rows and the choice of Restart's plan in ``folder`` into ``dest``, and the record."""
     results = _results(folder)
     for row in results.rows:
         keep(row, folder, dest)
         shrink(place(row.identity, dest).with_suffix(".npz"))
-    trace = read_result(halving.SearchTrace, folder / f"selection-{BUDGET}.json")
+    trace = read_result(halving.SearchTrace, folder / f"selection-{budget}.json")
     assert trace is not None, "the comparison chose a plan"
     write_result(halving.place(trace.identity, dest), trace)
     results.record.write(dest / RECORD)

@@ -13,7 +13,7 @@ from denoisers.batch import SeededBatch
 from runtime.dist import World
 from runtime.log import note
 
-PROBES = 5  #: timed calls, after one that is not
+PROBES = 3  #: timed calls, after one that is not
 SHORT = 10_000  #: evaluations below which work is no long work, and no time is estimated
 
 

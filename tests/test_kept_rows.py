@@ -8,18 +8,21 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.kept_rows import BUDGET, SELECT, bundle
 from comparison.job import CompareOptions, prepare
 from comparison.kept_rows import BUNDLED, KeptRows, place
 from comparison.measure import measure
 from comparison.report.table import markdown
-from comparison.results import MeasuredRow
-from comparison.rows import Row, ceiling_rows, classic_rows
+from comparison.results import ComparisonResults, MeasuredRow
+from comparison.rows import Row, ceiling_rows, classic_rows, restart_row
 from denoisers.registry import ModelSource
 from evaluation.harness import Harness, HarnessOptions, open_harness
 from metrics.statistics import Statistics
 from metrics.summary import FeatureSummary
+from plan_search.objectives import choose_restart
 from runtime import typed
 from runtime.images import to_uint8_tensor
 from runtime.typed import read_result
@@ -162,18 +165,60 @@ def bundled() -> HarnessOptions:
     return HarnessOptions(ModelSource("cifar10-small"))
 
 
-@pytest.mark.parametrize("row", ceiling_rows(CARD), ids=lambda row: row.method)
+ROWS = [*classic_rows(BUDGET, CARD), *ceiling_rows(CARD)]
+
+
+@pytest.fixture(scope="module")
+def default_run() -> Harness:
+    """That of the default run's comparison."""
+    return open_harness(bundled(), range(1500), 4, HERE)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)
 def test_the_bundled_rows_are_those_of_the_bundled_model(
-    row: Row, tmp_path: Path, spent: list[str]
+    row: Row, tmp_path: Path, spent: list[str], default_run: Harness
 ) -> None:
     """The default run finds them, and their features are those of images made here."""
-    harness = open_harness(bundled(), range(1500), 4, HERE)
-    found = measure(row, harness, tmp_path, lambda n: None, KeptRows((BUNDLED,)))
+    found = measure(row, default_run, tmp_path, lambda n: None, KeptRows((BUNDLED,)))
     assert found.kept and not spent and found.n == 1500
-    summary = FeatureSummary.load(tmp_path / str(found.statistics), harness.detector)
+    summary = FeatureSummary.load(tmp_path / str(found.statistics), default_run.detector)
     kept = summary.features
     assert kept is not None
-    made = next(harness.generate(row.sampler, range(SOME), batch=SOME))
-    again = harness.detector(to_uint8_tensor(made.images))
+    made = next(default_run.generate(row.sampler, range(SOME), batch=SOME))
+    again = default_run.detector(to_uint8_tensor(made.images))
     error = (again - kept[:SOME]).norm() / (kept[:SOME] - kept[SOME:].mean(0)).norm()
     assert error < 0.01
+
+
+def test_restarts_plan_in_the_default_run_is_bundled_with_its_row(
+    tmp_path: Path, spent: list[str], default_run: Harness
+) -> None:
+    rounds, folders = [int(n) for n in SELECT.split(",")], (BUNDLED,)
+    sampler = choose_restart(BUDGET, default_run, rounds, tmp_path, lambda n: None, folders)
+    row = restart_row(BUDGET, sampler)
+    found = measure(row, default_run, tmp_path, lambda n: None, KeptRows(folders))
+    assert found.kept and not spent
+
+
+def test_bundling_keeps_the_numbers(tmp_path: Path, spent: list[str]) -> None:
+    """Rows and plan of a comparison are found by the next one, which measures nothing."""
+    seeds = range(320)
+    asked = CompareOptions(
+        bundled(), budgets="3", num=len(seeds), blocks=2, select="2", ceilings=False,
+        solvers="euler", no_cache=True, outdir=tmp_path / "a",
+    )  # fmt: skip
+    prepare(asked).run(HERE, make_harness(seeds))
+    bundle(tmp_path / "a", 3, tmp_path / "kept")
+    assert spent
+    spent.clear()
+    kept = KeptRows((tmp_path / "kept",))
+    again = replace(prepare(replace(asked, outdir=tmp_path / "b")), kept=kept)
+    again.run(HERE, make_harness(seeds))
+    one, two = (read_result(ComparisonResults, tmp_path / x / "results.json") for x in "ab")
+    assert one is not None and two is not None and len(two.rows) == 3 and not spent
+    assert [row.fid for row in one.rows] == [row.fid for row in two.rows]
+    for row, same in zip(one.rows, two.rows, strict=True):
+        paths = tmp_path / "a" / str(row.statistics), tmp_path / "b" / str(same.statistics)
+        first, second = (np.load(path) for path in paths)
+        assert np.allclose(first["features"], second["features"], rtol=1e-3, atol=1e-4)
+        assert paths[1].stat().st_size < 0.6 * paths[0].stat().st_size

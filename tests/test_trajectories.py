@@ -259,7 +259,10 @@ def test_classes_belong_to_numbers() -> None:
         ({"number": 0}, "--number 0 is too small: give --number 1 or more"),
         ({"batch": 0}, "--batch 0 is too small"),
         ({"seed": -1}, "--seed -1 is too small: give --seed 0 or more"),
-        ({"keep": "some"}, "--keep some does not lead to the last of 5 nodes: give ends, all, or a divisor of 4"),
+        (
+            {"keep": "some"},
+            "--keep some does not lead to the last of 5 nodes: give ends, all, or a divisor of 4",
+        ),
         ({"store": "int8"}, "--store int8 is unknown: choose float32 or float16"),
         ({"teacher": "rk4"}, "unknown teacher 'rk4'; choose one of heun"),
         ({"num_steps": 1}, "a grid of 1 node"),
