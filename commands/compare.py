@@ -9,6 +9,7 @@ import click
 from commands.help import SETTINGS
 from commands.options import (
     classic_options,
+    detectors_option,
     harness_options,
     image_options,
     mask_options,
@@ -63,7 +64,7 @@ Examples:
     default=False,
     help="measure every row, also those that are kept from earlier runs",
 )
-@harness_options("samples/compare")
+@harness_options("samples/compare", detectors_option)
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Compare samplers at matched budgets, on the same seeds, through one FID harness.
 

@@ -266,12 +266,28 @@ metric_options: Callable[[F], F] = combine(
 num_option = click.option("--num", "--num_images", "num", type=images(2), help="use N images")
 
 
-def work_options(outdir: str, detectors: Iterable[str] = DETECTORS) -> Callable[[F], F]:
-    """Model, one detector, and how to compute; results go to ``outdir`` by default."""
+def detector_option(names: Iterable[str]) -> Callable[[F], F]:
+    """One detector, by name."""
+    kind = click.Choice(list(names))
+    return click.option("--detector", type=kind, default="cifar10-small")
+
+
+one_detector_option = detector_option(DETECTORS)
+#: The first detector ranks the samplers, the others add a column each.
+detectors_option = click.option(
+    "--detector",
+    default="cifar10-small",
+    metavar="LIST",
+    help=f"by comma, of {', '.join(DETECTORS)}: the first one decides, each other one adds an FID",
+)
+
+
+def work_options(outdir: str, detector: Callable[[F], F]) -> Callable[[F], F]:
+    """Model, detector, and how to compute; results go to ``outdir`` by default."""
     return combine(
         dataset_option,
         model_options,
-        click.option("--detector", type=click.Choice(list(detectors)), default="cifar10-small"),
+        detector,
         detector_path_option,
         click.option("--outdir", type=PATH, default=Path(outdir)),
         dtype_option,
@@ -280,15 +296,18 @@ def work_options(outdir: str, detectors: Iterable[str] = DETECTORS) -> Callable[
     )
 
 
-def harness_options(outdir: str) -> Callable[[F], F]:
+def harness_options(outdir: str, detector: Callable[[F], F]) -> Callable[[F], F]:
     """As `work_options`, with the conditions of the images and the reference of a FID."""
     return combine(
         click.option(
-            "--ref", default="cifar10-small", help="reference statistics: a name or an .npz"
+            "--ref",
+            default="cifar10-small",
+            help="reference statistics: a name or an .npz; of "
+            "several detectors one name that all have, or one for each, by comma",
         ),
         batch_option(128),
         condition_options,
-        work_options(outdir),
+        work_options(outdir, detector),
     )
 
 

@@ -11,6 +11,7 @@ from commands.numbers import BATCH, TOLERANCE
 from commands.options import (
     classic_options,
     condition_options,
+    detector_option,
     predictors_option,
     seeds_option,
     work_options,
@@ -40,7 +41,7 @@ Examples:
 @classic_options
 @click.option("--batch", type=BATCH, default=8, help="images that are solved together")
 @condition_options
-@work_options("samples/errors", (*DETECTORS, NO_DETECTOR))
+@work_options("samples/errors", detector_option((*DETECTORS, NO_DETECTOR)))
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Measure solver error without a reference: the distance to the exact solution of the ODE.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from comparison.results import MeasuredRow, RowIdentity, but_converged
+from comparison.results import MeasuredRow, RowIdentity, of_features
 from comparison.rows import Row
 from runtime.errors import UserError
 from runtime.files import atomic_write, cache_folder, remove_leftovers
@@ -53,8 +53,8 @@ class KeptRows:
 
 def place(identity: RowIdentity, folder: Path) -> Path:
     """Where the numbers of a row lie in a folder of kept ones."""
-    # all that decides its images; the second reference may be another one
-    name = digest(but_converged(identity))
+    # all that decides its features; the other detectors and references may be others
+    name = digest(of_features(identity))
     return folder / f"nfe{identity.sampler['nfe_planned']:03d}-{name}.json"
 
 

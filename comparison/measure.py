@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.kept_rows import KeptRows, copy_files
-from comparison.results import MeasuredRow, RowIdentity, but_converged
+from comparison.results import MeasuredRow, RowIdentity, of_features
 from comparison.rows import Row
 from evaluation.harness import Harness, Measured
 from metrics.summary import FeatureSummary
@@ -72,7 +72,7 @@ def _earlier(
     if earlier is not None and earlier.identity == identity:
         return earlier
     if earlier is not None:
-        earlier = _with_new_reference(earlier, identity, harness, folder)
+        earlier = _with_new_references(earlier, identity, harness, folder)
     if earlier is None:
         earlier = _taken_over(row, identity, harness, folder, kept)
     if earlier is not None:
@@ -87,7 +87,7 @@ def _taken_over(
     for place in kept.places(row, identity):
         found = read_earlier(MeasuredRow, place)
         if found is not None:
-            found = _with_new_reference(found, identity, harness, place.parent)
+            found = _with_new_references(found, identity, harness, place.parent)
         if found is not None:
             own = replace(found, kept=True, **_names(row))
             with suppress(FileNotFoundError):  # it has lost its pictures
@@ -115,6 +115,7 @@ def _result(row: Row, measured: Measured, identity: RowIdentity, seconds: float)
         **_names(row),
         fid=fid.fid,
         fid_converged=None if converged is None else converged.fid,
+        fid_others=measured.others or None,
         fid_block_mean=fid.mean,
         fid_block_spread=fid.spread,
         fid_blocks=tuple(fid.blocks),
@@ -129,15 +130,19 @@ def _result(row: Row, measured: Measured, identity: RowIdentity, seconds: float)
     )
 
 
-def _with_new_reference(
+def _with_new_references(
     earlier: MeasuredRow, identity: RowIdentity, harness: Harness, folder: Path
 ) -> MeasuredRow | None:
-    """An earlier result of the same images, compared with the current second reference.
+    """An earlier result of the same images, by the current detectors and second reference.
 
-    None where anything but that reference differs, and where the statistics on disk are not those
-    of the result.
+    None where its images are others, where it lacks one of the other detectors, and where the
+    statistics on disk are not those of the result.
     """
-    if but_converged(earlier.identity) != but_converged(identity) or earlier.statistics is None:
+    if of_features(earlier.identity) != of_features(identity) or earlier.statistics is None:
+        return None
+    had = dict(zip(earlier.identity.harness.others or (), earlier.fid_others or (), strict=True))
+    wanted = identity.harness.others or ()
+    if any(other not in had for other in wanted):
         return None
     try:
         moments = FeatureSummary.load(folder / earlier.statistics, harness.detector).moments
@@ -148,4 +153,5 @@ def _with_new_reference(
         return None
     second = harness.converged
     converged = None if second is None else moments.fid(second.statistics)
-    return replace(earlier, fid_converged=converged, identity=identity)
+    others = tuple(had[other] for other in wanted) or None
+    return replace(earlier, fid_converged=converged, fid_others=others, identity=identity)

@@ -25,9 +25,9 @@ class RowIdentity:
     device: str | None = field(default=None, metadata=OPTIONAL)
 
 
-def but_converged(identity: RowIdentity) -> RowIdentity:
-    """The identity without the second reference, which the images do not depend on."""
-    return replace(identity, harness=replace(identity.harness, converged=None))
+def of_features(identity: RowIdentity) -> RowIdentity:
+    """The identity of a row's images and features, which no other reference or detector changes."""
+    return replace(identity, harness=replace(identity.harness, converged=None, others=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class MeasuredRow:
     fid: float  #: to the data
     #: to the model's own converged samples
     fid_converged: float | None = field(default=None, metadata=OPTIONAL)
+    #: to the data, by each of the other detectors
+    fid_others: tuple[float, ...] | None = field(default=None, metadata=OPTIONAL)
     fid_block_mean: float
     fid_block_spread: float  #: standard deviation over the blocks
     fid_blocks: tuple[float, ...]

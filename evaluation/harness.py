@@ -14,7 +14,7 @@ from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
 from evaluation.converged import Converged, ConvergedIdentity, open_converged
-from evaluation.detectors import DetectorOptions, open_detector
+from evaluation.detectors import DetectorOptions, open_detectors
 from evaluation.image_prompts import PromptsIdentity
 from metrics.detectors import Detector, load_reference
 from metrics.fid import BlockFid, block_fid
@@ -22,6 +22,7 @@ from metrics.measures import KEPT
 from metrics.statistics import Statistics
 from metrics.summary import Collector, FeatureSummary, Requirements, joined
 from runtime.dist import World
+from runtime.errors import UserError
 from runtime.images import to_uint8, to_uint8_tensor
 from runtime.options import Json
 from runtime.seeds import seed_ranges
@@ -32,10 +33,18 @@ from samplers.sampler import Sampler
 SHOWN = 10  #: images of each sampler in pictures
 
 
+class Reference(NamedTuple):
+    """A detector, and statistics of the data in its features."""
+
+    detector: Detector
+    statistics: Statistics
+
+
 class Measured(NamedTuple):
     """What one pass over the images of a sampler gives."""
 
     fid: BlockFid  #: to the data
+    others: tuple[float, ...]  #: FID to the data by each of `Harness.others`
     converged: BlockFid | None  #: to the model's own converged samples
     nfe: int  #: metered
     images_per_second: float  #: of sampling alone
@@ -49,7 +58,9 @@ class HarnessOptions:
     model: ModelSource = field(default_factory=ModelSource)
     conditions: ConditionOptions = field(default_factory=ConditionOptions)
     detector: DetectorOptions = field(default_factory=DetectorOptions)
-    ref: str = "cifar10-small"  #: reference statistics: a bundled name or an .npz
+    #: Reference statistics: a bundled name or an .npz; of several detectors one name that all
+    #: have, or one for each, by comma.
+    ref: str = "cifar10-small"
     ref_model: str | None = None  #: see `evaluation.converged.open_converged`
     batch: int = 128  #: images at once, over all processes
 
@@ -58,8 +69,19 @@ class HarnessOptions:
         card = self.model.card()
         conditions = self.conditions.resolve(card)
         conditions.check(card, seeds)
-        self.detector.single()
+        self.references()
         return conditions
+
+    def references(self) -> list[str]:
+        """The reference of each detector; UserError where their numbers differ."""
+        count = len(self.detector.sources())
+        names = [self.ref] if count == 1 else self.ref.split(",")
+        if len(names) not in (1, count):
+            raise UserError(
+                f"--ref {self.ref} names {len(names)} for {count} detectors: give one that all "
+                "have, or one for each, separated by commas"
+            )
+        return names * (count // len(names))
 
     def describe(self, seeds: Sequence[int], blocks: int) -> dict[str, Json]:
         """As much of the `HarnessIdentity` as is known before anything is loaded."""
@@ -71,6 +93,17 @@ class HarnessOptions:
             "seeds": seed_ranges(seeds),
             "blocks": blocks,
         }
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """What decides the FID of given images by another detector."""
+
+    detector: str
+    detector_sha256: str
+    reference: str
+    reference_n: int
+    reference_sha256: str
 
 
 @dataclass(frozen=True)
@@ -89,14 +122,15 @@ class HarnessIdentity:
     converged: ConvergedIdentity | None = field(default=None, metadata=OPTIONAL)
     prompts: PromptsIdentity | None = field(default=None, metadata=OPTIONAL)
     label: int | None = field(default=None, metadata=OPTIONAL)  #: class of all images
+    others: tuple[ReferenceIdentity, ...] | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True)
 class Harness:
-    """One model, one detector, the same references and the same seeds for every sampler."""
+    """One model, the same detectors, references and seeds for every sampler."""
 
     model: Model
-    detector: Detector
+    detector: Detector  #: whose features are kept and whose FID ranks the samplers
     reference: Statistics
     seeds: Sequence[int]
     blocks: int  #: disjoint, equal blocks of seeds, for the spread
@@ -106,6 +140,7 @@ class Harness:
     conditions: Conditions = Conditions()  #: the guidance rate is each sampler's own
     converged: Converged | None = None  #: the second reference, where there is one
     precision: str = "float32"  #: dtype of the network
+    others: Sequence[Reference] = ()  #: more detectors, which add an FID to each row
 
     @property
     def identity(self) -> HarnessIdentity:
@@ -124,6 +159,7 @@ class Harness:
             converged=None if self.converged is None else self.converged.identity,
             prompts=PromptsIdentity.of(self.conditions),
             label=self.conditions.label,
+            others=tuple(map(_identity, self.others)) or None,
         )
 
     def generate(
@@ -147,25 +183,41 @@ class Harness:
 
         ``tick`` is told how many images of all processes have been made.
         """
-        size, parts, nfe, seconds = len(seeds) // blocks, [], 0, 0.0
+        size, nfe, seconds = len(seeds) // blocks, 0, 0.0
+        by_detector: list[list[FeatureSummary]] = [[] for _ in (None, *self.others)]
         for b in range(blocks):
             block = seeds[b * size : (b + 1) * size]
-            summary, nfe, spent = self._block(sampler, block, KEPT // blocks, tick)
-            parts.append(summary)
+            summaries, nfe, spent = self._block(sampler, block, KEPT // blocks, tick)
+            for parts, summary in zip(by_detector, summaries, strict=True):
+                parts.append(summary)
             seconds += spent
+        parts, *more = by_detector
         moments, second = [part.moments for part in parts], None
         if self.converged is not None:
             second = block_fid(moments, self.converged.statistics)
         per_image = seconds / max(1, len(seeds) // self.here.size)  # of this process
         rate = self.here.size / per_image
-        return Measured(block_fid(moments, self.reference), second, nfe, rate, joined(parts))
+        others = tuple(
+            joined(parts).moments.fid(other.statistics)
+            for parts, other in zip(more, self.others, strict=True)
+        )
+        fid = block_fid(moments, self.reference)
+        return Measured(fid, others, second, nfe, rate, joined(parts))
 
     def _block(
         self, sampler: Sampler, seeds: Sequence[int], kept: int, tick: Callable[[int], object]
-    ) -> tuple[FeatureSummary, int, float]:
-        """Features of one block of all processes, the metered NFE, and seconds of sampling here."""
-        needs, nfe, seconds = Requirements(kept), 0, 0.0
-        collector = Collector(self.detector, needs, len(seeds), source=sampler.label)
+    ) -> tuple[list[FeatureSummary], int, float]:
+        """One block of all processes by each detector, the metered NFE, and seconds of sampling.
+
+        Only the first detector's features are kept.
+        """
+        nfe, seconds = 0, 0.0
+        needs = {self.detector: Requirements(kept)}
+        needs |= {other.detector: Requirements() for other in self.others}
+        collectors = [
+            Collector(detector, need, len(seeds), source=sampler.label)
+            for detector, need in needs.items()
+        ]
         positions = self.here.shard(range(len(seeds)))
         begin = time.perf_counter()
         for batch in self.generate(sampler, [seeds[position] for position in positions]):
@@ -173,10 +225,11 @@ class Harness:
             seconds += time.perf_counter() - begin
             nfe = batch.nfe
             now, positions = positions[: len(pixels)], positions[len(pixels) :]
-            collector.update(pixels, now)
+            for collector in collectors:
+                collector.update(pixels, now)
             tick(len(pixels) * self.here.size)
             begin = time.perf_counter()
-        return collector.finish(), nfe, seconds
+        return [collector.finish() for collector in collectors], nfe, seconds
 
     def pictures(self, sampler: Sampler) -> np.ndarray:
         """Images of the first few seeds, (SHOWN, H, W, C) uint8."""
@@ -188,14 +241,17 @@ class Harness:
 def open_harness(
     options: HarnessOptions, seeds: Sequence[int], blocks: int, here: World
 ) -> Harness:
-    """Load the model, the detector and both references; call it on every rank.
+    """Load the model, the detectors and all references; call it on every rank.
 
     Raises UserError or ValueError, one sentence with the remedy, for files that are missing or do
     not fit each other.
     """
     conditions = options.resolve_conditions(seeds)
-    detector = open_detector(options.detector, here)
-    reference = load_reference(options.ref, detector)
+    detectors = open_detectors(options.detector, here)
+    (detector, reference), *others = (
+        Reference(detector, load_reference(name, detector))
+        for detector, name in zip(detectors, options.references(), strict=True)
+    )
     model = options.model.load(here)
     return Harness(
         model,
@@ -209,4 +265,12 @@ def open_harness(
         conditions,
         open_converged(options.ref_model, model, detector, seeds, conditions),
         options.model.dtype,
+        others,
+    )
+
+
+def _identity(other: Reference) -> ReferenceIdentity:
+    id, statistics = other.detector.id, other.statistics
+    return ReferenceIdentity(
+        id.name, id.sha256, statistics.source, statistics.n, statistics.source_sha256
     )

@@ -146,6 +146,7 @@ def prepare(options: PlanSearchOptions) -> PlanSearchJob:
     intervals, walks = parse_intervals(options.intervals), parse_walks(options.walks)
     space = Space(intervals, walks, options.most)
     options = replace(options, harness=replace(options.harness, ref_model=NONE))
+    options.harness.detector.single()
     conditions = options.harness.resolve_conditions(selection_seeds(rounds[-1]))
     card = options.harness.model.card()
     fields = {budget: space.field(budget, card, conditions.guidance_rate) for budget in budgets}

@@ -210,7 +210,7 @@ def choose_restart(
     card, rate = harness.model.card, harness.conditions.guidance_rate
     field = Space().field(budget, card, rate)
     file = folder / f"selection-{budget}.json"
-    to_data = Fid(replace(harness, converged=None))
+    to_data = Fid(replace(harness, converged=None, others=()))
     best, _ = choose(field, to_data, harness, rounds, file, tick, kept)
     return replace(restart_sampler(best, card, rate), extra={"candidates": len(field)})
 

@@ -85,9 +85,11 @@ def test_a_harness_is_opened_by_its_options() -> None:
         (HarnessOptions(ModelSource("cifar11")), "unknown dataset 'cifar11'"),
         (
             HarnessOptions(
-                ModelSource("cifar10-small"), detector=DetectorOptions("pixels,inception")
+                ModelSource("cifar10-small"),
+                detector=DetectorOptions("pixels,inception"),
+                ref="a.npz,b.npz,c.npz",
             ),
-            "--detector pixels,inception names several: give one",
+            "--ref a.npz,b.npz,c.npz names 3 for 2 detectors: give one that all have, or one for",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from copy import copy
 from dataclasses import replace
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.kept_rows import BUDGET, SELECT, bundle
 from comparison.job import CompareOptions, prepare
 from comparison.kept_rows import BUNDLED, KeptRows, place
 from comparison.measure import measure
-from comparison.report.table import markdown
+from comparison.report.table import csv_text, markdown
 from comparison.results import ComparisonResults, MeasuredRow
 from comparison.rows import Row, ceiling_rows, classic_rows, restart_row
 from denoisers.registry import ModelSource
-from evaluation.harness import Harness, HarnessOptions, open_harness
+from evaluation.harness import Harness, HarnessOptions, Reference, open_harness
+from metrics.detectors import load_detector
 from metrics.statistics import Statistics
 from metrics.summary import FeatureSummary
 from plan_search.objectives import choose_restart
@@ -86,6 +89,48 @@ OTHERS = {
 
 class OtherModel(MixtureModel):
     sha256 = "1" * 64
+
+
+def other_detector() -> Reference:
+    """Its reference is the latents."""
+    pixels = load_detector("pixels", device="cpu")
+    data = Statistics(pixels.id, "noise")
+    data.update(pixels(torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)))
+    return Reference(pixels, data)
+
+
+def test_every_detector_judges_the_same_images(tmp_path: Path) -> None:
+    """As a comparison with that detector alone would."""
+    other, row, harness = other_detector(), euler(), make_harness()
+    both = measure(row, replace(harness, others=(other,)), tmp_path / "a", lambda n: None)
+    first = measure(row, harness, tmp_path / "b", lambda n: None)
+    alone = replace(harness, detector=other.detector, reference=other.statistics)
+    second = measure(row, alone, tmp_path / "c", lambda n: None)
+    assert both.fid == first.fid and both.fid_others == pytest.approx((second.fid,), rel=1e-9)
+    header, cells = (line.split("|") for line in markdown([both]).splitlines()[2:5:2])
+    place = header.index(" FID (pixels) ")
+    assert cells[place - 1 : place + 1] == [f" {both.fid:.2f} ", f" {second.fid:.2f} "]
+    (line,) = csv.DictReader(csv_text([both]).splitlines())
+    assert both.fid_others == (float(line["fid_pixels"]),)
+
+
+def test_a_row_by_more_detectors_serves_fewer_and_no_others(
+    tmp_path: Path, spent: list[str]
+) -> None:
+    harness, kept, row = make_harness(), KeptRows((tmp_path / "kept",)), euler()
+    both = replace(harness, others=(other_detector(),))
+    measure(row, harness, tmp_path / "a", lambda n: None, kept)
+    full = measure(row, both, tmp_path / "b", lambda n: None, kept)
+    assert not full.kept and len(spent) == 2  # the kept row lacked the second
+    fewer = measure(row, harness, tmp_path / "c", lambda n: None, kept)
+    assert fewer.kept and fewer.fid_others is None and fewer.identity.harness.others is None
+    again = measure(row, both, tmp_path / "d", lambda n: None, kept)
+    assert again.kept and again.fid_others == full.fid_others and len(spent) == 2
+    (other,) = both.others
+    changed = Reference(other.detector, replace_source(other.statistics))
+    assert not measure(
+        row, replace(both, others=(changed,)), tmp_path / "e", lambda n: None, kept
+    ).kept
 
 
 def replace_source(reference: Statistics) -> Statistics:

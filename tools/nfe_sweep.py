@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from commands.help import SETTINGS
-from commands.options import harness_options, image_options
+from commands.options import detectors_option, harness_options, image_options
 from comparison.series import CHURN, NfeSweepOptions, prepare
 from restart.tables import configurations
 from runtime import cli
@@ -51,7 +51,7 @@ Examples:
     "--restart_solver", type=click.Choice(CLASSIC), help="Restart's intervals  [default: heun]"
 )
 @image_options
-@harness_options("samples/sweep")
+@harness_options("samples/sweep", detectors_option)
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Measure FID against NFE for the ODE, the SDE and Restart on the same seeds.
 

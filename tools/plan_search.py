@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from commands.help import SETTINGS
-from commands.options import harness_options
+from commands.options import harness_options, one_detector_option
 from plan_search.job import OBJECTIVES, ROUNDS, PlanSearchOptions, prepare
 from runtime import cli
 from runtime.job import execute
@@ -52,7 +52,7 @@ Examples:
     help="candidate solvers MAIN[+0][+afs]/RESTART: +0 ends at 0, +afs starts with the free "
     "analytical first step",
 )
-@harness_options("samples/search")
+@harness_options("samples/search", one_detector_option)
 def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Find the best Restart plan of exactly --nfe evaluations on a model.
 

@@ -18,12 +18,12 @@ KEPT = "*"  #: marks a row that was measured for another report
 #: Of a gap, each in a column of the CSV file.
 GAPS = ("to_best", "to_own")
 #: Fields that a cell of the CSV file cannot hold, or that say nothing there.
-NOT_IN_CSV = {"identity", "fid_blocks", "pictures", "statistics", "schema", *GAPS}
+NOT_IN_CSV = {"identity", "fid_blocks", "fid_others", "pictures", "statistics", "schema", *GAPS}
 
 
 def columns(rows: Rows) -> dict[str, list[str]]:
     """Title and cells, in plain text, of every column that any of the ordered rows fills."""
-    cells = {title: [cell(row, rows) for row in rows] for title, cell in COLUMNS.items()}
+    cells = {title: [cell(row, rows) for row in rows] for title, cell in _columns(rows).items()}
     return {title: column for title, column in cells.items() if any(column)}
 
 
@@ -50,16 +50,24 @@ def markdown(rows: Rows) -> str:
 def csv_text(rows: Rows) -> str:
     """The plain fields of ordered rows, and the parts of their gaps."""
     names = [field.name for field in fields(MeasuredRow) if field.name not in NOT_IN_CSV]
+    others = _others(rows)
     if not _has_converged(rows):
         names.remove("fid_converged")
     parts = [(key, field.name) for key in GAPS for field in fields(Gap)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*names, *(f"{key}_{part}" for key, part in parts)])
+    gap_names = (f"{key}_{part}" for key, part in parts)
+    writer.writerow([*names, *gap_names, *(f"fid_{name}" for name in others)])
     for row in rows:
         gaps = [getattr(getattr(row, key), part, None) for key, part in parts]
-        writer.writerow([*(getattr(row, name) for name in names), *gaps])
+        plain = (getattr(row, name) for name in names)
+        writer.writerow([*plain, *gaps, *(row.fid_others or ())])
     return out.getvalue()
+
+
+def _others(rows: Rows) -> list[str]:
+    """The names of the detectors beside the first one."""
+    return [other.detector for other in rows[0].identity.harness.others or ()]
 
 
 def _has_converged(rows: Rows) -> bool:
@@ -131,8 +139,21 @@ def _converged(row: MeasuredRow, rows: Rows) -> str:
     return f"{row.fid_converged:.2f}" if _has_converged(rows) else ""
 
 
+def _columns(rows: Rows) -> dict[str, Cell]:
+    """`COLUMNS`, and after the FID that by each of the other detectors."""
+
+    def fid(place: int) -> Cell:
+        return lambda row, _: f"{row.fid_others[place]:.2f}" if row.fid_others else ""
+
+    others = {f"FID ({name})": fid(place) for place, name in enumerate(_others(rows))}
+    shown = list(COLUMNS.items())
+    after = list(COLUMNS).index("FID") + 1
+    return dict([*shown[:after], *others.items(), *shown[after:]])
+
+
+Cell = Callable[[MeasuredRow, Rows], str]
 #: The columns of every table, by title: the cell of a row among ordered rows.
-COLUMNS: dict[str, Callable[[MeasuredRow, Rows], str]] = {
+COLUMNS: dict[str, Cell] = {
     "method": lambda row, _: f"{row.method} {KEPT}" if row.kept else row.method,
     "NFE": lambda row, _: str(row.nfe_planned),
     "FID": lambda row, _: f"{row.fid:.2f}",
