@@ -6,15 +6,9 @@ from typing import Any
 
 import click
 
+from commands.harness_options import detectors_option, harness_options, image_options
 from commands.help import SETTINGS
-from commands.options import (
-    classic_options,
-    detectors_option,
-    harness_options,
-    image_options,
-    mask_options,
-    predictors_option,
-)
+from commands.options import classic_options, mask_options, predictors_option
 from comparison.job import EXTRA, CompareOptions, prepare
 from runtime.job import execute
 from runtime.options import parse_options

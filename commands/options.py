@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
-from commands.numbers import BATCH, NOT_NEGATIVE, SEED, THREADS, blocks, images
+from commands.numbers import BATCH, NOT_NEGATIVE, SEED, THREADS, images
 from denoisers.cards import cards
 from denoisers.precision import DTYPES
 from metrics.detectors import DETECTORS
 from metrics.measures import METRICS
 from runtime.bounds import MOST_IMAGES
 from runtime.lists import parse_files, parse_numbers, parse_sources
-from runtime.seeds import SELECTION_START
 from solvers.grids import SCHEDULES
 from solvers.names import unknown
 
@@ -264,68 +263,3 @@ metric_options: Callable[[F], F] = combine(
 #: How many images of a folder or zip; torchrun takes --num for a prefix of its own options, hence
 #: the longer name.
 num_option = click.option("--num", "--num_images", "num", type=images(2), help="use N images")
-
-
-def detector_option(names: Iterable[str]) -> Callable[[F], F]:
-    """One detector, by name."""
-    kind = click.Choice(list(names))
-    return click.option("--detector", type=kind, default="cifar10-small")
-
-
-one_detector_option = detector_option(DETECTORS)
-#: The first detector ranks the samplers, the others add a column each.
-detectors_option = click.option(
-    "--detector",
-    default="cifar10-small",
-    metavar="LIST",
-    help=f"by comma, of {', '.join(DETECTORS)}: the first one decides, each other one adds an FID",
-)
-
-
-def work_options(outdir: str, detector: Callable[[F], F]) -> Callable[[F], F]:
-    """Model, detector, and how to compute; results go to ``outdir`` by default."""
-    return combine(
-        dataset_option,
-        model_options,
-        detector,
-        detector_path_option,
-        click.option("--outdir", type=PATH, default=Path(outdir)),
-        dtype_option,
-        device_option,
-        dry_run_option,
-    )
-
-
-def harness_options(outdir: str, detector: Callable[[F], F]) -> Callable[[F], F]:
-    """As `work_options`, with the conditions of the images and the reference of a FID."""
-    return combine(
-        click.option(
-            "--ref",
-            default="cifar10-small",
-            help="reference statistics: a name or an .npz; of "
-            "several detectors one name that all have, or one for each, by comma",
-        ),
-        batch_option(128),
-        condition_options,
-        work_options(outdir, detector),
-    )
-
-
-#: How many images a row has, in how many blocks, and the second reference.
-image_options: Callable[[F], F] = combine(
-    click.option(  # torchrun takes --num for an abbreviation of its own option
-        "--num_images",
-        "--num",
-        "num",
-        type=click.IntRange(4, SELECTION_START),  # selections have the seeds from there on
-        default=2000,
-        help="images per row",
-    ),
-    click.option("--blocks", type=blocks(2), default=4, help="disjoint blocks of seeds"),
-    click.option(
-        "--ref_model",
-        metavar="NAME",
-        help="statistics of the model's own converged samples, for a second FID: a name, an .npz "
-        "or 'none'  [default: NAME-converged of the model NAME, if bundled]",
-    ),
-)

@@ -6,16 +6,10 @@ from typing import Any
 
 import click
 
+from commands.harness_options import detector_option, work_options
 from commands.help import SETTINGS
 from commands.numbers import BATCH, TOLERANCE
-from commands.options import (
-    classic_options,
-    condition_options,
-    detector_option,
-    predictors_option,
-    seeds_option,
-    work_options,
-)
+from commands.options import classic_options, condition_options, predictors_option, seeds_option
 from comparison.solver_error.job import NO_DETECTOR, SolverErrorOptions, prepare
 from metrics.detectors import DETECTORS
 from runtime.job import execute

@@ -33,7 +33,7 @@ from samplers.sampler import Sampler
 SHOWN = 10  #: images of each sampler in pictures
 
 
-class Reference(NamedTuple):
+class DetectorReference(NamedTuple):
     """A detector, and statistics of the data in its features."""
 
     detector: Detector
@@ -140,7 +140,7 @@ class Harness:
     conditions: Conditions = Conditions()  #: the guidance rate is each sampler's own
     converged: Converged | None = None  #: the second reference, where there is one
     precision: str = "float32"  #: dtype of the network
-    others: Sequence[Reference] = ()  #: more detectors, which add an FID to each row
+    others: Sequence[DetectorReference] = ()  #: more detectors, which add an FID to each row
 
     @property
     def identity(self) -> HarnessIdentity:
@@ -249,7 +249,7 @@ def open_harness(
     conditions = options.resolve_conditions(seeds)
     detectors = open_detectors(options.detector, here)
     (detector, reference), *others = (
-        Reference(detector, load_reference(name, detector))
+        DetectorReference(detector, load_reference(name, detector))
         for detector, name in zip(detectors, options.references(), strict=True)
     )
     model = options.model.load(here)
@@ -269,7 +269,7 @@ def open_harness(
     )
 
 
-def _identity(other: Reference) -> ReferenceIdentity:
+def _identity(other: DetectorReference) -> ReferenceIdentity:
     id, statistics = other.detector.id, other.statistics
     return ReferenceIdentity(
         id.name, id.sha256, statistics.source, statistics.n, statistics.source_sha256

@@ -21,7 +21,7 @@ from comparison.report.table import csv_text, markdown
 from comparison.results import ComparisonResults, MeasuredRow
 from comparison.rows import Row, ceiling_rows, classic_rows, restart_row
 from denoisers.registry import ModelSource
-from evaluation.harness import Harness, HarnessOptions, Reference, open_harness
+from evaluation.harness import DetectorReference, Harness, HarnessOptions, open_harness
 from metrics.detectors import load_detector
 from metrics.statistics import Statistics
 from metrics.summary import FeatureSummary
@@ -91,12 +91,12 @@ class OtherModel(MixtureModel):
     sha256 = "1" * 64
 
 
-def other_detector() -> Reference:
+def other_detector() -> DetectorReference:
     """Its reference is the latents."""
     pixels = load_detector("pixels", device="cpu")
     data = Statistics(pixels.id, "noise")
     data.update(pixels(torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)))
-    return Reference(pixels, data)
+    return DetectorReference(pixels, data)
 
 
 def test_every_detector_judges_the_same_images(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_row_by_more_detectors_serves_fewer_and_no_others(
     again = measure(row, both, tmp_path / "d", lambda n: None, kept)
     assert again.kept and again.fid_others == full.fid_others and len(spent) == 2
     (other,) = both.others
-    changed = Reference(other.detector, replace_source(other.statistics))
+    changed = DetectorReference(other.detector, replace_source(other.statistics))
     assert not measure(
         row, replace(both, others=(changed,)), tmp_path / "e", lambda n: None, kept
     ).kept

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from commands.harness_options import detectors_option, harness_options, image_options
 from commands.help import SETTINGS
-from commands.options import detectors_option, harness_options, image_options
 from comparison.series import CHURN, NfeSweepOptions, prepare
 from restart.tables import configurations
 from runtime import cli

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from commands.harness_options import harness_options, one_detector_option
 from commands.help import SETTINGS
-from commands.options import harness_options, one_detector_option
 from plan_search.job import OBJECTIVES, ROUNDS, PlanSearchOptions, prepare
 from runtime import cli
 from runtime.job import execute
