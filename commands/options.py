@@ -68,6 +68,9 @@ cache_option = click.option(
 dtype_option = click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="dtype of the network"
 )
+compile_option = click.option(
+    "--compile", is_flag=True, help="network and walks, for one size of batch; on GPUs only"
+)
 json_option = click.option("--json", "result_path", type=PATH, help="write the result to this file")
 
 threads_option = click.option(
@@ -287,6 +290,7 @@ def harness_options(outdir: str) -> Callable[[F], F]:
             "--ref", default="cifar10-small", help="reference statistics: a name or an .npz"
         ),
         batch_option(128),
+        compile_option,
         condition_options,
         work_options(outdir),
     )

@@ -27,6 +27,7 @@ from runtime.options import Json
 from runtime.seeds import seed_ranges
 from runtime.typed import OPTIONAL
 from samplers.generate import SampleBatch, generate
+from samplers.graph import Record, cuda_graph
 from samplers.sampler import Sampler
 
 SHOWN = 10  #: images of each sampler in pictures
@@ -52,6 +53,7 @@ class HarnessOptions:
     ref: str = "cifar10-small"  #: reference statistics: a bundled name or an .npz
     ref_model: str | None = None  #: see `evaluation.converged.open_converged`
     batch: int = 128  #: images at once, over all processes
+    compile: bool = False  #: the network, and walks as graphs; on GPUs only
 
     def resolve_conditions(self, seeds: Sequence[int]) -> Conditions:
         """The conditions of images of ``seeds``; UserError for what the model does not take."""
@@ -106,6 +108,7 @@ class Harness:
     conditions: Conditions = Conditions()  #: the guidance rate is each sampler's own
     converged: Converged | None = None  #: the second reference, where there is one
     precision: str = "float32"  #: dtype of the network
+    record: Record | None = None  #: see `samplers.generate.generate`
 
     @property
     def identity(self) -> HarnessIdentity:
@@ -138,6 +141,7 @@ class Harness:
             device=self.here.device,
             dtype=self.dtype,
             conditions=self.conditions,
+            record=self.record,
         )
 
     def fid(
@@ -196,7 +200,8 @@ def open_harness(
     conditions = options.resolve_conditions(seeds)
     detector = open_detector(options.detector, here)
     reference = load_reference(options.ref, detector)
-    model = options.model.load(here)
+    source = options.model
+    model = source.load_compiled(here) if options.compile else source.load(here)
     return Harness(
         model,
         detector,
@@ -209,4 +214,5 @@ def open_harness(
         conditions,
         open_converged(options.ref_model, model, detector, seeds, conditions),
         options.model.dtype,
+        cuda_graph if options.compile else None,
     )
