@@ -69,7 +69,7 @@ def generate(
     chunks = [tuple(seeds[i : i + batch]) for i in range(0, len(seeds), batch)]
     several = record is not None and len(chunks) > 1
     graphed = several and not keep_trajectory and has_graph(sampler, model.card)
-    run = _Run(sampler, model, device, dtype, resolved, keep_trajectory, watch,
+    run = _Sampling(sampler, model, device, dtype, resolved, keep_trajectory, watch,
                batch if several else 0, record if graphed else None)  # fmt: skip
     return map(run.batch, chunks)
 
@@ -84,7 +84,7 @@ def check_coupled(sampler: Sampler, images: int, batch: int, processes: int = 1)
 
 
 @dataclass(eq=False)
-class _Run:
+class _Sampling:
     """What all batches share."""
 
     sampler: Sampler
