@@ -39,10 +39,14 @@ def beside(batches: Iterator[T], device: torch.device) -> Iterator[Iterator[T]]:
 
     The next batch is made on the device's default stream meanwhile, by a thread: kernels of both
     run together where there is room, and neither waits for the other's copies.  Batches are on the
-    CPU, so nothing on the device is shared between the streams.  On other devices nothing changes.
+    CPU, so while both work they share nothing on the device; each stream waits for what the other
+    did before.  On other devices nothing changes.
     """
     if device.type != "cuda":
         yield batches
         return
-    with torch.cuda.stream(torch.cuda.Stream(device)), closing(ahead(batches)) as made:
+    usual, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    own.wait_stream(usual)
+    with torch.cuda.stream(own), closing(ahead(batches)) as made:
         yield made
+    usual.wait_stream(own)

@@ -69,9 +69,18 @@ def generate(
     chunks = [tuple(seeds[i : i + batch]) for i in range(0, len(seeds), batch)]
     several = record is not None and len(chunks) > 1
     graphed = several and not keep_trajectory and has_graph(sampler, model.card)
-    run = _Sampling(sampler, model, device, dtype, resolved, keep_trajectory, watch,
-               batch if several else 0, record if graphed else None)  # fmt: skip
-    return map(run.batch, chunks)
+    sampling = _Sampling(
+        sampler,
+        model,
+        device,
+        dtype,
+        resolved,
+        keep_trajectory,
+        watch,
+        least=batch if several else 0,
+        record=record if graphed else None,
+    )
+    return map(sampling.batch, chunks)
 
 
 def check_coupled(sampler: Sampler, images: int, batch: int, processes: int = 1) -> None:

@@ -46,17 +46,25 @@ def test_an_error_comes_in_its_place() -> None:
 def test_only_on_gpus_and_only_what_measures_has_another_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = threading.local()
+    here, waits = threading.local(), []
     here.stream = "default"
 
+    class FakeStream:
+        def __init__(self, name: object) -> None:
+            self.name = str(name)
+
+        def wait_stream(self, other: FakeStream) -> None:
+            waits.append((self.name, other.name))
+
     @contextmanager
-    def stream(name: str) -> Iterator[None]:
-        here.stream = name
+    def stream(chosen: FakeStream) -> Iterator[None]:
+        here.stream = chosen.name
         yield
         here.stream = "default"
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"another of {device}")
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("default"))
     makers: list[str] = []
 
     def batches() -> Iterator[int]:
@@ -65,8 +73,10 @@ def test_only_on_gpus_and_only_what_measures_has_another_stream(
             yield i
 
     with beside(batches(), CUDA) as coming:
-        assert [(i, here.stream) for i in coming] == [(i, "another of cuda:0") for i in range(2)]
+        assert [(i, here.stream) for i in coming] == [(i, "cuda:0") for i in range(2)]
+        assert waits == [("cuda:0", "default")]
     assert makers == ["default"] * 2 and here.stream == "default"
+    assert waits[1:] == [("default", "cuda:0")]
     plain = batches()
     with beside(plain, CPU) as coming:
         assert coming is plain
