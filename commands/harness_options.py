@@ -13,6 +13,7 @@ from commands.options import (
     F,
     batch_option,
     combine,
+    compile_option,
     condition_options,
     dataset_option,
     detector_path_option,
@@ -65,6 +66,7 @@ def harness_options(outdir: str, detector: Callable[[F], F]) -> Callable[[F], F]
             "have, or one for each, by comma",
         ),
         batch_option(128),
+        compile_option,
         condition_options,
         work_options(outdir, detector),
     )

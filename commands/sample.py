@@ -12,6 +12,7 @@ from commands.options import (
     Name,
     batch_option,
     class_option,
+    compile_option,
     device_option,
     dry_run_option,
     dtype_option,
@@ -75,6 +76,7 @@ Examples:
     help="also film strips, a row per sample and a column per time: <outdir>-inters.png",
 )
 @dtype_option
+@compile_option
 @device_option
 @dry_run_option
 # Grid

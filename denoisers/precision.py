@@ -20,6 +20,12 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def widened(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """State and noise level in the wide dtype of ``x``, on the device of ``x``."""
+    """State and noise level in the wide dtype of ``x``, on the device of ``x``.
+
+    A single level is written there instead of copied: a copy would wait for all work that a GPU
+    was given before, and cannot be part of a CUDA graph.
+    """
     wide = wide_dtype(x.dtype)
-    return x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
+    if sigma.ndim or sigma.device == x.device or (sigma.requires_grad and torch.is_grad_enabled()):
+        return x.to(wide), sigma.to(wide).to(x.device)  # cast first: MPS has no float64
+    return x.to(wide), torch.full((), float(sigma), dtype=wide, device=x.device)

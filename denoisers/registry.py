@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from denoisers.cards import Card, cards, check_converted
 from denoisers.families.adm import load_adm
 from denoisers.families.cm import load_cm
+from denoisers.families.common import LoadedModel
 from denoisers.families.diffusers.loading import fetch_pipeline, fetched_pipeline, load_diffusers
 from denoisers.families.edm import load_edm
 from denoisers.families.ldm import load_ldm
@@ -26,7 +28,7 @@ from runtime.files import cache_folder, download, is_cached
 from runtime.job import NotFetched
 from runtime.outputs import check_name
 
-Loader = Callable[[Card, Files, torch.device, torch.dtype], Model]
+Loader = Callable[[Card, Files, torch.device, torch.dtype], LoadedModel]
 FAMILIES: dict[str, Loader] = {
     "edm": load_edm,
     "adm": load_adm,
@@ -154,6 +156,19 @@ class ModelSource:
         Rank 0 goes first, because it may have to download files.  Raises UserError for an unknown
         dtype, and for weights that are missing, altered, or of another network.
         """
+        return self._loaded(here)
+
+    def load_compiled(self, here: World) -> Model:
+        """As `load`, with the network compiled at its first call, for the shape of that batch.
+
+        Raises UserError too where compiling is impossible, or was found not to pay.
+        """
+        check_compiler(here.device)
+        model = self._loaded(here)
+        model.network.compile()
+        return model
+
+    def _loaded(self, here: World) -> LoadedModel:
         if self.dtype not in DTYPES:
             raise UserError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
         if here.device.type == "mps" and self.dtype == "float64":
@@ -192,6 +207,21 @@ def load_model(
         dtype=dtype,
     )
     return source.load(World(0, 1, torch.device(device)))
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where ``torch.compile`` has no compiler, or where it was found not to pay."""
+    if device.type != "cuda":
+        raise UserError(
+            f"--compile does not pay on device '{device}': on a CPU the bundled network was 0.93 "
+            "to 1.00 times as fast at 64 images and 1.10 times at 16, after two minutes of "
+            "compiling; leave it out, or give --device cuda"
+        )
+    if find_spec("triton") is None:
+        raise UserError(
+            "--compile needs triton, which makes the kernels of torch.compile on GPUs: pip install "
+            "triton, or leave it out"
+        )
 
 
 def _existing(path: str | None, flag: str) -> Path | None:

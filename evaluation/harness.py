@@ -28,6 +28,7 @@ from runtime.options import Json
 from runtime.seeds import seed_ranges
 from runtime.typed import OPTIONAL
 from samplers.generate import SampleBatch, generate
+from samplers.graph import Record, cuda_graph
 from samplers.sampler import Sampler
 
 SHOWN = 10  #: images of each sampler in pictures
@@ -63,6 +64,7 @@ class HarnessOptions:
     ref: str = "cifar10-small"
     ref_model: str | None = None  #: see `evaluation.converged.open_converged`
     batch: int = 128  #: images at once, over all processes
+    compile: bool = False  #: the network, and walks as graphs; on GPUs only
 
     def resolve_conditions(self, seeds: Sequence[int]) -> Conditions:
         """The conditions of images of ``seeds``; UserError for what the model does not take."""
@@ -141,6 +143,7 @@ class Harness:
     converged: Converged | None = None  #: the second reference, where there is one
     precision: str = "float32"  #: dtype of the network
     others: Sequence[DetectorReference] = ()  #: more detectors, which add an FID to each row
+    record: Record | None = None  #: see `samplers.generate.generate`
 
     @property
     def identity(self) -> HarnessIdentity:
@@ -174,6 +177,7 @@ class Harness:
             device=self.here.device,
             dtype=self.dtype,
             conditions=self.conditions,
+            record=self.record,
         )
 
     def fid(
@@ -252,7 +256,8 @@ def open_harness(
         DetectorReference(detector, load_reference(name, detector))
         for detector, name in zip(detectors, options.references(), strict=True)
     )
-    model = options.model.load(here)
+    source = options.model
+    model = source.load_compiled(here) if options.compile else source.load(here)
     return Harness(
         model,
         detector,
@@ -266,6 +271,7 @@ def open_harness(
         open_converged(options.ref_model, model, detector, seeds, conditions),
         options.model.dtype,
         others,
+        cuda_graph if options.compile else None,
     )
 
 

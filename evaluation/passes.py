@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.arrays import read_npz, require_like
+from evaluation.beside import beside
 from metrics.detectors import Detector
 from metrics.summary import Collector, FeatureSummary, Gathers, Requirements, collect
 from runtime.dist import World
@@ -157,13 +158,21 @@ def _run(stream: ImageStream, state: UnfinishedPass, here: World) -> list[Any]:
     start = state.load()
     if start and here.is_main:
         tqdm.write(f"continuing after {start} of {stream.total} images", file=sys.stderr)
-    with progress(stream.total, stream.name, "img", start, enabled=here.is_main) as bar:
-        batches = _save_between_batches(stream, state, here, start, bar)
+    with (
+        progress(stream.total, stream.name, "img", start, enabled=here.is_main) as bar,
+        beside(stream.batches(start, bar), here.device) as batches,
+    ):
+        batches = _save_between_batches(batches, stream, state, here, start, bar)
         return collect(batches, state.collectors, (here.rank, here.size), start)
 
 
 def _save_between_batches(
-    stream: ImageStream, state: UnfinishedPass, here: World, start: int, bar: tqdm[Any]
+    batches: Iterator[Tensor],
+    stream: ImageStream,
+    state: UnfinishedPass,
+    here: World,
+    start: int,
+    bar: tqdm[Any],
 ) -> Iterator[Tensor]:
     """The batches; between two of them all ranks have seen the same number of images."""
     done, saved = start, time.monotonic()
@@ -173,7 +182,7 @@ def _save_between_batches(
         if here.broadcast_object(time.monotonic() > saved + SAVE_EVERY):
             saved = time.monotonic() if state.save(done) else math.inf
 
-    for images in stream.batches(start, bar):
+    for images in batches:
         yield images  # the collectors have them when the next ones are asked for
         before, done = done, min(done + stream.share * here.size, stream.total)
         bar.update(done - before)

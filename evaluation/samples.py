@@ -113,7 +113,7 @@ class SampleMetricsJob:
         Where ``--outdir`` asks for it, images go to a folder as well, as ``sample.py`` leaves them.
         """
         job, folder = self.sampling, self.folder
-        model = job.source.load(here)
+        model = job.load(here)
         check_images(detectors, model, job.source.state_dtype, here)
         record = job.record(model.sha256, here)
         stream = self._stream(model, record, here)

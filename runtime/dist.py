@@ -77,6 +77,7 @@ def world(device: str | None = None) -> Iterator[World]:
         UserError: a device that does not exist, or fewer GPUs than processes.
     """
     rank, size = environment()
+    exact_float32()
     if size == 1:
         yield World(rank=0, size=1, device=choose_device(device))
         return
@@ -90,6 +91,18 @@ def world(device: str | None = None) -> Iterator[World]:
         yield World(rank=rank, size=size, device=chosen)
     finally:
         dist.destroy_process_group()
+
+
+def exact_float32() -> None:
+    """Keep products and convolutions of float32 in float32 on GPUs, without TF32's 10-bit mantissa.
+
+    PyTorch allows TF32 in convolutions, which changes images in the third digit and so makes
+    figures depend on the GPU.  These two flags are those that all supported versions read: setting
+    ``fp32_precision`` (from 2.9 on) makes reading ``allow_tf32``, which other libraries do, an
+    error.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def choose_device(name: str | None = None) -> torch.device:

@@ -17,10 +17,11 @@ from runtime.typed import pick
 from samplers.generate import SampleBatch
 
 MAX_PICTURE = 256  #: images in an overview picture, rows in a picture of film strips
-#: Options that may change when a folder is continued, because they do not affect the images.
+#: Options that may change when a folder is continued, because they do not affect the images, or
+#: by rounding alone: a device, and a network that is compiled for it.
 FREE = (
-    "seeds", "batch", "device", "world_size", "grid", "return_inters", "outdir", "model_path",
-    "prompt_path",
+    "seeds", "batch", "device", "world_size", "compile", "grid", "return_inters", "outdir",
+    "model_path", "prompt_path",
 )  # fmt: skip
 _PNG_HEAD, _PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 

@@ -27,6 +27,7 @@ from samplers.build import build
 from samplers.builders.learned import build_learned
 from samplers.folder import Folder
 from samplers.generate import SampleBatch, check_coupled, generate
+from samplers.graph import cuda_graph
 from samplers.options import SamplerOptions
 from samplers.sampler import Sampler
 
@@ -43,6 +44,7 @@ class SampleOptions:
     predictor_path: str | None = None
     seeds: str = "0-63"
     batch: int = 64  #: over all processes
+    compile: bool = False  #: the network, and walks as graphs; on GPUs only
     outdir: str | None = None
     subdirs: bool = False
     grid: bool = False
@@ -83,6 +85,11 @@ class SamplingJob:
         """The record, for a dry run."""
         return self.record(self.source.known_sha256).to_json()
 
+    def load(self, here: World) -> Model:
+        """The model of this run, compiled where that is asked for; UserError as its source."""
+        source = self.source
+        return source.load_compiled(here) if self.options.compile else source.load(here)
+
     def run(self, here: World, model: Model | None = None) -> SamplingResult:
         """Sample the images missing in the folder, on all processes, and complete its record.
 
@@ -93,7 +100,7 @@ class SamplingJob:
             return self._run(here, model)
 
     def _run(self, here: World, model: Model | None) -> SamplingResult:
-        model = model or self.source.load(here)
+        model = model or self.load(here)
         record = self.record(model.sha256, here)
         record, missing = self.folder.open_on_all(record, self.seeds, here)
         if self.sampler.coupled and missing:
@@ -127,6 +134,7 @@ class SamplingJob:
             conditions=self.conditions,
             keep_trajectory=self.options.return_inters,
             watch=watch_batch(bar),
+            record=cuda_graph if self.options.compile else None,
         )
 
     def _sample(self, missing: list[int], model: Model, here: World) -> tuple[float, int]:
@@ -163,7 +171,7 @@ class SamplingResult:
 #: Options that are recorded without change.
 RECORDED = (
     "model_path", "model_family", "model_settings", "companion_path", "seeds", "prompt",
-    "prompt_path", "dtype", "subdirs", "batch", "grid", "return_inters",
+    "prompt_path", "dtype", "compile", "subdirs", "batch", "grid", "return_inters",
 )  # fmt: skip
 
 

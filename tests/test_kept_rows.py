@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -219,20 +218,23 @@ def default_run() -> Harness:
     return open_harness(bundled(), range(1500), 4, HERE)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.method)
 def test_the_bundled_rows_are_those_of_the_bundled_model(
-    row: Row, tmp_path: Path, spent: list[str], default_run: Harness
+    tmp_path: Path, spent: list[str], default_run: Harness
 ) -> None:
     """The default run finds them, and their features are those of images made here."""
-    found = measure(row, default_run, tmp_path, lambda n: None, KeptRows((BUNDLED,)))
-    assert found.kept and not spent and found.n == 1500
-    summary = FeatureSummary.load(tmp_path / str(found.statistics), default_run.detector)
-    kept = summary.features
-    assert kept is not None
-    made = next(default_run.generate(row.sampler, range(SOME), batch=SOME))
-    again = default_run.detector(to_uint8_tensor(made.images))
-    error = (again - kept[:SOME]).norm() / (kept[:SOME] - kept[SOME:].mean(0)).norm()
-    assert error < 0.01
+    kept, images = [], []
+    for row in ROWS:
+        found = measure(row, default_run, tmp_path, lambda n: None, KeptRows((BUNDLED,)))
+        assert found.kept and not spent and found.n == 1500
+        summary = FeatureSummary.load(tmp_path / str(found.statistics), default_run.detector)
+        assert summary.features is not None
+        kept.append(summary.features)
+        made = next(default_run.generate(row.sampler, range(SOME), batch=SOME))
+        images.append(to_uint8_tensor(made.images))
+    again = default_run.detector(torch.cat(images)).split(SOME)
+    for features, new in zip(kept, again, strict=True):
+        some, others = features[:SOME], features[SOME:]
+        assert (new - some).norm() < 0.01 * (some - others.mean(0)).norm()
 
 
 def test_restarts_plan_in_the_default_run_is_bundled_with_its_row(
@@ -245,25 +247,26 @@ def test_restarts_plan_in_the_default_run_is_bundled_with_its_row(
     assert found.kept and not spent
 
 
-def test_bundling_keeps_the_numbers(tmp_path: Path, spent: list[str]) -> None:
-    """Rows and plan of a comparison are found by the next one, which measures nothing."""
-    seeds = range(320)
+def test_bundling_keeps_the_numbers(tmp_path: Path) -> None:
+    """Those of every row of a comparison, and the choice of its plan."""
+    seeds, folder, dest = range(320), tmp_path / "a", tmp_path / "kept"
     asked = CompareOptions(
         bundled(), budgets="3", num=len(seeds), blocks=2, select="2", ceilings=False,
-        solvers="euler", no_cache=True, outdir=tmp_path / "a",
+        solvers="euler", no_cache=True, outdir=folder,
     )  # fmt: skip
-    prepare(asked).run(HERE, make_harness(seeds))
-    bundle(tmp_path / "a", 3, tmp_path / "kept")
-    assert spent
-    spent.clear()
-    kept = KeptRows((tmp_path / "kept",))
-    again = replace(prepare(replace(asked, outdir=tmp_path / "b")), kept=kept)
-    again.run(HERE, make_harness(seeds))
-    one, two = (read_result(ComparisonResults, tmp_path / x / "results.json") for x in "ab")
-    assert one is not None and two is not None and len(two.rows) == 3 and not spent
-    assert [row.fid for row in one.rows] == [row.fid for row in two.rows]
-    for row, same in zip(one.rows, two.rows, strict=True):
-        paths = tmp_path / "a" / str(row.statistics), tmp_path / "b" / str(same.statistics)
-        first, second = (np.load(path) for path in paths)
-        assert np.allclose(first["features"], second["features"], rtol=1e-3, atol=1e-4)
+    harness = make_harness(seeds)
+    prepare(asked).run(HERE, harness)
+    bundle(folder, 3, dest)
+    results = read_result(ComparisonResults, folder / "results.json")
+    assert results is not None and len(results.rows) == 3
+    for row in results.rows:
+        found = read_result(MeasuredRow, place(row.identity, dest))
+        assert found is not None and (found.fid, found.identity) == (row.fid, row.identity)
+        paths = folder / str(row.statistics), dest / str(found.statistics)
+        first, second = (FeatureSummary.load(path, harness.detector) for path in paths)
+        assert second.moments.fid(harness.reference) == pytest.approx(row.fid, rel=1e-6)
+        assert first.features is not None and second.features is not None
+        assert torch.allclose(first.features, second.features, rtol=1e-3, atol=1e-4)
         assert paths[1].stat().st_size < 0.6 * paths[0].stat().st_size
+    (trace,) = dest.glob("selection-*.json")
+    assert trace.read_bytes() == (folder / "selection-3.json").read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -71,11 +71,13 @@ def calibration(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> F
                   "at most 3")  # fmt: skip
 
 
-def peers(model: EDMModel, rounds: int, watch: Stopwatch) -> Iterator[Figure]:
+def peers(
+    model: EDMModel, rounds: int, watch: Stopwatch, batches: Sequence[int] = BATCHES
+) -> Iterator[Figure]:
     """Schedulers of `diffusers` around the same network, over our sampler of as many calls."""
     own = build(SamplerOptions(sampler="dpmpp", nfe=CALLS, max_order=2), model.card)
     others = diffusers_samplers(CALLS, model.card)
-    for batch in BATCHES:
+    for batch in batches:
         noise = 80.0 * torch.randn(batch, *model.card.shape, device=watch.device)
 
         def run(sampler: Sampler, noise: torch.Tensor = noise) -> object:

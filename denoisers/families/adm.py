@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoints.snapshots import read_weights
@@ -104,6 +104,10 @@ class ADMModel(LoadedModel):
     net: UNet
     schedule: LinearVP
     companion: Path | None  #: the classifier's file
+
+    @property
+    def network(self) -> nn.Module:
+        return self.net
 
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None

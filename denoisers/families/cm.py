@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from denoisers.cards import Card
 from denoisers.families.adm import load_unet
@@ -54,6 +54,10 @@ class CMModel(LoadedModel):
     """A loaded network of this family."""
 
     net: UNet
+
+    @property
+    def network(self) -> nn.Module:
+        return self.net
 
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None

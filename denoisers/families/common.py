@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from denoisers.cards import Card
 from denoisers.conditions import check_class
@@ -27,6 +27,17 @@ class LoadedModel:
     def decode(self, x: Tensor) -> Tensor:
         """Final states (B, *card.shape) as images: unchanged, unless samples are latents."""
         return x
+
+    @property
+    def network(self) -> nn.Module:
+        """The network alone, without the arithmetic around it; UserError where none is to be had.
+
+        Kept apart because the states' arithmetic is in their own dtype and is not compiled.
+        """
+        raise UserError(
+            f"the network of '{self.card.name}', of the family {self.card.family}, cannot be "
+            "compiled: leave --compile out"
+        )
 
     def bind(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.pickles.files import RATIO, read
 from checkpoints.snapshots import find_network, read_edm
@@ -63,6 +63,10 @@ class EDMModel(LoadedModel):
     """A loaded model of the EDM family."""
 
     net: Precond
+
+    @property
+    def network(self) -> nn.Module:
+        return self.net.model
 
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.snapshots import read_weights
 from checkpoints.weights import filled, under
@@ -65,6 +65,10 @@ class LDMModel(LoadedModel):
     schedule: DiscreteVP
     first_stage: VQDecoder
     scale_factor: float  #: what latents were multiplied by before training
+
+    @property
+    def network(self) -> nn.Module:
+        return self.net
 
     def _denoiser(
         self, labels: Tensor | None, guidance_rate: float | None, prompts: Sequence[str] | None

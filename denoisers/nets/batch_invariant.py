@@ -3,8 +3,8 @@
 Libraries choose their kernels by shape, and kernels differ in rounding: matrices of a few rows
 (MKL), transposed convolutions on several threads, and float32 convolutions of one sample or of one
 pixel (PyTorch leaves oneDNN there when it has one thread).  In bfloat16 such a difference grows to
-several grey levels in an image.  On the CPU and without gradients, these functions always take the
-same kernel.
+several grey levels in an image.  On the CPU, without gradients and uncompiled, these functions
+always take the same kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAMPLES = 2  #: in every transposed convolution
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W' + b`` for ``x`` (B, n), `ROWS` rows at a time."""
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    if _any_kernel(x):
         return F.linear(x, weight, bias)
     return _in_groups(lambda part: F.linear(part, weight, bias), x, ROWS)
 
@@ -35,8 +35,7 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """The convolution of ``x`` (B, C, H, W), by oneDNN in float32 whatever B is."""
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32
-    if torch.is_grad_enabled() or not (onednn and torch.backends.mkldnn.is_available()):
+    if _any_kernel(x) or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return F.conv2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
     if len(x) == 1:  # the stride of its first axis is arbitrary, but chooses the memory layout
         x = x.as_strided(x.shape, (x[0].numel(), *x.stride()[1:]))
@@ -50,12 +49,17 @@ def upsampling_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     def doubled(part: Tensor) -> Tensor:
         return F.conv_transpose2d(part, weight, bias, stride=2, padding=1)
 
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    if _any_kernel(x):
         return doubled(x)
     made = _in_groups(doubled, x, SAMPLES)
     if x.is_contiguous(memory_format=torch.channels_last):  # which a concatenation does not keep
         made = made.contiguous(memory_format=torch.channels_last)
     return made
+
+
+def _any_kernel(x: Tensor) -> bool:
+    """Whether ``x`` is left to the library: on a GPU, with gradients, and in compiled networks."""
+    return x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _in_groups(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
