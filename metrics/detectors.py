@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metrics.cnn import RESOLUTION, load_cnn
+from metrics.classifiers import load_classifier
+from metrics.cnn import RESOLUTION
 from metrics.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, WIDTH, load_inception
 from metrics.statistics import DetectorId, Statistics
 from metrics.vision import DINOV2_RESOLUTION, Vision, files_sha256, load_clip, load_dinov2
@@ -132,7 +133,7 @@ class DetectorEntry:
 
 
 def _small(name: str, path: Path, device: torch.device) -> Detector:
-    model, _ = load_cnn(path)
+    model, _ = load_classifier(path)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Detector(
         DetectorId(name, files_sha256(path), model.dim), lambda x: model(x).features, device,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metrics.cnn import CNNConfig, SmallCNN, load_cnn, save_cnn
+from metrics.classifiers import load_classifier, save_classifier
+from metrics.cnn import CNNConfig, SmallCNN
 from metrics.detectors import CHUNK, DETECTORS, Detector, load_detector, load_reference
 from metrics.fid import gather
 from metrics.statistics import DetectorId, Statistics
@@ -46,7 +47,7 @@ def scripted(path: Path) -> Path:
 def test_the_bundled_file_is_what_its_record_says(small: Detector) -> None:
     path = DETECTORS["cifar10-small"].bundled
     assert path is not None and path.stat().st_size <= 4 * 2**20
-    model, record = load_cnn(path)
+    model, record = load_classifier(path)
     assert small.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert small.dim == record["feature_width"] == model.dim and 64 <= small.dim <= 256
     assert not any(p.requires_grad for p in model.parameters())
@@ -78,7 +79,7 @@ def test_features_do_not_depend_on_the_batch(small: Detector) -> None:
 def test_features_are_the_pooled_activations_of_the_classifier(small: Detector) -> None:
     path = DETECTORS["cifar10-small"].bundled
     assert path is not None
-    model, _ = load_cnn(path)
+    model, _ = load_classifier(path)
     x = images(4)
     by_hand = model.stages(nn.functional.silu(model.stem(model.normalise(x)))).mean((2, 3))
     torch.testing.assert_close(small(x), by_hand, rtol=1e-4, atol=1e-5)
@@ -90,7 +91,7 @@ def test_the_stem_whitens_patches() -> None:
     torch.manual_seed(0)
     smooth = nn.functional.avg_pool2d(torch.rand(64, 3, 66, 66) * 255, 3, stride=2).byte()
     model = SmallCNN(CNNConfig((4, 4, 4)))
-    model.whiten_(smooth, eps=0.0)
+    model.prepare_(smooth, eps=0.0)
     x = model.normalise(smooth)
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
@@ -102,15 +103,15 @@ def test_the_stem_whitens_patches() -> None:
 def test_a_written_network_comes_back(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = SmallCNN(CNNConfig((8, 8, 16), classes=5)).eval()
-    model.whiten_(images(50))
-    save_cnn(model, tmp_path / "d.safetensors", {"note": "x"})
-    again, record = load_cnn(tmp_path / "d.safetensors")
+    model.prepare_(images(50))
+    save_classifier(model, tmp_path / "d.safetensors", {"note": "x"})
+    again, record = load_classifier(tmp_path / "d.safetensors")
     assert record["note"] == "x" and again.config == model.config and not again.training
     assert again.stem.weight.dtype == torch.float32
     torch.testing.assert_close(again(images(3)).logits, model(images(3)).logits, rtol=0, atol=2e-2)
     # what was rounded once is not rounded again
-    save_cnn(again, tmp_path / "e.safetensors", {})
-    twice, _ = load_cnn(tmp_path / "e.safetensors")
+    save_classifier(again, tmp_path / "e.safetensors", {})
+    twice, _ = load_classifier(tmp_path / "e.safetensors")
     assert torch.equal(again(images(3)).features, twice(images(3)).features)
 
 
@@ -154,13 +155,13 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_newer_or_damaged_network_file_is_refused(tmp_path: Path) -> None:
     model = SmallCNN(CNNConfig((4, 4, 4)))
-    save_cnn(model, tmp_path / "newer.safetensors", {"schema": 99})
+    save_classifier(model, tmp_path / "newer.safetensors", {"schema": 99})
     with pytest.raises(ValueError, match="schema 99"):
-        load_cnn(tmp_path / "newer.safetensors")
+        load_classifier(tmp_path / "newer.safetensors")
     del model.stages[2]
-    save_cnn(model, tmp_path / "less.safetensors", {})
+    save_classifier(model, tmp_path / "less.safetensors", {})
     with pytest.raises(ValueError, match="less.safetensors is not a detector file"):
-        load_cnn(tmp_path / "less.safetensors")
+        load_classifier(tmp_path / "less.safetensors")
 
 
 def test_references_of_another_detector_are_refused(small: Detector, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import pad
 
-from metrics.cnn import CNNConfig, SmallCNN, load_cnn
+from metrics.classifiers import load_classifier
+from metrics.cnn import CNNConfig, SmallCNN
 from metrics.detectors import load_detector
 from runtime.dist import World, world
 from runtime.errors import UserError
@@ -59,7 +60,7 @@ def dataset(path: Path, count: int, seed: int) -> Path:
 def fresh(train: tuple[torch.Tensor, ...]) -> SmallCNN:
     torch.manual_seed(0)
     model = SmallCNN(CNNConfig((8, 8, 16), 2))
-    model.whiten_(train[0])
+    model.prepare_(train[0])
     return model
 
 
@@ -76,7 +77,7 @@ def test_it_learns_and_the_file_is_a_detector(tmp_path: Path) -> None:
     arguments = f"--data {train} --test {test} --dest {dest} --channels 8 8 16 --epochs 4"
     done = CliRunner().invoke(main, [*arguments.split(), "--batch", "16", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    _, record = load_cnn(dest)
+    _, record = load_classifier(dest)
     assert record["test_accuracy"] == 1.0 and "test accuracy 100.00 %" in done.output
     assert record["images_seen"] == 4 * 64 and record["feature_width"] == 16
     assert load_detector("cifar10-small", path=dest, device="cpu").dim == 16
@@ -213,7 +214,7 @@ def test_a_detector_is_trained_further(tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(main, [*options, *extra])
         assert done.exit_code == 0, done.output
-    (a, earlier), (b, record) = load_cnn(first), load_cnn(second)
+    (a, earlier), (b, record) = load_classifier(first), load_classifier(second)
     assert record["images_seen"] == 3 * 24 and record["before"] == earlier
     assert torch.equal(a.stem.weight, b.stem.weight)
     moved = (a.head.weight - b.head.weight).abs().max()
