@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from metrics.cnn import Classifier, CNNConfig, SmallCNN
+from metrics.cnn import STAGES, Classifier, CNNConfig, SmallCNN
 from metrics.resnet import SmallResNet
 
 NETWORKS: dict[str, type[Classifier]] = {"cnn": SmallCNN, "resnet": SmallResNet}
+_MOST_REASON = 300  # characters of a library's message
 _SCHEMA = 2  # files of schema 1 do not name their network, which is SmallCNN
 
 
@@ -50,8 +51,10 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, object]]:
                 f"{_SCHEMA}: update the toolkit."
             )
         network = NETWORKS[record["network"] if record["schema"] > 1 else "cnn"]
-        config = record["config"]
-        made = CNNConfig(tuple(config["channels"]), config["classes"])
+        channels, classes = record["config"]["channels"], record["config"]["classes"]
+        if len(channels) != STAGES:
+            raise TypeError(f"its record has {len(channels)} widths, not {STAGES}")
+        made = CNNConfig(tuple(channels), classes)
         with torch.device("meta"):
             count = sum(weight.numel() for weight in network(made).parameters())
         if count > sum(tensor.numel() for tensor in tensors.values()):
@@ -59,8 +62,9 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, object]]:
         model = network(made)
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as err:
+        reason = " ".join(str(err).split())[:_MOST_REASON]
         raise ValueError(
-            f"{path} is not a detector file of tools.train_detector ({err}): "
+            f"{path} is not a detector file of tools.train_detector ({reason}): "
             "pass a file written by it."
         ) from err
     differing = [k for k in missing if not k.endswith("num_batches_tracked")] + unexpected

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 RESOLUTION = 32
+STAGES = 3
 _STEM = 24  # both signs of the 3 * 2 * 2 = 12 principal directions of a patch
 
 

@@ -132,7 +132,7 @@ class DetectorEntry:
         return self.url or self.repository
 
 
-def _small(name: str, path: Path, device: torch.device) -> Detector:
+def _classifier(name: str, path: Path, device: torch.device) -> Detector:
     model, _ = load_classifier(path)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Detector(
@@ -213,7 +213,12 @@ REPOSITORY_FILES = ("config.json", "model.safetensors")
 _dinov2 = partial(_vision, load_dinov2, str(DINOV2_RESOLUTION))
 _clip = partial(_vision, load_clip, "the model's own size")
 DETECTORS = {
-    "cifar10-small": DetectorEntry(_small, bundled=BUNDLED / "cifar10-small-detector.safetensors"),
+    "cifar10-small": DetectorEntry(
+        _classifier, bundled=BUNDLED / "cifar10-small-detector.safetensors"
+    ),
+    "cifar10-small-resnet": DetectorEntry(
+        _classifier, bundled=BUNDLED / "cifar10-small-resnet-detector.safetensors"
+    ),
     "inception": DetectorEntry(_torchscript, url=INCEPTION_URL),
     "inception-pt": DetectorEntry(_inception_pt, url=INCEPTION_PT_URL),
     "dinov2": DetectorEntry(_dinov2, repository="facebook/dinov2-large"),
@@ -221,10 +226,13 @@ DETECTORS = {
     "pixels": DetectorEntry(_pixels),
 }
 SCRIPTS = frozenset({".pt", ".pts", ".ts", ".jit", ".torchscript"})
+#: Bundled statistics, by the names of the reference and of the detector.
 REFERENCES = {
-    "cifar10-small": BUNDLED / "cifar10-small-train.npz",
-    "cifar10-small-test": BUNDLED / "cifar10-small-test.npz",
-    "cifar10-small-converged": BUNDLED / "cifar10-small-converged.npz",
+    ("cifar10-small", "cifar10-small"): BUNDLED / "cifar10-small-train.npz",
+    ("cifar10-small", "cifar10-small-resnet"): BUNDLED / "cifar10-small-resnet-train.npz",
+    ("cifar10-small-test", "cifar10-small"): BUNDLED / "cifar10-small-test.npz",
+    ("cifar10-small-test", "cifar10-small-resnet"): BUNDLED / "cifar10-small-resnet-test.npz",
+    ("cifar10-small-converged", "cifar10-small"): BUNDLED / "cifar10-small-converged.npz",
 }
 
 
@@ -299,17 +307,34 @@ def load_reference(name_or_path: str | Path, detector: Detector) -> Statistics:
         ValueError: unreadable statistics, or of another detector.
         FileNotFoundError: neither a bundled name nor a file.
     """
-    reference = Statistics.load(reference_file(name_or_path))
+    reference = Statistics.load(reference_file(name_or_path, detector.name))
     reference.require(detector.id)
     return reference
 
 
-def reference_file(name_or_path: str | Path) -> Path:
-    """The file of a bundled reference, or the path itself; FileNotFoundError for neither."""
-    path = REFERENCES.get(str(name_or_path), Path(name_or_path))
+def is_bundled_reference(name: str) -> bool:
+    """Whether it is the name of bundled statistics, of one detector or several."""
+    return any(name == known for known, _ in REFERENCES)
+
+
+def reference_file(name_or_path: str | Path, detector: str) -> Path:
+    """The file of the bundled reference of that name for a detector, or the path itself.
+
+    Raises:
+        ValueError: the reference is bundled for other detectors only.
+        FileNotFoundError: neither a bundled name nor a file.
+    """
+    name = str(name_or_path)
+    path = REFERENCES.get((name, detector), Path(name))
+    if is_bundled_reference(name) and (name, detector) not in REFERENCES:
+        others = ", ".join(of for known, of in REFERENCES if known == name)
+        raise ValueError(
+            f"reference '{name}' is bundled for {others}, not for detector {detector}: make one "
+            "with fid.py ref."
+        )
     if not path.is_file() and path.suffix != ".npz":
+        names = ", ".join(dict.fromkeys(known for known, _ in REFERENCES))
         raise FileNotFoundError(
-            f"reference '{name_or_path}' is neither one of {', '.join(REFERENCES)} nor an .npz: "
-            "make it with fid.py ref."
+            f"reference '{name}' is neither one of {names} nor an .npz: make it with fid.py ref."
         )
     return path

@@ -65,7 +65,7 @@ class FeatureSummary:
             ValueError: unreadable, invalid, or made with another detector.
             FileNotFoundError: neither a bundled name nor a file.
         """
-        file = reference_file(path)
+        file = reference_file(path, detector.name)
         content = read_arrays(file, ("features", "spatial_mu", "spatial_sigma"))
         moments = Statistics.of_arrays(file, content)
         moments.require(detector.id)
