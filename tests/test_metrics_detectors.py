@@ -1,4 +1,4 @@
-"""Detectors: the bundled one, a TorchScript one made here, and what they refuse."""
+"""Detectors: the bundled ones, a TorchScript one made here, and what they refuse."""
 
 from __future__ import annotations
 
