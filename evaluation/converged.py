@@ -15,7 +15,8 @@ import numpy as np
 
 from denoisers.conditions import Conditions
 from denoisers.protocol import Model
-from metrics.detectors import REFERENCES, Detector
+from metrics.detectors import Detector
+from metrics.references import REFERENCES
 from metrics.statistics import Statistics, read_arrays
 from runtime.errors import UserError
 from runtime.files import atomic_write

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from evaluation.detectors import DetectorOptions
-from metrics.detectors import Detector, is_bundled_reference
+from metrics.detectors import Detector
 from metrics.measures import (
     figures,
     lines,
@@ -16,6 +16,7 @@ from metrics.measures import (
     reference_needs,
     require,
 )
+from metrics.references import is_bundled_reference
 from metrics.summary import FeatureSummary, Requirements
 from runtime.errors import UserError
 from runtime.files import atomic_write, write_json

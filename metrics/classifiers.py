@@ -10,15 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from metrics.cnn import STAGES, Classifier, CNNConfig, SmallCNN
+from metrics.cnn import STAGES, CNNConfig, FeatureClassifier, SmallCNN
 from metrics.resnet import SmallResNet
 
-NETWORKS: dict[str, type[Classifier]] = {"cnn": SmallCNN, "resnet": SmallResNet}
+NETWORKS: dict[str, type[FeatureClassifier]] = {"cnn": SmallCNN, "resnet": SmallResNet}
 _MOST_REASON = 300  # characters of a library's message
 _SCHEMA = 2  # files of schema 1 do not name their network, which is SmallCNN
 
 
-def save_classifier(model: Classifier, path: Path, record: dict[str, object]) -> None:
+def save_classifier(model: FeatureClassifier, path: Path, record: dict[str, object]) -> None:
     """Write weights and a JSON record; matrices and kernels are in float16."""
     tensors = {
         k: (v.half() if v.is_floating_point() and v.ndim > 1 else v).contiguous().cpu()
@@ -30,7 +30,7 @@ def save_classifier(model: Classifier, path: Path, record: dict[str, object]) ->
     save_file(tensors, path, metadata={"record": json.dumps(header)})
 
 
-def load_classifier(path: Path) -> tuple[Classifier, dict[str, object]]:
+def load_classifier(path: Path) -> tuple[FeatureClassifier, dict[str, object]]:
     """Read a file of `save_classifier`: the network (float32, evaluation mode) and its record.
 
     Raises:

@@ -31,7 +31,7 @@ class ClassPrediction(NamedTuple):
     logits: Tensor
 
 
-class Classifier(nn.Module, ABC):
+class FeatureClassifier(nn.Module, ABC):
     """Classifier of 32x32 RGB images; ``features`` are the pooled activations before the head."""
 
     mean: Tensor
@@ -86,7 +86,7 @@ class _Stage(nn.Sequential):
         )
 
 
-class SmallCNN(Classifier):
+class SmallCNN(FeatureClassifier):
     """Three stages of two 3x3 convolutions with max pooling and SiLU, after the whitened stem."""
 
     def __init__(self, config: CNNConfig) -> None:

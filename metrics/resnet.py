@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from metrics.cnn import Classifier, CNNConfig
+from metrics.cnn import CNNConfig, FeatureClassifier
 
 _STEM = 32
 
@@ -38,7 +38,7 @@ class _Residual(nn.Module):
         return relu(self.branch(x) + self.shortcut(x))
 
 
-class SmallResNet(Classifier):
+class SmallResNet(FeatureClassifier):
     """A 3x3 convolution and three residual blocks, each of which halves the resolution."""
 
     def __init__(self, config: CNNConfig) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.arrays import require_like
-from metrics.detectors import Detector, reference_file
+from metrics.detectors import Detector
 from metrics.draws import choose
+from metrics.references import reference_file
 from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
 
 T = TypeVar("T")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from metrics.classifiers import NETWORKS, load_classifier, save_classifier
 from metrics.cnn import CNNConfig, SmallCNN
-from metrics.detectors import CHUNK, DETECTORS, Detector, load_detector, load_reference
+from metrics.detectors import CHUNK, DETECTORS, Detector, load_detector
 from metrics.fid import gather
+from metrics.references import load_reference
 from metrics.resnet import SmallResNet
 from metrics.statistics import DetectorId, Statistics
 from tests.attacks import VALUES, torn
@@ -133,11 +134,11 @@ def test_a_fresh_residual_network_is_means_and_projections() -> None:
     model.prepare_(images(20))
     x = model.normalise(images(3))
     scale = (1 + 1e-5) ** -0.5  # of a batch normalisation that has seen nothing
-    x = nn.functional.conv2d(x, model.stem[0].weight, padding=1).relu() * scale
+    x = nn.functional.conv2d(x, model.get_parameter("stem.0.weight"), padding=1).relu() * scale
     for block in model.blocks:
         means = sum(x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
-        x = torch.einsum("oi,bihw->bohw", block.shortcut[1].weight[:, :, 0, 0], means).relu()
-        x = x * scale
+        kernel = block.get_parameter("shortcut.1.weight")[:, :, 0, 0]
+        x = torch.einsum("oi,bihw->bohw", kernel, means).relu() * scale
     torch.testing.assert_close(model(images(3)).features, x.mean((2, 3)), rtol=1e-4, atol=1e-6)
 
 
@@ -145,25 +146,27 @@ def test_a_residual_block_is_its_formula() -> None:
     """relu(norm(conv(relu(norm(conv, stride 2)))) + norm(projected means)), in float64."""
     torch.manual_seed(0)
     block = SmallResNet(CNNConfig((4, 8, 16))).blocks[0].double().train()
-    nn.init.normal_(block.branch[4].weight)
-    nn.init.normal_(block.branch[4].bias)
+    nn.init.normal_(block.get_parameter("branch.4.weight"))
+    nn.init.normal_(block.get_parameter("branch.4.bias"))
     x = torch.randn(6, 32, 8, 8, dtype=torch.float64)
 
-    def norm(y: Tensor, layer: nn.BatchNorm2d) -> Tensor:
+    def norm(y: Tensor, layer: str) -> Tensor:
         centred = y - y.mean((0, 2, 3), keepdim=True)
         deviation = (centred.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
-        return centred / deviation * layer.weight[:, None, None] + layer.bias[:, None, None]
+        weight, bias = (block.get_parameter(f"{layer}.{key}") for key in ("weight", "bias"))
+        return centred / deviation * weight[:, None, None] + bias[:, None, None]
 
     def conv(y: Tensor, kernel: Tensor, stride: int) -> Tensor:
         columns = nn.functional.unfold(y, 3, padding=1, stride=stride)
         side = y.shape[-1] // stride
         return (kernel.flatten(1) @ columns).view(len(y), -1, side, side)
 
-    inner = norm(conv(x, block.branch[0].weight, 2), block.branch[1]).clamp(min=0)
-    branch = norm(conv(inner, block.branch[3].weight, 1), block.branch[4])
+    inner = norm(conv(x, block.get_parameter("branch.0.weight"), 2), "branch.1").clamp(min=0)
+    branch = norm(conv(inner, block.get_parameter("branch.3.weight"), 1), "branch.4")
     means = x.view(6, 32, 4, 2, 4, 2).mean((3, 5))
-    projected = torch.einsum("oi,bihw->bohw", block.shortcut[1].weight[:, :, 0, 0], means)
-    torch.testing.assert_close(block(x), (branch + norm(projected, block.shortcut[2])).clamp(min=0))
+    kernel = block.get_parameter("shortcut.1.weight")[:, :, 0, 0]
+    projected = torch.einsum("oi,bihw->bohw", kernel, means)
+    torch.testing.assert_close(block(x), (branch + norm(projected, "shortcut.2")).clamp(min=0))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.functional import pad
 
 from metrics.classifiers import NETWORKS, load_classifier
-from metrics.cnn import Classifier, CNNConfig
+from metrics.cnn import CNNConfig, FeatureClassifier
 from metrics.detectors import load_detector
 from runtime.dist import World, world
 from runtime.errors import UserError
@@ -57,7 +57,7 @@ def dataset(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def fresh(train: tuple[torch.Tensor, ...], network: str = "cnn") -> Classifier:
+def fresh(train: tuple[torch.Tensor, ...], network: str = "cnn") -> FeatureClassifier:
     torch.manual_seed(0)
     model = NETWORKS[network](CNNConfig((8, 8, 16), 2))
     model.prepare_(train[0])

@@ -28,7 +28,7 @@ from commands.numbers import FRACTION, NOT_NEGATIVE, PART, RATE, SEED, WIDTH, up
 from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
 from metrics.classifiers import NETWORKS, load_classifier, save_classifier
-from metrics.cnn import RESOLUTION, Classifier, CNNConfig
+from metrics.cnn import RESOLUTION, CNNConfig, FeatureClassifier
 from runtime import cli, files
 from runtime.bounds import MOST_BATCH
 from runtime.dist import World, world
@@ -115,12 +115,9 @@ def make_optimizer(model: nn.Module, plan: DetectorRecipe) -> torch.optim.Optimi
 
 
 def first_model(
-    init: Path | None,
-    network: str | None,
-    channels: tuple[int, int, int],
-    seed: int,
+    init: Path | None, network: str | None, channels: tuple[int, int, int], seed: int,
     train: tuple[Tensor, Tensor],
-) -> tuple[Classifier, dict]:
+) -> tuple[FeatureClassifier, dict]:  # fmt: skip
     """The network to train, and the record of its earlier training, if any.
 
     Raises UserError for a ``network`` beside ``init``, whose file says which it is.
@@ -137,13 +134,9 @@ def first_model(
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: tuple[Tensor, Tensor],
-    plan: DetectorRecipe,
-    epoch: int,
-    here: World,
-) -> tuple[float, Tensor]:
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor],
+    plan: DetectorRecipe, epoch: int, here: World,
+) -> tuple[float, Tensor]:  # fmt: skip
     """One pass over the data; returns the mean loss and the first augmented images."""
     images, labels = data
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
@@ -203,12 +196,9 @@ def resume(
 
 
 def save(
-    state: Path,
-    plan: DetectorRecipe,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: Path, plan: DetectorRecipe, model: nn.Module, optimizer: torch.optim.Optimizer,
     epochs: int,
-) -> None:
+) -> None:  # fmt: skip
     """Write everything that :func:`resume` needs."""
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with files.atomic_write(state) as temporary:
@@ -216,14 +206,9 @@ def save(
 
 
 def fit(
-    model: Classifier,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    plan: DetectorRecipe,
-    state: Path,
-    here: World,
-    compiled: bool = False,
-) -> None:
+    model: FeatureClassifier, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
+    plan: DetectorRecipe, state: Path, here: World, compiled: bool = False,
+) -> None:  # fmt: skip
     """Train for all epochs; saves the state, and figures for TensorBoard, after each of them.
 
     Raises UserError after an epoch with a loss or weights that are not finite, before it is saved.
@@ -262,7 +247,7 @@ def fit(
         board.close()
 
 
-def write(dest: Path, model: Classifier, test: tuple[Tensor, Tensor], record: dict) -> float:
+def write(dest: Path, model: FeatureClassifier, test: tuple[Tensor, Tensor], record: dict) -> float:
     """Write the detector; returns the test accuracy of the file, whose kernels are float16."""
     with files.atomic_write(dest) as temporary:
         save_classifier(model, temporary, record)
