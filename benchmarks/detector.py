@@ -13,8 +13,9 @@ from scipy.ndimage import gaussian_filter
 
 from commands.help import SETTINGS
 from image_data.sources import image_batches
-from metrics.detectors import load_detector, load_reference
+from metrics.detectors import load_detector
 from metrics.fid import gather
+from metrics.references import load_reference
 from runtime import cli
 
 EXAMPLES = """\b

@@ -23,8 +23,9 @@ from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
 from denoisers.protocol import Model
 from denoisers.registry import ModelSource
-from metrics.detectors import load_detector, load_reference
+from metrics.detectors import load_detector
 from metrics.fid import gather
+from metrics.references import load_reference
 from ns.calibrate import Latents, calibrate
 from ns.coordinates import WhitenedTable
 from ns.experiments import TrainedTable, load_student

@@ -93,7 +93,7 @@ COMMANDS: dict[str, Subcommand] = {
     ),
     "train-detector": Subcommand(
         "tools.train_detector",
-        "Train the CIFAR-10 feature detector, a small classifier.",
+        "Train a CIFAR-10 feature detector, a small classifier.",
     ),
     "restart-toy": Subcommand(
         "tools.restart_toy",

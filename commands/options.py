@@ -221,8 +221,8 @@ references_option = click.option(
     multiple=True,
     callback=_sources,
     default=("cifar10-small",),
-    help="bundled name, or .npz, one for each detector, by comma or repeated; in calc also a "
-    "folder or zip of images, in gen also 'none'",
+    help="bundled name for all detectors, or name or .npz for each, by comma or repeated; in calc "
+    "also a folder or zip of images, in gen also 'none'",
 )
 
 

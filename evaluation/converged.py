@@ -15,7 +15,8 @@ import numpy as np
 
 from denoisers.conditions import Conditions
 from denoisers.protocol import Model
-from metrics.detectors import REFERENCES, Detector
+from metrics.detectors import Detector
+from metrics.references import REFERENCES
 from metrics.statistics import Statistics, read_arrays
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -140,18 +141,19 @@ def open_converged(
     detector and the conditions.  Raises UserError for one that was asked for and does not fit.
     """
     if text is None:
-        path = REFERENCES.get(f"{model.card.name}-converged")
+        path = REFERENCES.get((f"{model.card.name}-converged", detector.name))
         if path is None or not path.is_file():
             return None
         bundled = Converged.load(path)
         return bundled if bundled.misfit(model, detector, seeds, conditions) is None else None
     if text == NONE:
         return None
-    path = REFERENCES.get(text, Path(text))
+    path = REFERENCES.get((text, detector.name), Path(text))
     if not path.is_file():
         raise UserError(
-            f"--ref_model {text} is not a file of statistics ({path} does not exist): make it with "
-            "python -m tools.converged --dest, or give --ref_model none"
+            f"--ref_model {text} is not a file of statistics ({path} does not exist), nor bundled "
+            f"for detector {detector.name}: make it with python -m tools.converged --dest, or give "
+            "--ref_model none"
         )
     asked = Converged.load(path)
     why = asked.misfit(model, detector, seeds, conditions)

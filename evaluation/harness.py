@@ -16,9 +16,10 @@ from denoisers.registry import ModelSource
 from evaluation.converged import Converged, ConvergedIdentity, open_converged
 from evaluation.detectors import DetectorOptions, open_detectors
 from evaluation.image_prompts import PromptsIdentity
-from metrics.detectors import Detector, load_reference
+from metrics.detectors import Detector
 from metrics.fid import BlockFid, block_fid
 from metrics.measures import KEPT
+from metrics.references import load_reference
 from metrics.statistics import Statistics
 from metrics.summary import Collector, FeatureSummary, Requirements, joined
 from runtime.dist import World

@@ -98,7 +98,7 @@ def prepare_metrics(options: ImageMetricsOptions) -> ImageMetricsJob:
     """
     options.metric.needs()
     if options.other is None:
-        options.metric.check_each("--ref", options.ref)
+        options.metric.references(options.ref)
     num = options.reading.num
     if options.images.suffix == STATISTICS and num is not None:
         raise UserError(

@@ -16,6 +16,7 @@ from metrics.measures import (
     reference_needs,
     require,
 )
+from metrics.references import is_bundled_reference
 from metrics.summary import FeatureSummary, Requirements
 from runtime.errors import UserError
 from runtime.files import atomic_write, write_json
@@ -58,15 +59,24 @@ class MetricOptions:
                 raise UserError(f"--dest {file} has to end in .npz: statistics are known by that")
         return files
 
+    def references(self, names: Sequence[str]) -> Sequence[str]:
+        """The values of ``--ref``, one for each detector: a single bundled name is for all of them.
+
+        Raises UserError for another number.
+        """
+        if len(names) == 1 and is_bundled_reference(names[0]):
+            return [names[0]] * len(self.detector.sources())
+        self.check_each("--ref", names)
+        return names
+
     def open_references(
         self, files: Sequence[str], detectors: Sequence[Detector]
     ) -> list[FeatureSummary]:
         """The reference of each detector, checked to hold what the metrics need."""
-        self.check_each("--ref", files)
         needs = reference_needs(self.names)
         return [
             require(FeatureSummary.load(file, detector), needs)
-            for file, detector in zip(files, detectors, strict=True)
+            for file, detector in zip(self.references(files), detectors, strict=True)
         ]
 
 

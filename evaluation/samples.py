@@ -171,7 +171,7 @@ def prepare(options: SampleMetricsOptions) -> SampleMetricsJob:
     if len(job.seeds) < 2:
         raise UserError(f"--seeds {sampling.seeds} is one image, statistics need two: give more")
     if options.ref != (NONE,):
-        metric.check_each("--ref", options.ref)
+        metric.references(options.ref)
     if dest is not None:
         metric.destinations(dest)
     return SampleMetricsJob(options, job)

@@ -1,24 +1,21 @@
-"""The network of the bundled CIFAR-10 detector, and its file format.
+"""Small classifiers of 32x32 images, whose globally pooled last activations are features.
 
-A small convolutional classifier, whose globally pooled last activations are the features. The stem
-is a fixed whitening of 2x2 patches (Coates & Ng, 2011), which shortens the training.
+`SmallCNN` is the network of the bundled detector ``cifar10-small``.  Its stem is a fixed whitening
+of 2x2 patches (Coates & Ng, 2011), which shortens the training.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 RESOLUTION = 32
+STAGES = 3
 _STEM = 24  # both signs of the 3 * 2 * 2 = 12 principal directions of a patch
-_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,48 @@ class ClassPrediction(NamedTuple):
     logits: Tensor
 
 
+class FeatureClassifier(nn.Module, ABC):
+    """Classifier of 32x32 RGB images; ``features`` are the pooled activations before the head."""
+
+    mean: Tensor
+    std: Tensor
+    head: nn.Linear
+
+    def __init__(self, config: CNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    @property
+    def dim(self) -> int:
+        return self.config.channels[-1]
+
+    @abstractmethod
+    def activations(self, x: Tensor) -> Tensor:
+        """Normalised (B, 3, 32, 32) -> the last activations (B, dim, h, w)."""
+
+    def trainable_(self) -> Self:
+        """Make all parameters trainable that are not fixed by `prepare_`."""
+        return self.requires_grad_(True)
+
+    def prepare_(self, images: Tensor) -> None:
+        """Set what is fixed in the training from uint8 images (B, 3, 32, 32): the normalisation."""
+        x = images.double() / 255
+        self.mean.copy_(x.mean((0, 2, 3)))
+        self.std.copy_(x.std((0, 2, 3)))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 with zero mean and unit standard deviation per channel."""
+        return (images.float() / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
+
+    def forward(self, images: Tensor) -> ClassPrediction:
+        """uint8 (B, 3, 32, 32) -> features (B, dim) and class logits (B, classes)."""
+        x = self.normalise(images).contiguous(memory_format=torch.channels_last)
+        features = self.activations(x).float().mean((2, 3))
+        return ClassPrediction(features, self.head(features))
+
+
 class _Stage(nn.Sequential):
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__(
@@ -47,17 +86,11 @@ class _Stage(nn.Sequential):
         )
 
 
-class SmallCNN(nn.Module):
-    """Classifier of 32x32 RGB images; ``features`` are the pooled activations before the head."""
-
-    mean: Tensor
-    std: Tensor
+class SmallCNN(FeatureClassifier):
+    """Three stages of two 3x3 convolutions with max pooling and SiLU, after the whitened stem."""
 
     def __init__(self, config: CNNConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("std", torch.ones(3))
+        super().__init__(config)
         self.stem = nn.Conv2d(3, _STEM, 2)
         widths = (_STEM, *config.channels)
         self.stages = nn.Sequential(*map(_Stage, widths[:-1], widths[1:]))
@@ -67,21 +100,15 @@ class SmallCNN(nn.Module):
         self.head = nn.Linear(widths[-1], config.classes)
         self.trainable_()
 
-    def trainable_(self) -> SmallCNN:
-        """Make all parameters trainable except the kernels of the stem, see `whiten_`."""
-        self.requires_grad_(True)
+    def trainable_(self) -> Self:
+        """Make all parameters trainable except the kernels of the stem, see `prepare_`."""
+        super().trainable_()
         self.stem.weight.requires_grad_(False)
         return self
 
-    @property
-    def dim(self) -> int:
-        return self.config.channels[-1]
-
-    def whiten_(self, images: Tensor, eps: float = 5e-4) -> None:
+    def prepare_(self, images: Tensor, eps: float = 5e-4) -> None:
         """Set the input normalisation and the stem from uint8 images (B, 3, 32, 32)."""
-        x = images.double() / 255
-        self.mean.copy_(x.mean((0, 2, 3)))
-        self.std.copy_(x.std((0, 2, 3)))
+        super().prepare_(images)
         patches = nn.functional.unfold(self.normalise(images).double(), 2)
         patches = patches.transpose(1, 2).reshape(-1, 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -91,66 +118,5 @@ class SmallCNN(nn.Module):
             assert self.stem.bias is not None
             self.stem.bias.zero_()
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 with zero mean and unit standard deviation per channel."""
-        return (images.float() / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
-
-    def forward(self, images: Tensor) -> ClassPrediction:
-        """uint8 (B, 3, 32, 32) -> features (B, dim) and class logits (B, classes)."""
-        x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        x = self.stages(nn.functional.silu(self.stem(x)))
-        features = x.float().mean((2, 3))
-        return ClassPrediction(features, self.head(features))
-
-
-def save_cnn(model: SmallCNN, path: Path, record: dict[str, object]) -> None:
-    """Write weights and a JSON record; matrices and kernels are in float16."""
-    tensors = {
-        k: (v.half() if v.is_floating_point() and v.ndim > 1 else v).contiguous().cpu()
-        for k, v in model.state_dict().items()
-        if not k.endswith("num_batches_tracked")
-    }
-    header = {"schema": _SCHEMA, "config": asdict(model.config), **record}
-    save_file(tensors, path, metadata={"record": json.dumps(header)})
-
-
-def load_cnn(path: Path) -> tuple[SmallCNN, dict[str, object]]:
-    """Read a file written by ``save_cnn``: the network (float32, evaluation mode) and its record.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not such a detector or has a newer schema.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"detector file {path} does not exist: check the path.")
-    with open(path, "rb"):  # safetensors calls a file that cannot be opened a missing one
-        pass
-    try:
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-            tensors = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
-        if record["schema"] > _SCHEMA:
-            raise ValueError(
-                f"detector file {path} has schema {record['schema']}, this version reads up to "
-                f"{_SCHEMA}: update the toolkit."
-            )
-        config = record["config"]
-        made = CNNConfig(tuple(config["channels"]), config["classes"])
-        with torch.device("meta"):
-            count = sum(weight.numel() for weight in SmallCNN(made).parameters())
-        if count > sum(tensor.numel() for tensor in tensors.values()):
-            raise TypeError(f"{count} weights are more than it holds")
-        model = SmallCNN(made)
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as err:
-        raise ValueError(
-            f"{path} is not a detector file of tools.train_detector ({err}): "
-            "pass a file written by it."
-        ) from err
-    differing = [k for k in missing if not k.endswith("num_batches_tracked")] + unexpected
-    if differing:
-        raise ValueError(
-            f"detector file {path} does not fit its own record (tensor {differing[0]}): train it "
-            "again with tools.train_detector."
-        )
-    return model.eval().requires_grad_(False), record
+    def activations(self, x: Tensor) -> Tensor:
+        return self.stages(nn.functional.silu(self.stem(x)))

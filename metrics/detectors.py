@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metrics.cnn import RESOLUTION, load_cnn
+from metrics.classifiers import load_classifier
+from metrics.cnn import RESOLUTION
 from metrics.inception import SPATIAL_CHANNELS, SPATIAL_SIDE, WIDTH, load_inception
-from metrics.statistics import DetectorId, Statistics
+from metrics.statistics import DetectorId
 from metrics.vision import DINOV2_RESOLUTION, Vision, files_sha256, load_clip, load_dinov2
 
 CHUNK = 64
@@ -131,8 +132,8 @@ class DetectorEntry:
         return self.url or self.repository
 
 
-def _small(name: str, path: Path, device: torch.device) -> Detector:
-    model, _ = load_cnn(path)
+def _classifier(name: str, path: Path, device: torch.device) -> Detector:
+    model, _ = load_classifier(path)
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Detector(
         DetectorId(name, files_sha256(path), model.dim), lambda x: model(x).features, device,
@@ -212,7 +213,12 @@ REPOSITORY_FILES = ("config.json", "model.safetensors")
 _dinov2 = partial(_vision, load_dinov2, str(DINOV2_RESOLUTION))
 _clip = partial(_vision, load_clip, "the model's own size")
 DETECTORS = {
-    "cifar10-small": DetectorEntry(_small, bundled=BUNDLED / "cifar10-small-detector.safetensors"),
+    "cifar10-small": DetectorEntry(
+        _classifier, bundled=BUNDLED / "cifar10-small-detector.safetensors"
+    ),
+    "cifar10-small-resnet": DetectorEntry(
+        _classifier, bundled=BUNDLED / "cifar10-small-resnet-detector.safetensors"
+    ),
     "inception": DetectorEntry(_torchscript, url=INCEPTION_URL),
     "inception-pt": DetectorEntry(_inception_pt, url=INCEPTION_PT_URL),
     "dinov2": DetectorEntry(_dinov2, repository="facebook/dinov2-large"),
@@ -220,11 +226,6 @@ DETECTORS = {
     "pixels": DetectorEntry(_pixels),
 }
 SCRIPTS = frozenset({".pt", ".pts", ".ts", ".jit", ".torchscript"})
-REFERENCES = {
-    "cifar10-small": BUNDLED / "cifar10-small-train.npz",
-    "cifar10-small-test": BUNDLED / "cifar10-small-test.npz",
-    "cifar10-small-converged": BUNDLED / "cifar10-small-converged.npz",
-}
 
 
 def _require_file(path: Path) -> None:
@@ -289,26 +290,3 @@ def load_detector(
     if path is not None and entry.bundled is None and entry.source is None:
         raise ValueError(f"detector {name} has no weights: leave {path} out.")
     return entry.make(name, Path(file or ""), torch.device(device))
-
-
-def load_reference(name_or_path: str | Path, detector: Detector) -> Statistics:
-    """Load bundled or saved statistics of ``detector``.
-
-    Raises:
-        ValueError: unreadable statistics, or of another detector.
-        FileNotFoundError: neither a bundled name nor a file.
-    """
-    reference = Statistics.load(reference_file(name_or_path))
-    reference.require(detector.id)
-    return reference
-
-
-def reference_file(name_or_path: str | Path) -> Path:
-    """The file of a bundled reference, or the path itself; FileNotFoundError for neither."""
-    path = REFERENCES.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file() and path.suffix != ".npz":
-        raise FileNotFoundError(
-            f"reference '{name_or_path}' is neither one of {', '.join(REFERENCES)} nor an .npz: "
-            "make it with fid.py ref."
-        )
-    return path

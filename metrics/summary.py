@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from checkpoints.arrays import require_like
-from metrics.detectors import Detector, reference_file
+from metrics.detectors import Detector
 from metrics.draws import choose
+from metrics.references import reference_file
 from metrics.statistics import DetectorId, Statistics, read_arrays, sum_over_ranks
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ class FeatureSummary:
             ValueError: unreadable, invalid, or made with another detector.
             FileNotFoundError: neither a bundled name nor a file.
         """
-        file = reference_file(path)
+        file = reference_file(path, detector.name)
         content = read_arrays(file, ("features", "spatial_mu", "spatial_sigma"))
         moments = Statistics.of_arrays(file, content)
         moments.require(detector.id)

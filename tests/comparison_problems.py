@@ -21,7 +21,8 @@ from denoisers.registry import ModelSource
 from evaluation import converged, detectors, harness, scores
 from evaluation.detectors import DetectorOptions
 from evaluation.harness import Harness, HarnessIdentity, HarnessOptions
-from metrics.detectors import Detector, load_detector, load_reference
+from metrics.detectors import Detector, load_detector
+from metrics.references import load_reference
 from metrics.statistics import Statistics
 from metrics.summary import FeatureSummary
 from runtime.dist import World

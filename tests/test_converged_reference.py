@@ -23,7 +23,7 @@ from denoisers.conditions import Conditions
 from evaluation.converged import Converged, open_converged
 from evaluation.harness import Harness
 from evaluation.ode_samples import solve_ode
-from metrics import detectors
+from metrics import detectors, references
 from metrics.detectors import Detector
 from metrics.statistics import DetectorId, Statistics
 from metrics.summary import Collector, Requirements
@@ -224,7 +224,7 @@ def test_a_reference_comes_back_with_its_record(reference: Converged, tmp_path: 
 def own(reference: Converged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundled reference of the model."""
     path = tmp_path / "tiny-converged.npz"
-    monkeypatch.setitem(detectors.REFERENCES, "tiny-converged", path)
+    monkeypatch.setitem(references.REFERENCES, ("tiny-converged", DETECTOR.name), path)
     reference.save(path)
     return path
 
@@ -272,7 +272,7 @@ def test_what_was_asked_for_and_does_not_fit_is_one_sentence(own: Path, tmp_path
 
 
 def test_the_bundled_reference_is_of_the_bundled_model() -> None:
-    path = detectors.REFERENCES["cifar10-small-converged"]
+    path = references.REFERENCES["cifar10-small-converged", "cifar10-small"]
     found, card = Converged.load(path), cards()["cifar10-small"]
     bundled = detectors.load_detector("cifar10-small", device="cpu")
     assert found.misfit(Wrong(card, str(card.sha256)), bundled, range(10_000)) is None

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from commands import fid
-from metrics.detectors import DETECTORS, load_detector, load_reference
+from metrics.detectors import DETECTORS, load_detector
 from metrics.frechet import frechet_distance
+from metrics.references import load_reference
 from metrics.statistics import Statistics
 from runtime import files
 from tests.processes import run_command, together

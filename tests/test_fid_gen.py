@@ -99,6 +99,23 @@ def test_figures_are_those_of_images_on_disk(run: Script, tmp_path: Path) -> Non
     assert float(again.out.split()[1]) < 1e-8
 
 
+def test_a_bundled_reference_is_for_every_bundled_detector(run: Script, tmp_path: Path) -> None:
+    both = f"--detector={SMALL},{SMALL}-resnet"
+    done = run(fid, "gen", *IPNDM, "--seeds=0-12", both, "--json=both.json", "--outdir=x")
+    assert done.code == 0, done.err
+    one, two = json.loads(Path("both.json").read_text())["results"]
+    assert one["reference"]["n"] == two["reference"]["n"] == 50_000 and one["fid"] != two["fid"]
+    for measured, name in ((one, SMALL), (two, f"{SMALL}-resnet")):
+        assert measured["detector"]["name"] == name
+        done = run(fid, "calc", "--images=x", f"--detector={name}", "--json=one.json")
+        assert done.code == 0, done.err
+        assert json.loads(Path("one.json").read_text())["fid"] == pytest.approx(measured["fid"])
+    done = run(fid, "calc", "--images=x", both, f"--ref={SMALL}-test", "--json=test.json")
+    assert json.loads(Path("test.json").read_text())["results"][1]["reference"]["n"] == 10_000
+    done = run(fid, "calc", "--images=x", both, f"--ref={SMALL}-converged")
+    assert done.code == 1 and f"bundled for {SMALL}, not for detector {SMALL}-res" in done.err
+
+
 def killed_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """``generate`` that dies after so many batches, and the seeds that it made."""
     made: list[int] = []
@@ -208,7 +225,7 @@ def test_a_dry_run_prints_the_record_and_touches_nothing(
         ((*IPNDM, "--dest=x"), "--dest x has to end in .npz"),
         ((*IPNDM, "--subdirs"), "--subdirs requires images on disk: add --outdir"),
         ((*IPNDM, "--metrics=is"), "unknown metric 'is'"),
-        ((*IPNDM, "--detector=pixels"), "compute both with one detector"),
+        ((*IPNDM, "--detector=pixels"), "is bundled for cifar10-small, cifar10-small-resnet, not"),
         ((*IPNDM, *PIXELS, "--metrics=sfid", "--outdir=x"), "hold no spatial moments"),
         (("--sampler=heun", "--nfe=5"), "exactly 5 NFE: give 4 or 6"),
     ],

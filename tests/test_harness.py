@@ -14,7 +14,8 @@ from denoisers.conditions import ConditionOptions, Conditions
 from denoisers.registry import ModelSource
 from evaluation.detectors import DetectorOptions
 from evaluation.harness import Harness, HarnessIdentity, HarnessOptions, open_harness
-from metrics.detectors import load_detector, load_reference
+from metrics.detectors import load_detector
+from metrics.references import load_reference
 from metrics.statistics import Statistics
 from runtime.dist import World
 from runtime.errors import UserError

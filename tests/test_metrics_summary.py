@@ -242,7 +242,11 @@ def test_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for arguments, message in [
         (["--metrics", "fid,is"], "unknown metric 'is'"),
         ([*ref, "--metrics", "kid"], "no features"),
-        (["--detector", "pixels,cifar10-small"], "names 1 for 2 detectors: give one for each"),
+        (
+            ["--detector", "pixels,cifar10-small", "--ref", "x.npz"],
+            "names 1 for 2 detectors: give one for each",
+        ),
+        (["--detector", "cifar10-small,pixels"], "is bundled for cifar10-small, cifar10-small-res"),
         ([*ref, "--detector-path", x], "detector pixels has no weights"),
         (["--detector", "pixels,dinov2", "--detector-path", x], "write --detector name="),
     ]:

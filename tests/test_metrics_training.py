@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import pad
 
-from metrics.cnn import CNNConfig, SmallCNN, load_cnn
+from metrics.classifiers import NETWORKS, load_classifier
+from metrics.cnn import CNNConfig, FeatureClassifier
 from metrics.detectors import load_detector
 from runtime.dist import World, world
 from runtime.errors import UserError
@@ -56,10 +57,10 @@ def dataset(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def fresh(train: tuple[torch.Tensor, ...]) -> SmallCNN:
+def fresh(train: tuple[torch.Tensor, ...], network: str = "cnn") -> FeatureClassifier:
     torch.manual_seed(0)
-    model = SmallCNN(CNNConfig((8, 8, 16), 2))
-    model.whiten_(train[0])
+    model = NETWORKS[network](CNNConfig((8, 8, 16), 2))
+    model.prepare_(train[0])
     return model
 
 
@@ -70,23 +71,27 @@ def scalars(folder: Path, name: str) -> list:
     return board.Scalars(name)
 
 
-def test_it_learns_and_the_file_is_a_detector(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_it_learns_and_the_file_is_a_detector(network: str, tmp_path: Path) -> None:
     train, test = dataset(tmp_path / "a.zip", 64, 0), dataset(tmp_path / "b.zip", 20, 1)
     dest = tmp_path / "d.safetensors"
-    arguments = f"--data {train} --test {test} --dest {dest} --channels 8 8 16 --epochs 4"
+    arguments = f"--data {train} --test {test} --dest {dest} --channels 8 8 16 --epochs 6"
+    arguments += f" --network {network}"
     done = CliRunner().invoke(main, [*arguments.split(), "--batch", "16", "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    _, record = load_cnn(dest)
+    model, record = load_classifier(dest)
+    assert isinstance(model, NETWORKS[network]) and record["network"] == network
     assert record["test_accuracy"] == 1.0 and "test accuracy 100.00 %" in done.output
-    assert record["images_seen"] == 4 * 64 and record["feature_width"] == 16
+    assert record["images_seen"] == 6 * 64 and record["feature_width"] == 16
     assert load_detector("cifar10-small", path=dest, device="cpu").dim == 16
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = load_labelled(dataset(tmp_path / "a.zip", 24, 0))
-    whole = fresh(train)
+    whole = fresh(train, network)
     fit(whole, train, train, PLAN, tmp_path / "whole.state", CPU)
 
     scores = iter([0.5])
@@ -99,8 +104,8 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_detector, "accuracy", killed)
-        fit(fresh(train), train, train, PLAN, tmp_path / "torn.state", CPU)
-    resumed = fresh(train)
+        fit(fresh(train, network), train, train, PLAN, tmp_path / "torn.state", CPU)
+    resumed = fresh(train, network)
     with torch.no_grad():
         resumed.head.weight.zero_()  # all of it has to come from the state
     fit(resumed, train, train, PLAN, tmp_path / "torn.state", CPU)
@@ -112,7 +117,10 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     assert [e.step for e in scalars(tmp_path / "torn.state.logs", "loss")] == [1, 2, 3]
     other = DetectorRecipe(**(vars(PLAN) | {"lr": 0.1}))
     with pytest.raises(ValueError, match="belongs to a run with other settings"):
-        fit(fresh(train), train, train, other, tmp_path / "torn.state", CPU)
+        fit(fresh(train, network), train, train, other, tmp_path / "torn.state", CPU)
+    (another,) = NETWORKS.keys() - {network}
+    with pytest.raises(UserError, match=r"torn.state does not fit this run \('model'"):
+        fit(fresh(train, another), train, train, PLAN, tmp_path / "torn.state", CPU)
 
 
 @pytest.mark.parametrize("lr", ["nan", "inf", "1e30"])
@@ -132,9 +140,9 @@ def test_a_training_that_diverges_leaves_no_state(tmp_path: Path) -> None:
     assert not (tmp_path / "t.state").exists()
 
 
-def fit_share(folder: Path, pixels: torch.Tensor) -> None:
+def fit_share(folder: Path, pixels: torch.Tensor, network: str) -> None:
     with world("cpu") as here:
-        model, data = fresh((pixels,)), equal_images(pixels[0])
+        model, data = fresh((pixels,), network), equal_images(pixels[0])
         fit(model, data, data, FAST, folder / "two.state", here)
         torch.save(model.state_dict(), folder / f"{here.rank}.pt")
 
@@ -144,16 +152,17 @@ def equal_images(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return image.expand(23, 3, 32, 32), (torch.arange(23) % 5 == 0).long()
 
 
+@pytest.mark.parametrize("network", NETWORKS)
 def test_two_processes_train_what_one_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_detector, "augment", lambda images, *_: images)
     pixels = load_labelled(dataset(tmp_path / "a.zip", 16, 0))[0]
-    alone = fresh((pixels,))
+    alone = fresh((pixels,), network)
     start = {name: value.clone() for name, value in alone.state_dict().items()}
     data = equal_images(pixels[0])
     fit(alone, data, data, FAST, tmp_path / "one.state", CPU)
-    done = together(lambda: fit_share(tmp_path, pixels), tmp_path)
+    done = together(lambda: fit_share(tmp_path, pixels, network), tmp_path)
     assert [rank.code for rank in done] == [0, 0], done
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, value in alone.state_dict().items():
@@ -203,24 +212,34 @@ def test_cutout_is_one_square_anywhere_in_the_image() -> None:
         assert len(share) == 23 and float((share - 1 / 23).abs().max()) < 5 * (1 / 23 / 2000) ** 0.5
 
 
-def test_a_detector_is_trained_further(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_detector_is_trained_further(network: str, tmp_path: Path) -> None:
     data = dataset(tmp_path / "a.zip", 24, 0)
     options = f"--data {data} --test {data} --batch 8 --device cpu --threads 1 --lr 0.001".split()
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     for extra in (
-        ["--dest", str(first), "--channels", "8", "8", "16", "--epochs", "2"],
+        ["--dest", str(first), "--channels", "8", "8", "16", "--epochs", "2", "--network", network],
         ["--dest", str(second), "--init", str(first), "--epochs", "1"],
     ):
         done = CliRunner().invoke(main, [*options, *extra])
         assert done.exit_code == 0, done.output
-    (a, earlier), (b, record) = load_cnn(first), load_cnn(second)
+    (a, earlier), (b, record) = load_classifier(first), load_classifier(second)
     assert record["images_seen"] == 3 * 24 and record["before"] == earlier
-    assert torch.equal(a.stem.weight, b.stem.weight)
+    assert type(a) is type(b) is NETWORKS[network]
+    assert torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std)
+    fixed = {"stem.weight"} if network == "cnn" else set()
+    assert all(torch.equal(a.get_parameter(name), b.get_parameter(name)) for name in fixed)
     moved = (a.head.weight - b.head.weight).abs().max()
     assert 0 < float(moved) < 0.05  # a fresh head would differ by about 0.25
-    b = first_model(first, (4, 4, 4), 0, load_labelled(data))[0]
+    b = first_model(first, None, (4, 4, 4), 0, load_labelled(data))[0]
     learns = {name for name, value in b.named_parameters() if value.requires_grad}
-    assert {name for name, _ in b.named_parameters()} - learns == {"stem.weight"}
+    assert {name for name, _ in b.named_parameters()} - learns == fixed
+    done = CliRunner().invoke(
+        main, [*options, "--dest", str(second), "--init", str(first), f"--network={network}"]
+    )
+    assert isinstance(done.exception, UserError) and "leave it out with --init" in str(
+        done.exception
+    )
 
 
 def test_learning_rate_rises_and_falls_to_zero() -> None:

@@ -16,7 +16,7 @@ from amed.experiments import load_predictor, save_predictor
 from checkpoints.snapshots import read_weights
 from denoisers.convert import convert
 from denoisers.families.diffusers.files import is_diffusers
-from metrics.cnn import load_cnn
+from metrics.classifiers import load_classifier
 from runtime.files import write_text
 from tests.processes import finish, start
 from tests.sampler_models import trained
@@ -45,7 +45,7 @@ def deny(path: Path) -> None:
         os.setuid(65534)  # root may read everything
     readers: tuple[Callable[[Path], object], ...] = (
         read_weights,
-        load_cnn,
+        load_classifier,
         is_diffusers,
         lambda file: load_predictor(str(file), file.parent),
     )

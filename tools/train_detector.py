@@ -1,4 +1,4 @@
-"""Train the CIFAR-10 feature detector, a small classifier.
+"""Train a CIFAR-10 feature detector, a small classifier.
 
 SGD with Nesterov momentum, a one-cycle learning rate, label smoothing, flips, shifts and cutout;
 about half an hour on two cores.  The order of images and their augmentation are functions of
@@ -27,7 +27,8 @@ from commands.help import SETTINGS
 from commands.numbers import FRACTION, NOT_NEGATIVE, PART, RATE, SEED, WIDTH, updates
 from commands.options import PATH, device_option, threads_option
 from image_data.sources import ImageSource
-from metrics.cnn import RESOLUTION, CNNConfig, SmallCNN, load_cnn, save_cnn
+from metrics.classifiers import NETWORKS, load_classifier, save_classifier
+from metrics.cnn import RESOLUTION, CNNConfig, FeatureClassifier
 from runtime import cli, files
 from runtime.bounds import MOST_BATCH
 from runtime.dist import World, world
@@ -114,26 +115,28 @@ def make_optimizer(model: nn.Module, plan: DetectorRecipe) -> torch.optim.Optimi
 
 
 def first_model(
-    init: Path | None, channels: tuple[int, int, int], seed: int, train: tuple[Tensor, Tensor]
-) -> tuple[SmallCNN, dict]:
-    """The network to train, and the record of its earlier training, if any."""
+    init: Path | None, network: str | None, channels: tuple[int, int, int], seed: int,
+    train: tuple[Tensor, Tensor],
+) -> tuple[FeatureClassifier, dict]:  # fmt: skip
+    """The network to train, and the record of its earlier training, if any.
+
+    Raises UserError for a ``network`` beside ``init``, whose file says which it is.
+    """
     if init is not None:
-        model, record = load_cnn(init)
+        if network is not None:
+            raise UserError(f"--network {network} is for a new detector: leave it out with --init")
+        model, record = load_classifier(init)
         return model.trainable_(), record
     torch.manual_seed(seed)
-    model = SmallCNN(CNNConfig(channels, int(train[1].max()) + 1))
-    model.whiten_(train[0][:: max(1, len(train[0]) // 5000)])
+    model = NETWORKS[network or "cnn"](CNNConfig(channels, int(train[1].max()) + 1))
+    model.prepare_(train[0][:: max(1, len(train[0]) // 5000)])
     return model, {}
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: tuple[Tensor, Tensor],
-    plan: DetectorRecipe,
-    epoch: int,
-    here: World,
-) -> tuple[float, Tensor]:
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor],
+    plan: DetectorRecipe, epoch: int, here: World,
+) -> tuple[float, Tensor]:  # fmt: skip
     """One pass over the data; returns the mean loss and the first augmented images."""
     images, labels = data
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
@@ -193,12 +196,9 @@ def resume(
 
 
 def save(
-    state: Path,
-    plan: DetectorRecipe,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: Path, plan: DetectorRecipe, model: nn.Module, optimizer: torch.optim.Optimizer,
     epochs: int,
-) -> None:
+) -> None:  # fmt: skip
     """Write everything that :func:`resume` needs."""
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with files.atomic_write(state) as temporary:
@@ -206,14 +206,9 @@ def save(
 
 
 def fit(
-    model: SmallCNN,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    plan: DetectorRecipe,
-    state: Path,
-    here: World,
-    compiled: bool = False,
-) -> None:
+    model: FeatureClassifier, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor],
+    plan: DetectorRecipe, state: Path, here: World, compiled: bool = False,
+) -> None:  # fmt: skip
     """Train for all epochs; saves the state, and figures for TensorBoard, after each of them.
 
     Raises UserError after an epoch with a loss or weights that are not finite, before it is saved.
@@ -252,13 +247,13 @@ def fit(
         board.close()
 
 
-def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict) -> float:
+def write(dest: Path, model: FeatureClassifier, test: tuple[Tensor, Tensor], record: dict) -> float:
     """Write the detector; returns the test accuracy of the file, whose kernels are float16."""
     with files.atomic_write(dest) as temporary:
-        save_cnn(model, temporary, record)
-        stored, _ = load_cnn(Path(temporary))
+        save_classifier(model, temporary, record)
+        stored, _ = load_classifier(Path(temporary))
         score = accuracy(stored, test, World(0, 1, torch.device("cpu")))
-        save_cnn(stored, temporary, {**record, "test_accuracy": score})
+        save_classifier(stored, temporary, {**record, "test_accuracy": score})
     return score
 
 
@@ -267,6 +262,9 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @click.option("--test", type=PATH, required=True, help="test images")
 @click.option("--dest", type=PATH, required=True, help="write the detector here")
 @click.option("--state", type=PATH, help="training state  [default: DEST.state]")
+@click.option(
+    "--network", type=click.Choice(list(NETWORKS)), help="of a new detector  [default: cnn]"
+)
 @click.option("--channels", type=(WIDTH, WIDTH, WIDTH), default=(64, 192, 256), help="stage widths")
 @click.option("--epochs", type=updates(1), default=18, help="passes over the data")
 @click.option(
@@ -286,10 +284,11 @@ def write(dest: Path, model: SmallCNN, test: tuple[Tensor, Tensor], record: dict
 @threads_option
 @device_option
 def main(
-    data: Path, test: Path, dest: Path, state: Path | None, channels: tuple[int, int, int],
-    init: Path | None, compiled: bool, device: str | None, threads: int | None, **settings: float,
+    data: Path, test: Path, dest: Path, state: Path | None, network: str | None,
+    channels: tuple[int, int, int], init: Path | None, compiled: bool, device: str | None,
+    threads: int | None, **settings: float,
 ) -> None:  # fmt: skip
-    """Train the CIFAR-10 feature detector, a small classifier.
+    """Train a CIFAR-10 feature detector, a small classifier.
 
     Run the same command again to continue after an interruption.
     """
@@ -299,7 +298,7 @@ def main(
     with world(device) as here:
         check_file(dest, "--dest", here)
         train_set, test_set = load_labelled(data), load_labelled(test)
-        model, before = first_model(init, channels, plan.seed, train_set)
+        model, before = first_model(init, network, channels, plan.seed, train_set)
         model.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         fit(model, train_set, test_set, plan, state or dest.with_name(dest.name + ".state"), here,
             compiled)  # fmt: skip
