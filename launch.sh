@@ -45,7 +45,8 @@ recipe_default() { # a student of each kind, at budget 5 only
     keep amed_heun 4 True "$@"
     keep plugin_restart 4 True "$@"
     # in float32 everywhere, for which the rows of all other samplers are bundled
-    small_report default 5 float32 --num_images="$IMAGES" --select=32,128
+    small_report default 5 float32 --num_images="$IMAGES" --select=32,128 \
+        --detector=cifar10-small,cifar10-small-resnet
 }
 
 recipe_full() { # 3 to 6 nodes are 3, 5, 7, 9 evaluations with AFS, and one more without

@@ -20,6 +20,7 @@ from comparison.kept_rows import BUNDLED, keep, place
 from comparison.report.write import RESULTS
 from comparison.results import ComparisonResults, MeasuredRow
 from denoisers.registry import ModelSource
+from evaluation.detectors import DetectorOptions
 from evaluation.harness import HarnessOptions
 from plan_search import halving
 from runtime import cli
@@ -30,6 +31,7 @@ from runtime.typed import read_earlier, read_result, write_result
 
 #: As in the default run: evaluations, images a row, and per candidate for Restart's plan.
 BUDGET, IMAGES, SELECT = 5, 1500, "32,128"
+DETECTORS = DetectorOptions("cifar10-small,cifar10-small-resnet")
 #: Of the bundled arrays.  Moments in float32 change an FID by less than 1e-6 of it; features are
 #: used for standard errors alone.
 STORED = {"sigma": np.float32, "features": np.float16}
@@ -49,8 +51,8 @@ def main(outdir: Path, num_images: int, write: bool, dtype: str, device: str | N
     """Measure the bundled rows again; see the top of this file."""
     source = ModelSource("cifar10-small", dtype=dtype)
     options = CompareOptions(
-        HarnessOptions(source), budgets=str(BUDGET), num=num_images, select=SELECT, no_cache=True,
-        outdir=outdir,
+        HarnessOptions(source, detector=DETECTORS), budgets=str(BUDGET), num=num_images,
+        select=SELECT, no_cache=True, outdir=outdir,
     )  # fmt: skip
     with world(device) as here:
         prepare(options).run(here)

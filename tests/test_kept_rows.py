@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kept_rows import BUDGET, SELECT, bundle
+from benchmarks.kept_rows import BUDGET, DETECTORS, SELECT, bundle
 from comparison.job import CompareOptions, prepare
 from comparison.kept_rows import BUNDLED, KeptRows, place
 from comparison.measure import measure
@@ -215,7 +215,7 @@ ROWS = [*classic_rows(BUDGET, CARD), *ceiling_rows(CARD)]
 @pytest.fixture(scope="module")
 def default_run() -> Harness:
     """That of the default run's comparison."""
-    return open_harness(bundled(), range(1500), 4, HERE)
+    return open_harness(replace(bundled(), detector=DETECTORS), range(1500), 4, HERE)
 
 
 def test_the_bundled_rows_are_those_of_the_bundled_model(
