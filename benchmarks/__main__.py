@@ -22,7 +22,7 @@ from runtime.typed import write_result
 
 EXAMPLES = """\b
 Examples:
-  python -m benchmarks                        (ten minutes on an idle machine)
+  python -m benchmarks                        (twenty minutes on an idle machine)
   python -m benchmarks --only sampling --only peers --dtype bfloat16
 """
 

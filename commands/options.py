@@ -68,7 +68,12 @@ dtype_option = click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="dtype of the network"
 )
 compile_option = click.option(
-    "--compile", is_flag=True, help="network and walks, for one size of batch; on GPUs only"
+    "--compile",
+    type=bool,
+    is_flag=False,
+    flag_value="True",
+    default=False,
+    help="network and walks, for one size of batch; on GPUs only",
 )
 json_option = click.option("--json", "result_path", type=PATH, help="write the result to this file")
 

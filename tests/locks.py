@@ -26,8 +26,12 @@ def held(path: Path, logs: Path) -> Iterator[Callable[[], None]]:
     while process.is_alive() and not sign.exists():
         time.sleep(0.005)
     sign.unlink()
-    try:
-        yield process.kill
-    finally:
+
+    def kill() -> None:
         process.kill()
-        process.join()
+        process.join()  # until the system has let go of the lock
+
+    try:
+        yield kill
+    finally:
+        kill()

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
 import click
@@ -374,8 +375,9 @@ def test_what_is_running_ends_with_the_script(
 ) -> None:
     environment = {**os.environ, "PYTHON": str(tmp_path / "python3"), "HANG": "1"}
     script = subprocess.Popen(
-        ["bash", elsewhere / "launch.sh"], env=environment, stderr=subprocess.PIPE
-    )
+        ["bash", elsewhere / "launch.sh"], env=environment, stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # as in a terminal
+    )  # fmt: skip
     while not (elsewhere / "hangs").exists():
         time.sleep(0.01)
         assert script.poll() is None
@@ -385,8 +387,7 @@ def test_what_is_running_ends_with_the_script(
 
 
 def test_an_old_python_is_named(elsewhere: Path, tmp_path: Path) -> None:
-    python = str(tmp_path / "python3")
-    done = launch(script=elsewhere / "launch.sh", PYTHON=python, OLD="1")
+    done = launch(script=elsewhere / "launch.sh", PYTHON=str(tmp_path / "python3"), OLD="1")
     assert (done.returncode, done.stderr) == (
         1,
         f"error: {python} is Python 3.9.6, but 3.10 or newer is needed: set PYTHON to its path\n",

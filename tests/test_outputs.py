@@ -33,7 +33,6 @@ def test_a_folder_is_one_runs_until_it_dies(tmp_path: Path) -> None:
         with claimed(folder, World(1, 2, HERE.device)):  # another process of the same run
             pass
         kill()
-        time.sleep(0.2)
         assert (folder / LOCK).exists()  # left by the killed run, and no lock
         with claimed(folder, HERE):
             assert [path.name for path in folder.iterdir()] == [LOCK]
