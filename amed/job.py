@@ -216,17 +216,17 @@ def prepare(options: TrainOptions) -> TrainingJob:
     )
     student = Student(settings.solver(), grid.nodes(), settings.afs)
     _warn_if_equal_to_heun(teacher, student)
-    stored = _stored(options, settings, restart)
+    stored = _stored(options, settings, teacher, restart)
     return TrainingJob(options, card, conditions, settings, student, teacher, restart, stored)
 
 
 def _stored(
-    options: TrainOptions, settings: StudentSettings, restart: RestartSupervision
+    options: TrainOptions, settings: StudentSettings, teacher: Teacher, restart: RestartSupervision
 ) -> TrajectoryJob | None:
-    """The trajectories of ``--trajectories``, the same as those of NS solvers.
+    """The trajectories of ``--trajectories``; of other teachers than Restart those of NS solvers.
 
-    Between two nodes Restart's states need not lie on one solution of the ODE, so those of Restart
-    are on the student's own grid.
+    Restart's states at two nodes need not lie on one solution of the ODE, so nothing can be
+    interpolated, and they are kept on the student's own grid.
     """
     if options.trajectories is None:
         return None
@@ -238,15 +238,14 @@ def _stored(
         number=options.trajectories,
         keep="all",
     )
-    if options.sampler_tea == "restart":
-        stride = settings.M + 1
+    if isinstance(teacher, RestartTeacher):
         common = replace(
             common,
-            num_steps=stride * (settings.num_steps - 1) + 1,
+            num_steps=len(teacher.fine),
             schedule_type=settings.schedule_type,
             schedule_rho=settings.schedule_rho,
             restart_info=interval_json(restart.intervals),
-            keep=str(stride),
+            keep=str(teacher.stride),
         )
     return prepare_trajectories(common)
 

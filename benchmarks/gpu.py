@@ -10,20 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import click
 import torch
 
-from benchmarks import sampling
 from benchmarks.sampling import (
     Stopwatch,
     clock_options,
     network_options,
     open_bundled,
 )
-from benchmarks.suite.figures import CALLS, Figure, median_ratio, peers
+from benchmarks.suite.figures import CALLS, Figure, median_ratio, over_calls, peers
 from commands.help import SETTINGS
 from denoisers.batch import SeededBatch
 from denoisers.conditions import Conditions
@@ -71,12 +69,7 @@ class GpuBench:
 
 def of_sampling(bench: GpuBench) -> Iterator[Figure]:
     for batch in bench.asked.batches:
-        rows = list(sampling.measure(bench.model, batch, bench.asked.rounds, bench.watch))
-        for name, nfe, *_, ratio in rows:
-            what = f"{name}, {nfe} NFE, {batch} images: over the calls"
-            yield Figure("sampling", what, ratio, f"at most {sampling.LIMIT}")
-        rate = batch / median(row[2] for row in rows)
-        yield Figure("sampling", f"network evaluations per second, {batch} images", rate)
+        yield from over_calls(bench.model, batch, bench.asked.rounds, bench.watch)
 
 
 def of_graphs(bench: GpuBench) -> Iterator[Figure]:

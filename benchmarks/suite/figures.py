@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks import sampling
 from benchmarks.sampling import Stopwatch, interleaved, open_bundled, raw_forward
 from denoisers.families.edm import EDMModel
 from ns.calibrate import Latents, calibrate
@@ -51,6 +52,17 @@ def median_ratio(
     """Seconds of ``action`` over those of ``other``."""
     watch(action), watch(other)  # the first calls prepare kernels
     return interleaved(watch, action, other, rounds).ratio
+
+
+@torch.inference_mode()
+def over_calls(model: EDMModel, batch: int, rounds: int, watch: Stopwatch) -> Iterator[Figure]:
+    """Every row of `sampling.measure` over its network calls, and the speed of those."""
+    rows = list(sampling.measure(model, batch, rounds, watch))
+    for name, nfe, *_, ratio in rows:
+        what = f"{name}, {nfe} NFE, {batch} images: over the calls"
+        yield Figure("sampling", what, ratio, f"at most {sampling.LIMIT}")
+    rate = batch / statistics.median(row[2] for row in rows)
+    yield Figure("sampling", f"network evaluations per second, {batch} images", rate)
 
 
 @torch.no_grad()

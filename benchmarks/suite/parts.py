@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks import frechet, memory, metrics, sampling, training
+from benchmarks import frechet, memory, metrics, training
 from benchmarks.sampling import open_bundled, stopwatch
-from benchmarks.suite.figures import Figure, calibration, peers, processes
+from benchmarks.suite.figures import Figure, calibration, over_calls, peers, processes
 from evaluation.images import ImagePassOptions
 from metrics.detectors import load_detector
 
@@ -28,13 +27,7 @@ class SuiteSettings:
 
 def of_sampling(asked: SuiteSettings) -> Iterator[Figure]:
     model, watch = open_bundled(1, "wall", asked.dtype, "cpu")
-    with torch.inference_mode():
-        rows = list(sampling.measure(model, asked.batch, asked.rounds, watch))
-    for name, nfe, *_, ratio in rows:
-        what = f"{name}, {nfe} NFE, {asked.batch} images: over the calls"
-        yield Figure("sampling", what, ratio, f"at most {sampling.LIMIT}")
-    speed = asked.batch / median(row[2] for row in rows)
-    yield Figure("sampling", "network evaluations per second of one thread", speed)
+    yield from over_calls(model, asked.batch, asked.rounds, watch)
 
 
 def of_training(asked: SuiteSettings) -> Iterator[Figure]:
