@@ -9,7 +9,7 @@ USAGE="Usage: ./launch.sh [RECIPE] [--gpus N] [--dry-run]
 Sets up .venv on first use and runs a recipe:
 
   default           three students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
-                    classic solvers; 10 to 20 minutes on two cores
+                    classic solvers; 10 to 15 minutes on two cores
   full              the same at 3 to 10 NFE, published training lengths, 50,000 images
   cifar10           published AMED settings: train, sample 50,000 images, FID
   ffhq              the same, FFHQ 64x64
@@ -40,7 +40,7 @@ recipe_default() { # a student of each kind, at budget 5 only
     local kept=--trajectories=256 # Heun's serve both students that learn from it
     predictors="" GPUS=${GPUS:-$SMALL_PROCESSES}
     set -- --dtype="$DTYPE" $kept
-    keep student_ns cifar10-small 5 --search=20 --refine=40 --batch=32 "$@"
+    keep student_ns cifar10-small 5 --search=8 --refine=20 --batch=32 "$@"
     set -- --batch=16 --total_kimg=1.024 --tick=0.256 "$@"
     keep amed_heun 4 True "$@"
     keep plugin_restart 4 True "$@"

@@ -18,9 +18,10 @@ from solvers.grids import get_grid
 from solvers.registry import make_solver
 from solvers.table import Table
 
-#: Where the search starts: the inner nodes of a polynomial grid, and times of equal ratios between
-#: two levels, the middle of the walk, where trajectories bend (as GITS finds, arXiv:2405.11326).
-POLYNOMIAL, RATIOS = 7.0, ((20.0, 0.05), (10.0, 0.1))
+#: Where the search starts: the inner nodes of a polynomial grid, and times of equal ratios in the
+#: middle of the walk, where trajectories bend (as GITS finds, arXiv:2405.11326): n times from
+#: exp(half) to exp(-half), half = HALF[0] + HALF[1] n, a fit to the best ones of the bundled model.
+POLYNOMIAL, HALF = 7.0, (1.0, 0.31)
 STEP = 0.2  #: first change of the logarithm of a time
 
 
@@ -34,6 +35,13 @@ def prior_table(times: Sequence[float], start: float, sigma_min: float) -> Table
 def polynomial_times(calls: int, sigma_min: float, sigma_max: float) -> list[float]:
     """The inner nodes of a grid of ``calls`` + 2 nodes: the levels of a solver with AFS."""
     return get_grid("polynomial", calls + 2, sigma_min, sigma_max, POLYNOMIAL)[1:-1].tolist()
+
+
+def middle_times(calls: int, sigma_min: float, sigma_max: float) -> list[float]:
+    """Times of equal ratios around 1, below ``sigma_max`` and above ``sigma_min``."""
+    half = HALF[0] + HALF[1] * calls
+    first, last = min(math.exp(half), 0.9 * sigma_max), max(math.exp(-half), 1.1 * sigma_min)
+    return np.geomspace(first, last, calls).tolist()
 
 
 @torch.no_grad()
@@ -63,7 +71,7 @@ def search_times(
 ) -> list[float]:
     """The times whose calibrated table is nearest to the teacher on the latents of ``judge``.
 
-    Starts from the best of three guesses and goes on by Nelder and Mead's simplex in log sigma,
+    Starts from the better of two guesses and goes on by Nelder and Mead's simplex in log sigma,
     within the teacher's noise levels, for at most ``evaluations`` calibrations in all.
     ``watch`` is called with the error of each.
     """
@@ -79,18 +87,18 @@ def search_times(
         watch(found)
         return found
 
-    starts = [np.log(polynomial_times(calls, low, high))]
-    for first, last in RATIOS:
-        ends = min(first, 0.9 * high), max(last, 1.1 * low)
-        starts.append(np.log(np.geomspace(*ends, calls)))
-    starts = starts[:evaluations]
-    errors = [error(start) for start in starts]
-    best = starts[int(np.argmin(errors))]
+    guesses = [make(calls, low, high) for make in (middle_times, polynomial_times)][:evaluations]
+    starts = [(error(np.log(guess)), np.log(guess)) for guess in guesses]
+    least, best = min(starts, key=lambda start: start[0])
     left = evaluations - len(starts)
-    if left > calls:
+    if left >= calls:
+
+        def known(logs: np.ndarray) -> float:
+            return least if np.array_equal(logs, best) else error(logs)
+
         simplex = np.stack([best, *(best + STEP * unit for unit in np.eye(calls))])
-        options = {"maxfev": left, "initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-6}
-        best = minimize(error, best, method="Nelder-Mead", options=options).x
+        options = {"maxfev": left + 1, "initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-6}
+        best = minimize(known, best, method="Nelder-Mead", options=options).x
     return sorted(np.clip(np.exp(best), low * 1.001, high * 0.999).tolist(), reverse=True)
 
 

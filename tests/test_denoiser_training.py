@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from denoisers.training.optimizers import OPTIMIZERS, MatrixMuon
 from denoisers.training.trainer import Examples, Recipe, Trainer, weight, weighted_error
 from runtime.dist import World
 from runtime.errors import UserError
@@ -127,7 +127,7 @@ def test_the_averaged_weights_are_the_average_of_the_weights() -> None:
     for _ in range(5):
         rate = recipe.learning_rate(trainer.images)
         trainer.step(flat_batch(trainer.images, 8))
-        assert trainer.optimizer.param_groups[0]["lr"] == rate
+        assert trainer.optimizers["optimizer"].param_groups[0]["lr"] == rate
         keep = 0.5 ** (8 / min(20, trainer.images))
         expected = keep * expected + (1 - keep) * weights.detach().double()
     found = dict(trainer.ema.named_parameters())[name]
@@ -135,6 +135,41 @@ def test_the_averaged_weights_are_the_average_of_the_weights() -> None:
     before = trainer.validate(flat_batch(0, 8))
     weights.data.zero_()
     assert trainer.validate(flat_batch(0, 8)) == before  # it is the average that is judged
+
+
+# Muon
+
+
+def test_muon_moves_a_weight_along_the_orthogonal_factor_of_its_gradient() -> None:
+    """By lr 0.2 sqrt(larger side) U S V^T with S in 0.5 to 1.5, for a gradient U D V^T."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(32, 8, 3, 3, generator=generator))
+    before, gradient = weight.detach().clone(), torch.randn(32, 8, 3, 3, generator=generator)
+    optimizer = MatrixMuon([weight], lr=0.1)
+    weight.grad = gradient * 1e-6  # its size does not matter
+    optimizer.step()
+    left, singular, right = torch.linalg.svd(gradient.flatten(1).double(), full_matrices=False)
+    moved = (before - weight.detach()).flatten(1).double() / (0.1 * 0.2 * math.sqrt(72))
+    inside = left.T @ moved @ right.T
+    assert float(singular.max() / singular.min()) > 3  # which the update no longer has
+    assert float(inside.diag().min()) > 0.5 and float(inside.diag().max()) < 1.5
+    assert float((inside - inside.diag().diag()).abs().max()) < 0.05  # it computes in bfloat16
+    assert float((moved - left @ inside @ right).norm()) < 0.01 * float(moved.norm())
+    optimizer.zero_grad()
+    assert weight.grad is None
+
+
+def test_muon_leaves_vectors_and_small_layers_to_adam() -> None:
+    after = {}
+    for name in OPTIMIZERS:
+        recipe = Recipe(kimg=1, batch=8, rampup_kimg=0, optimizer=name)
+        trainer = Trainer(network(SONG, model_channels=16), recipe, ALONE)
+        trainer.step(flat_batch(0, 8))
+        after[name] = dict(trainer.net.named_parameters())
+    for name, p in after["adam"].items():
+        taken = p.ndim > 1 and min(len(p), p[0].numel()) >= 16
+        assert torch.equal(p, after["muon"][name]) != taken, name
+    assert not torch.equal(*(p["model.enc.8x8_conv.weight"] for p in after.values()))
 
 
 # Precision, many processes, compilation
@@ -148,13 +183,13 @@ def test_bfloat16_learns_what_float32_learns() -> None:
         recipe = Recipe(kimg=0.48, batch=32, lr=2e-3, rampup_kimg=0.1, dtype=dtype, ema_rampup=1)
         trainer = Trainer(network(SONG), recipe, ALONE)
         kept = gradients[dtype] = []
-        trainer.optimizer.register_step_pre_hook(
+        trainer.optimizers["optimizer"].register_step_pre_hook(
             lambda optimizer, *_, kept=kept: kept.extend(
                 p.grad.flatten().clone() for p in optimizer.param_groups[0]["params"]
             )
         )
         trainer.step(flat_batch(0, 32))
-        trainer.optimizer._optimizer_step_pre_hooks.clear()
+        trainer.optimizers["optimizer"]._optimizer_step_pre_hooks.clear()
         train(trainer)
         assert {p.dtype for p in trainer.net.parameters()} == {torch.float32}
         losses[dtype] = trainer.validate(flat_batch(10**6, 256))
@@ -234,16 +269,19 @@ def states_equal(one: Trainer, other: Trainer) -> bool:
     )
 
 
-def test_a_continued_run_is_bit_equal_with_dropout_too(tmp_path: Path) -> None:
-    recipe = Recipe(kimg=0.064, batch=8, lr=1e-2, rampup_kimg=0.03, augment=0.3)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_continued_run_is_bit_equal_with_dropout_too(optimizer: str, tmp_path: Path) -> None:
+    recipe = Recipe(
+        kimg=0.064, batch=8, lr=1e-2, rampup_kimg=0.03, augment=0.3, optimizer=optimizer
+    )
     whole = train(Trainer(network(DHARIWAL), recipe, ALONE))
     first = Trainer(network(DHARIWAL), replace(recipe, kimg=0.024), ALONE)
     train(first).save(tmp_path / "state.pt", {"data": "a.zip"})
     torch.rand(5)  # what else draws from torch's generator changes nothing
     again = Trainer(network(DHARIWAL), recipe, ALONE)
     again.resume(tmp_path / "state.pt", {"data": "a.zip"})
-    assert again.images == 24 and not states_equal(train(copy.deepcopy(again)), first)
-    assert states_equal(train(again), whole)
+    assert again.images == 24 and states_equal(again, first)
+    assert states_equal(train(again), whole) and not states_equal(again, first)
 
 
 def test_states_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
@@ -252,6 +290,7 @@ def test_states_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> No
     longer = Trainer(network(SONG), replace(recipe, kimg=2, decay_kimg=1), ALONE)
     longer.resume(path, {"data": "a.zip"})
     for changed, about, message in (
+        (replace(recipe, optimizer="muon"), "a.zip", "optimizer adam, not muon; repeat that"),
         (replace(recipe, lr=1.0), "a.zip", "lr 0.001, not 1.0; repeat that run's options, or"),
         (recipe, "b.zip", "data a.zip, not b.zip; repeat that run's options, or"),
     ):

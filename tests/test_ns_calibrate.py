@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from denoisers.analytic import GaussianDenoiser
 from ns.calibrate import Latents, calibrate
 from ns.coordinates import WhitenedTable
 from ns.losses import spectral
-from ns.search import final_error, prior_table, search_times
+from ns.search import final_error, middle_times, prior_table, search_times
 from ns.spectrum import SpectralNorm, radial_mean
 from runtime.dist import world
 from solvers.driver import Meter, integrate
@@ -132,7 +134,17 @@ def test_the_search_lowers_the_error_on_kept_out_latents() -> None:
     seen: list[float] = []
     times = search_times(2, latents(), latents(12, seed=2), PLAIN, 25, watch=seen.append)
     assert times == sorted(times, reverse=True) and all(LOW < t < HIGH for t in times)
-    assert len(seen) <= 26 and min(seen[3:]) < 0.9 * min(seen[:3])
+    assert len(seen) == 25 == len(set(seen)) and min(seen[2:]) < 0.9 * min(seen[:2])
+
+
+@pytest.mark.parametrize("calls", [1, 3, 10])
+def test_the_first_guess_is_inside_the_models_levels_whatever_they_are(calls: int) -> None:
+    for low, high in ((0.002, 80.0), (0.5, 2.0)):
+        times = middle_times(calls, low, high)
+        ratios = [a / b for a, b in pairwise(times)]
+        assert len(times) == calls and low < times[-1] <= times[0] < high
+        assert ratios == pytest.approx([ratios[0]] * (calls - 1)) if ratios else calls == 1
+    assert math.prod(middle_times(calls + 1, 1e-4, 1e4)) == pytest.approx(1)
 
 
 def test_whitened_coordinates_move_the_state_by_the_calibration_error() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from denoisers.families.precond import EDMPrecond
 from denoisers.precision import DTYPES, wide_dtype
 from denoisers.training.augment import LABELS, Change
 from denoisers.training.batches import PARTS, TrainingBatch
+from denoisers.training.optimizers import OPTIMIZERS
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import atomic_write
@@ -30,6 +31,7 @@ from runtime.noise import SeedNoise
 
 #: Settings that a resumed run may change: its length, and how it ends.
 FREE = frozenset({"kimg", "decay_kimg"})
+NAMES: dict[str, Collection[str]] = {"dtype": DTYPES, "optimizer": OPTIMIZERS}
 POSITIVE = frozenset({"kimg", "batch", "lr", "p_std"})
 SAVED = {"recipe": dict, "about": dict, "images": int}  #: entries of a state, beside its parts
 PORTION = 64  #: held-out images evaluated at a time
@@ -50,7 +52,8 @@ class Recipe:
 
     kimg: float = _setting("thousands of images to see")
     batch: int = _setting("images in a step, over all processes", 512)
-    lr: float = _setting("learning rate of Adam", 1e-3)
+    optimizer: str = _setting("adam, or muon for the weights of layers", "adam")
+    lr: float = _setting("learning rate", 1e-3)
     rampup_kimg: float = _setting("kimg of linear rise of the learning rate", 10.0)
     decay_kimg: float = _setting("kimg of linear fall to zero at the end", 0.0)
     ema_kimg: float = _setting("half-life of the averaged weights", 500.0)
@@ -63,10 +66,13 @@ class Recipe:
     seed: int = _setting("of the first weights and of every draw", 0)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype '{self.dtype}' is unknown; known: {', '.join(DTYPES)}")
+        for name, known in NAMES.items():
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"--{name} '{getattr(self, name)}' is unknown; known: {', '.join(known)}"
+                )
         for name, value in asdict(self).items():
-            if name in ("dtype", "flip", "p_mean", "seed"):
+            if name in (*NAMES, "flip", "p_mean", "seed"):
                 good, wanted = not isinstance(value, float) or math.isfinite(value), "a number"
             elif name in POSITIVE:
                 good, wanted = 0 < value < math.inf, "a number above 0"
@@ -166,7 +172,7 @@ class Trainer:
         self.withhold, self.work.model.label_dropout = self.work.model.label_dropout, 0.0
         if compiled:
             self.work.model.compile()
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=recipe.lr)
+        self.optimizers = OPTIMIZERS[recipe.optimizer](self.net, recipe.lr)
         #: count of gradient entries that were not finite and were replaced
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
 
@@ -190,10 +196,11 @@ class Trainer:
         loss = self._errors(x0, examples).mean()
         loss.backward()
         self._share_gradients()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(self.images)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate(self.images)
+            optimizer.step()
+            optimizer.zero_grad()
         self.images += self.recipe.batch
         self._average()
         return loss.detach()
@@ -243,6 +250,9 @@ class Trainer:
         """The loss of each image, (B,)."""
         return weighted_error(x0, examples.clean, examples.sigma, self.net.sigma_data)
 
+    def _parts(self) -> dict[str, Stateful]:
+        return {"net": self.net, "ema": self.ema, **self.optimizers}
+
     def save(self, path: Path, identity: RunIdentity) -> None:
         """Write everything that :meth:`resume` needs into one file."""
         with atomic_write(path) as temporary:
@@ -251,9 +261,7 @@ class Trainer:
                     "recipe": asdict(self.recipe),
                     "about": dict(identity),
                     "images": self.images,
-                    "net": self.net.state_dict(),
-                    "ema": self.ema.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
+                    **{name: part.state_dict() for name, part in self._parts().items()},
                 },
                 temporary,
             )
@@ -264,8 +272,7 @@ class Trainer:
         Settings that an older version did not have are taken to have their defaults.
         """
         defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-        parts: dict[str, Stateful] = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
-        saved = read_state(path, {**SAVED, **dict.fromkeys(parts, dict)})
+        saved = read_state(path, SAVED)
         before = {**defaults, **saved["recipe"], **saved["about"]}
         now = {**asdict(self.recipe), **identity}
         for name in sorted((set(before) | set(now)) - FREE):
@@ -274,6 +281,8 @@ class Trainer:
                     f"{path} is of a run with {name} {before.get(name)}, not {now.get(name)}; "
                     "repeat that run's options, or choose another folder"
                 )
+        parts = self._parts()  # which depend on the recipe
+        saved = read_state(path, {**SAVED, **dict.fromkeys(parts, dict)})
         restore(parts, saved, path, begun=saved["images"] > 0)
         self.images = saved["images"]
 
