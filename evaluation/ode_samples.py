@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from metrics.summary import Requirements
 from runtime.dist import World
 from runtime.errors import UserError
 from runtime.files import cache_folder
-from runtime.images import to_uint8_tensor
+from runtime.images import read_png, to_uint8_tensor
 from runtime.log import progress
 from runtime.options import Json, flat_options
 from runtime.outputs import check_file, claimed
@@ -113,6 +114,13 @@ class OdeSampler:
         return nfe / max(count, 1)
 
 
+def read_batches(folder: Folder, seeds: Sequence[int], size: int) -> Iterator[Tensor]:
+    """The images of ``seeds`` in a folder, uint8 (size, C, H, W), fewer in the last batch."""
+    for i in range(0, len(seeds), size):
+        pixels = [read_png(folder.image(seed)) for seed in seeds[i : i + size]]
+        yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class OdeSampleJob:
     """Converged samples that will be made; nothing has been loaded or written yet."""
@@ -174,16 +182,18 @@ class OdeSampleJob:
     ) -> str:
         """Write statistics of the images to ``dest``, and the images to their folder, if any.
 
-        Returns a sentence that says so.
+        Images are read instead of made where the folder has all of them.  Returns a sentence that
+        says what was done.
         """
         here, outdir = sampler.here, self.options.outdir
         folder, opened = None if outdir is None else Folder(outdir), record
+        missing = self.seeds
         if folder is not None:
-            opened, _ = folder.open_on_all(record, self.seeds, here)
-        stream = self._stream(sampler, record, folder)
+            opened, missing = folder.open_on_all(record, self.seeds, here)
+        stream = self._stream(sampler, record, folder, made=not missing)
         cache = cache_folder(self.options.model.cache_dir)
         with gather_features(stream, [detector], Requirements(), 0, here, cache) as summaries:
-            nfe = sampler.nfe()
+            nfe = sampler.nfe() if missing else opened.plan["nfe_metered"]
             if here.is_main:
                 plan = {**record.plan, "nfe_metered": nfe or None}
                 Converged(summaries[0].moments, replace(record, plan=plan)).save(dest)
@@ -192,10 +202,19 @@ class OdeSampleJob:
         count = f"N = {len(self.seeds)}, {nfe:.1f} NFE on average"
         return f"wrote {dest}  (detector {detector.name}, {count})"
 
-    def _stream(self, sampler: OdeSampler, record: RunRecord, folder: Folder | None) -> ImageStream:
-        """The samples by number; those whose images are kept are written on the way."""
+    def _stream(
+        self, sampler: OdeSampler, record: RunRecord, folder: Folder | None, made: bool
+    ) -> ImageStream:
+        """The samples by number, read from the folder if they are ``made``.
+
+        Otherwise those whose images are kept are written on the way.
+        """
 
         def batches(first: int, bar: tqdm[Any]) -> Iterator[Tensor]:
+            if folder is not None and made:
+                mine = sampler.here.shard(self.seeds[first:])
+                yield from read_batches(folder, mine, sampler.share)
+                return
             for batch in sampler.batches(self.seeds[first:]):
                 if folder is not None:
                     folder.save(batch)

@@ -14,6 +14,8 @@ REFERENCES = {
     ("cifar10-small-test", "cifar10-small"): BUNDLED / "cifar10-small-test.npz",
     ("cifar10-small-test", "cifar10-small-resnet"): BUNDLED / "cifar10-small-resnet-test.npz",
     ("cifar10-small-converged", "cifar10-small"): BUNDLED / "cifar10-small-converged.npz",
+    ("cifar10-small-converged", "cifar10-small-resnet"): BUNDLED
+    / "cifar10-small-resnet-converged.npz",
 }
 
 

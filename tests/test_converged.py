@@ -142,6 +142,23 @@ def test_images_are_kept_where_they_are_asked_for(command: Any) -> None:
     assert "out: 0 images made" in text
 
 
+def test_kept_images_are_read_for_the_statistics_of_another_detector(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (*STATISTICS, f"--seeds={SEEDS}", "--outdir=out")
+    assert command(*flags)[0] == 0
+    metered = RunRecord.read(Path("out/run.json")).plan["nfe_metered"]
+    Path("own.npz").unlink()
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    monkeypatch.setattr(ode_samples, "solve_ode", None)  # no image is made again
+    code, text = command(*flags)
+    assert code == 0 and f"N = 9, {metered:.1f} NFE on average" in text
+    found = Converged.load(Path("own.npz"))
+    assert_equal(found.statistics, own_statistics())
+    assert found.record.plan["nfe_metered"] == metered
+    assert before == {path: path.read_bytes() for path in Path("out").iterdir()}
+
+
 def test_killed_statistics_go_on(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "SAVE_EVERY", 0.0)
     made: list[int] = []

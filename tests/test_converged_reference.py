@@ -271,10 +271,11 @@ def test_what_was_asked_for_and_does_not_fit_is_one_sentence(own: Path, tmp_path
         assert "\n" not in str(caught.value)
 
 
-def test_the_bundled_reference_is_of_the_bundled_model() -> None:
-    path = references.REFERENCES["cifar10-small-converged", "cifar10-small"]
+@pytest.mark.parametrize("name", ["cifar10-small", "cifar10-small-resnet"])
+def test_the_bundled_reference_is_of_the_bundled_model(name: str) -> None:
+    path = references.REFERENCES["cifar10-small-converged", name]
     found, card = Converged.load(path), cards()["cifar10-small"]
-    bundled = detectors.load_detector("cifar10-small", device="cpu")
+    bundled = detectors.load_detector(name, device="cpu")
     assert found.misfit(Wrong(card, str(card.sha256)), bundled, range(10_000)) is None
     assert found.statistics.n == 10_000
     assert min(parse_seeds(found.record.options["seeds"])) >= CONVERGED_START

@@ -65,8 +65,9 @@ def main(dry_run: bool, device: str | None, **flags: Any) -> None:
     """Sample a model without solver error, by dopri5 on the probability-flow ODE.
 
     --dest writes statistics of the samples, the second reference of compare.py and of
-    tools.nfe_sweep, without keeping images; --outdir keeps one PNG per seed.  Run the same command
-    again to continue after an interruption.
+    tools.nfe_sweep, without keeping images; --outdir keeps one PNG per seed; where all of them are
+    there, --dest reads them, so a second detector costs no samples.  Run the same command again to
+    continue after an interruption.
     """
     execute(prepare, parse_options(OdeSampleOptions, flags), dry_run, device)
 
