@@ -9,7 +9,7 @@ USAGE="Usage: ./launch.sh [RECIPE] [--gpus N] [--dry-run]
 Sets up .venv on first use and runs a recipe:
 
   default           three students of the bundled CIFAR-10 model at 5 NFE, against Restart and the
-                    classic solvers; 10 to 15 minutes on two cores
+                    classic solvers; 8 to 15 minutes on two cores
   full              the same at 3 to 10 NFE, published training lengths, 50,000 images
   cifar10           published AMED settings: train, sample 50,000 images, FID
   ffhq              the same, FFHQ 64x64
