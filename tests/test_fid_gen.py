@@ -116,6 +116,9 @@ def test_a_bundled_reference_is_for_every_bundled_detector(run: Script, tmp_path
         found = json.loads(Path(f"{other}.json").read_text())["results"]
         assert [result["reference"]["n"] for result in found] == [10_000, 10_000]
         assert {result["fid"] for result in found}.isdisjoint({one["fid"], two["fid"]})
+    done = run(fid, "calc", "--images=x", "--detector=pixels", f"--ref={SMALL}-converged")
+    sentence = f"bundled for {SMALL}, {SMALL}-resnet, not for detector pixels"
+    assert done.code == 1 and sentence in done.err
 
 
 def killed_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
