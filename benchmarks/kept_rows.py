@@ -65,7 +65,8 @@ def main(outdir: Path, num_images: int, write: bool, dtype: str, device: str | N
 def _tell(folder: Path) -> None:
     for row in _results(folder).rows:
         kept = read_earlier(MeasuredRow, place(row.identity, BUNDLED))
-        click.echo(f"{row.method}: {row.fid:.4f}, kept: {kept.fid if kept else float('nan'):.4f}")
+        known = f"kept: {kept.fid:.4f}" if kept else "none kept"
+        click.echo(f"{row.method}: {row.fid:.4f}, {known}")
 
 
 def bundle(folder: Path, budget: int, dest: Path) -> None:
